@@ -12,9 +12,9 @@ use crate::artifact::{hash_bytes, hash_file};
 use crate::config::product::Engine;
 use crate::config::{self, Config};
 use crate::git;
-use crate::plan::{self, Facts, Plan};
+use crate::plan::{self, CheckoutFacts, Plan};
 use crate::render::INIT;
-use crate::scratch::scratch;
+use crate::scratch::create_scratch_dir;
 
 /// The tool itself and its sources: each of them may change any component.
 const BUILDER: [&str; 12] = [
@@ -37,7 +37,7 @@ const EXTERNAL: &str = "external";
 /// One build: a product for a board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Build {
+pub struct AffectedBuild {
     /// The product.
     pub product: String,
     /// The board.
@@ -48,13 +48,13 @@ pub struct Build {
     pub version: String,
     /// With a commit to compare with: the changed components, and why.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub components: Vec<Component>,
+    pub components: Vec<AffectedComponent>,
 }
 
 /// A component that must be rebuilt.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct AffectedComponent {
     /// `base`, `api`, `agent`, `boot`, `system` or `card`; `all` if the component is unknown.
     pub name: String,
     /// The inputs that changed: files, settings, and components that it depends on.
@@ -72,21 +72,21 @@ const COMPONENTS: [(&str, &[&str]); 6] = [
 ];
 
 /// Inputs by component: name and SHA-256 of each.
-type Inputs = BTreeMap<&'static str, BTreeMap<String, String>>;
+type ComponentInputs = BTreeMap<&'static str, BTreeMap<String, String>>;
 
 /// All builds: every product for every one of its boards.
 ///
 /// # Errors
 /// When a product cannot be read.
-pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
+pub fn list_builds(root: &Utf8Path, only: Option<&str>) -> Result<Vec<AffectedBuild>> {
     let mut builds = Vec::new();
-    for name in config::products(root)? {
+    for name in config::list_products(root)? {
         if only.is_some_and(|only| only != name) {
             continue;
         }
         let product = config::read_product(root, &name)?;
         for board in &product.boards {
-            builds.push(Build {
+            builds.push(AffectedBuild {
                 product: name.clone(),
                 board: board.value.0.clone(),
                 engine: product.rootfs.engine.value,
@@ -103,19 +103,23 @@ pub fn all(root: &Utf8Path, only: Option<&str>) -> Result<Vec<Build>> {
 /// # Errors
 /// When there is no such commit, or today's configuration is invalid. An old configuration that
 /// cannot be read any more is a reason, not an error.
-pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Result<Vec<Build>> {
-    let (_keep, old_root) = unpack(root, revision)?;
-    let old_builds = all(&old_root, only).unwrap_or_default();
-    let builder = differing(&files(&old_root, &BUILDER)?, &files(root, &BUILDER)?);
+pub fn changed_since(
+    root: &Utf8Path,
+    revision: &str,
+    only: Option<&str>,
+) -> Result<Vec<AffectedBuild>> {
+    let (_keep, old_root) = unpack_commit(root, revision)?;
+    let old_builds = list_builds(&old_root, only).unwrap_or_default();
+    let builder = differing_names(&hash_files(&old_root, &BUILDER)?, &hash_files(root, &BUILDER)?);
     let mut changed = Vec::new();
-    for mut build in all(root, only)? {
-        let now = inputs(root, &build)?;
-        let same = |old: &&Build| old.product == build.product && old.board == build.board;
+    for mut build in list_builds(root, only)? {
+        let now = collect_inputs(root, &build)?;
+        let same = |old: &&AffectedBuild| old.product == build.product && old.board == build.board;
         build.components = match old_builds.iter().find(same) {
-            None => everything("is new"),
-            Some(old) => match inputs(&old_root, old) {
-                Ok(then) => compare(&then, &now, &builder),
-                Err(error) => everything(&format!("the old configuration: {error:#}")),
+            None => affect_everything("is new"),
+            Some(old) => match collect_inputs(&old_root, old) {
+                Ok(then) => compare_inputs(&then, &now, &builder),
+                Err(error) => affect_everything(&format!("the old configuration: {error:#}")),
             },
         };
         if !build.components.is_empty() {
@@ -125,16 +129,20 @@ pub fn changed_since(root: &Utf8Path, revision: &str, only: Option<&str>) -> Res
     Ok(changed)
 }
 
-fn everything(reason: &str) -> Vec<Component> {
-    vec![Component { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
+fn affect_everything(reason: &str) -> Vec<AffectedComponent> {
+    vec![AffectedComponent { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
 }
 
-fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Component> {
+fn compare_inputs(
+    then: &ComponentInputs,
+    now: &ComponentInputs,
+    builder: &BTreeSet<String>,
+) -> Vec<AffectedComponent> {
     let empty = BTreeMap::new();
-    let mut changed: Vec<Component> = Vec::new();
+    let mut changed: Vec<AffectedComponent> = Vec::new();
     for (name, parts) in COMPONENTS {
-        let of = |inputs: &Inputs| inputs.get(name).unwrap_or(&empty).clone();
-        let mut reasons: Vec<String> = differing(&of(then), &of(now)).into_iter().collect();
+        let of = |inputs: &ComponentInputs| inputs.get(name).unwrap_or(&empty).clone();
+        let mut reasons: Vec<String> = differing_names(&of(then), &of(now)).into_iter().collect();
         // Cargo compiles the agent from its own sources, independently of the tool.
         if name != "agent" {
             reasons.extend(builder.iter().cloned());
@@ -144,20 +152,23 @@ fn compare(then: &Inputs, now: &Inputs, builder: &BTreeSet<String>) -> Vec<Compo
             parts.iter().filter(known).map(|p| format!("component {p}")).collect();
         reasons.extend(made_of);
         if !reasons.is_empty() {
-            changed.push(Component { name: name.to_owned(), reasons });
+            changed.push(AffectedComponent { name: name.to_owned(), reasons });
         }
     }
     changed
 }
 
-fn differing(then: &BTreeMap<String, String>, now: &BTreeMap<String, String>) -> BTreeSet<String> {
+fn differing_names(
+    then: &BTreeMap<String, String>,
+    now: &BTreeMap<String, String>,
+) -> BTreeSet<String> {
     let names: BTreeSet<&String> = then.keys().chain(now.keys()).collect();
     names.into_iter().filter(|name| then.get(*name) != now.get(*name)).cloned().collect()
 }
 
 /// A commit's tree in a temporary directory.
-fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8PathBuf)> {
-    let git = || git::at(root);
+fn unpack_commit(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8PathBuf)> {
+    let git = || git::git_in(root);
     // A name that begins with a dash is not an option.
     let commit = git()
         .args(["rev-parse", "--verify", "--quiet", "--end-of-options"])
@@ -171,7 +182,7 @@ fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8Pat
             };
             format!("finding the commit `{revision}`{help}")
         })?;
-    let (keep, dir) = scratch()?;
+    let (keep, dir) = create_scratch_dir()?;
     git()
         .args(["archive", "--format=tar", commit.trim()])
         .stream(|out| Ok(tar::Archive::new(out).unpack(&dir)?))
@@ -180,7 +191,7 @@ fn unpack(root: &Utf8Path, revision: &str) -> Result<(tempfile::TempDir, Utf8Pat
 }
 
 /// The hashes of files and of all files below directories; missing ones are omitted.
-fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
+fn hash_files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
     let mut found = BTreeMap::new();
     let mut waiting: Vec<Utf8PathBuf> = paths.iter().map(|path| Utf8PathBuf::from(*path)).collect();
     while let Some(path) = waiting.pop() {
@@ -197,12 +208,12 @@ fn files(root: &Utf8Path, paths: &[&str]) -> Result<BTreeMap<String, String>> {
     Ok(found)
 }
 
-fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
+fn collect_inputs(root: &Utf8Path, build: &AffectedBuild) -> Result<ComponentInputs> {
     let config = config::load(root, Some(&build.product), Some(&build.board))?;
     // The commit's time is in every output, and is not a change by itself.
-    let facts = Facts { commit: None, modified: false, epoch: 0 };
+    let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
     let plan = plan::resolve(&config, &facts)?;
-    let mut inputs = Inputs::new();
+    let mut inputs = ComponentInputs::new();
     let mut add = |component: &'static str, name: String, hash: String| {
         inputs.entry(component).or_default().insert(name, hash);
     };
@@ -228,19 +239,20 @@ fn inputs(root: &Utf8Path, build: &Build) -> Result<Inputs> {
         add(component, path.to_string(), input.sha256.clone());
     }
     if plan.rootfs.engine == Engine::Buildroot {
-        for (path, hash) in files(root, &[EXTERNAL])? {
+        for (path, hash) in hash_files(root, &[EXTERNAL])? {
             add("base", path, hash);
         }
     }
-    for (path, hash) in
-        files(root, &[&crate::build::AGENT_SOURCES[..], &[crate::build::COMPILER_LOCK]].concat())?
-    {
+    for (path, hash) in hash_files(
+        root,
+        &[&crate::build::AGENT_SOURCES[..], &[crate::build::COMPILER_LOCK]].concat(),
+    )? {
         add("agent", path, hash);
     }
-    for (path, hash) in files(root, &[INIT])? {
+    for (path, hash) in hash_files(root, &[INIT])? {
         add("system", path, hash);
     }
-    settings(&config, &plan, &mut add)?;
+    read_settings(&config, &plan, &mut add)?;
     Ok(inputs)
 }
 
@@ -249,7 +261,7 @@ fn is_fragment(config: &Config, path: &Utf8Path) -> bool {
 }
 
 /// The settings of the product's and the board's file, by their meaning.
-fn settings(
+fn read_settings(
     config: &Config,
     plan: &Plan,
     add: &mut impl FnMut(&'static str, String, String),
@@ -291,12 +303,12 @@ fn settings(
 }
 
 /// The builds in human-readable form: one line each, then the components with their reasons.
-pub fn describe(builds: &[Build]) -> String {
+pub fn describe_builds(builds: &[AffectedBuild]) -> String {
     let mut text = String::new();
     for build in builds {
         text.push_str(&format!("{} {}\n", build.product, build.board));
         for component in &build.components {
-            let reasons = crate::progress::names(&component.reasons);
+            let reasons = crate::progress::list_names(&component.reasons);
             text.push_str(&format!("  {:<7} {reasons}\n", component.name));
         }
     }

@@ -24,7 +24,7 @@ impl Artifact {
     ///
     /// # Errors
     /// When the file cannot be read.
-    pub fn of(path: impl Into<Utf8PathBuf>) -> Result<Self> {
+    pub fn from_file(path: impl Into<Utf8PathBuf>) -> Result<Self> {
         let path = path.into();
         let (size, sha256) = hash_file(&path)?;
         Ok(Self { path, size, sha256 })
@@ -65,7 +65,7 @@ pub fn hex(bytes: &[u8]) -> String {
 }
 
 /// The name of a file while it is being written: the final name plus `.partial`.
-pub fn partial(path: &Utf8Path) -> Utf8PathBuf {
+pub fn partial_path(path: &Utf8Path) -> Utf8PathBuf {
     Utf8PathBuf::from(format!("{path}.partial"))
 }
 
@@ -96,7 +96,7 @@ pub fn write_large(
 ///
 /// # Errors
 /// When the disk reports one.
-pub fn flush(path: &Utf8Path) -> Result<()> {
+pub fn flush_file(path: &Utf8Path) -> Result<()> {
     File::open(path).and_then(|file| file.sync_all()).with_context(|| format!("flushing {path}"))
 }
 
@@ -108,7 +108,7 @@ fn write_and_rename(
     if let Some(parent) = path.parent() {
         std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     }
-    let temporary = partial(path);
+    let temporary = partial_path(path);
     let attempt = || -> Result<()> {
         let file = File::create(&temporary).with_context(|| format!("creating {temporary}"))?;
         let mut writer = io::BufWriter::new(file);

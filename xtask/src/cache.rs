@@ -30,9 +30,9 @@ pub(crate) const STAMP: &str = "stage.json";
 
 /// The inputs of a stage, hashed. Each part has a name, so that two parts cannot be confused.
 #[derive(Debug)]
-pub struct Key(Sha256);
+pub struct CacheKey(Sha256);
 
-impl Key {
+impl CacheKey {
     /// Starts a key. `version` is raised when a change of the stage's code changes its output.
     pub fn new(stage: &str, version: u32) -> Self {
         Self(Sha256::new()).with("stage", stage).with("version", version.to_string())
@@ -83,17 +83,17 @@ pub trait RemoteDownloads: Debug + Send + Sync {
 /// Finished stages of other machines, and their downloads. What is wrong there is a warning, never an error.
 pub trait RemoteStages: Debug + Send + Sync {
     /// Fetches a stage's result into its directory, which is empty: its value, and the id of the key that has signed it.
-    fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)>;
+    fn restore_stage(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)>;
 
     /// Stores a stage's result of the cache in this directory, if this machine writes and has not stored it before.
-    fn give(&self, cache: &Utf8Path, made: &Made<'_>);
+    fn upload_stage(&self, cache: &Utf8Path, made: &FinishedStage<'_>);
 
     /// The downloads.
     fn downloads(&self) -> Arc<dyn RemoteDownloads>;
 }
 
 /// A finished stage.
-pub struct Made<'a> {
+pub struct FinishedStage<'a> {
     /// The stage.
     pub stage: &'a str,
     /// The key of its inputs.
@@ -120,7 +120,7 @@ pub struct Cache {
 
 /// The origin of a stage's result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Origin {
+pub enum StageOrigin {
     /// Built now.
     Made,
     /// Found in the local cache.
@@ -131,11 +131,11 @@ pub enum Origin {
 
 /// A stage's result.
 #[derive(Debug)]
-pub struct Staged<T> {
+pub struct StageResult<T> {
     /// The value that the stage returned.
     pub value: T,
     /// Its origin.
-    pub origin: Origin,
+    pub origin: StageOrigin,
 }
 
 #[derive(Serialize, Deserialize)]
@@ -157,7 +157,7 @@ struct Seal {
 }
 
 impl Seal {
-    fn of(path: &Utf8Path) -> Option<Self> {
+    fn from_file(path: &Utf8Path) -> Option<Self> {
         let metadata = fs::metadata(path).ok()?;
         Some(Self {
             path: path.to_owned(),
@@ -183,17 +183,17 @@ impl Cache {
                 "finding the cache: HOME is not set\n\
                  help: set SLIPWAY_CACHE to a directory with 5 GiB of free space",
             )?;
-        Ok(Self::at(std::path::absolute(&root)?.try_into()?))
+        Ok(Self::in_dir(std::path::absolute(&root)?.try_into()?))
     }
 
     /// A cache in this directory.
-    pub fn at(root: Utf8PathBuf) -> Self {
+    pub fn in_dir(root: Utf8PathBuf) -> Self {
         Self { root, trusted: Vec::new(), shared: None, taken: Arc::default() }
     }
 
     /// The same with a shared cache, trusting stages that are signed by one of these keys.
     #[must_use]
-    pub fn sharing(mut self, shared: Option<Arc<dyn RemoteStages>>, keys: &KeySet) -> Self {
+    pub fn with_shared(mut self, shared: Option<Arc<dyn RemoteStages>>, keys: &KeySet) -> Self {
         let counting = keys.keys.iter().filter(|key| !key.revoked);
         self.trusted = counting.map(|key| key.id.clone()).collect();
         self.shared = shared;
@@ -205,7 +205,7 @@ impl Cache {
         self.shared.as_ref().map(|shared| shared.downloads())
     }
 
-    fn taken(&self) -> MutexGuard<'_, BTreeSet<Utf8PathBuf>> {
+    fn restored_dirs(&self) -> MutexGuard<'_, BTreeSet<Utf8PathBuf>> {
         self.taken.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -229,8 +229,9 @@ impl Cache {
         outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
     ) -> Result<bool> {
         let dir = self.dir(stage, key);
-        let _held = held(&dir)?;
-        Ok(self.kept::<T>(&dir).is_some() || self.take(stage, key, &dir, &outputs)?.is_some())
+        let _held = lock_stage_dir(&dir)?;
+        Ok(self.read_cached::<T>(&dir).is_some()
+            || self.restore_stage(stage, key, &dir, &outputs)?.is_some())
     }
 
     /// Returns the cached result of `stage` under `key`, or fetches it from the shared cache, or
@@ -245,46 +246,47 @@ impl Cache {
         key: &str,
         outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
         build: impl FnOnce(&Utf8Path) -> Result<T>,
-    ) -> Result<Staged<T>> {
+    ) -> Result<StageResult<T>> {
         let dir = self.dir(stage, key);
-        let lock = held(&dir)?;
-        if let Some(stamp) = self.kept::<T>(&dir) {
+        let lock = lock_stage_dir(&dir)?;
+        if let Some(stamp) = self.read_cached::<T>(&dir) {
             File::open(dir.join(STAMP))
                 .and_then(|file| file.set_modified(SystemTime::now()))
                 .with_context(|| format!("touching {dir}"))?;
-            let taken = self.taken().contains(&dir);
+            let taken = self.restored_dirs().contains(&dir);
             // A result that another machine has signed is never signed again.
             if stamp.signed_by.is_none() {
                 drop(lock);
-                self.give(stage, key, &dir, &stamp.value, &outputs);
+                self.upload_stage(stage, key, &dir, &stamp.value, &outputs);
             }
-            let origin = if taken { Origin::Shared } else { Origin::Kept };
-            return Ok(Staged { value: stamp.value, origin });
+            let origin = if taken { StageOrigin::Shared } else { StageOrigin::Kept };
+            return Ok(StageResult { value: stamp.value, origin });
         }
-        if let Some(value) = self.take(stage, key, &dir, &outputs)? {
-            return Ok(Staged { value, origin: Origin::Shared });
+        if let Some(value) = self.restore_stage(stage, key, &dir, &outputs)? {
+            return Ok(StageResult { value, origin: StageOrigin::Shared });
         }
-        clear(&dir)?;
+        clear_stage_dir(&dir)?;
         let value = build(&dir)?;
-        let stamp = stamp(stage, &dir, value, None, &outputs)?;
+        let stamp = write_stamp(stage, &dir, value, None, &outputs)?;
         self.forget_old(stage);
         drop(lock);
-        self.give(stage, key, &dir, &stamp.value, &outputs);
-        Ok(Staged { value: stamp.value, origin: Origin::Made })
+        self.upload_stage(stage, key, &dir, &stamp.value, &outputs);
+        Ok(StageResult { value: stamp.value, origin: StageOrigin::Made })
     }
 
     /// The cached result in a directory, if its outputs are unchanged and its signer is still
     /// trusted.
-    fn kept<T: DeserializeOwned>(&self, dir: &Utf8Path) -> Option<Stamp<T>> {
+    fn read_cached<T: DeserializeOwned>(&self, dir: &Utf8Path) -> Option<Stamp<T>> {
         let text = fs::read(dir.join(STAMP)).ok()?;
         let stamp: Stamp<T> = serde_json::from_slice(&text).ok()?;
-        let unchanged = stamp.seals.iter().all(|seal| Seal::of(&seal.path).as_ref() == Some(seal));
+        let unchanged =
+            stamp.seals.iter().all(|seal| Seal::from_file(&seal.path).as_ref() == Some(seal));
         let counts = stamp.signed_by.as_ref().is_none_or(|id| self.trusted.contains(id));
         (unchanged && counts).then_some(stamp)
     }
 
     /// Fetches a result from the shared cache into its directory.
-    fn take<T: Serialize + DeserializeOwned>(
+    fn restore_stage<T: Serialize + DeserializeOwned>(
         &self,
         stage: &str,
         key: &str,
@@ -292,8 +294,8 @@ impl Cache {
         outputs: &impl Fn(&T) -> Vec<Utf8PathBuf>,
     ) -> Result<Option<T>> {
         let Some(shared) = &self.shared else { return Ok(None) };
-        clear(dir)?;
-        let Some((value, signer)) = shared.take(stage, key, dir) else { return Ok(None) };
+        clear_stage_dir(dir)?;
+        let Some((value, signer)) = shared.restore_stage(stage, key, dir) else { return Ok(None) };
         let read = || -> Result<Stamp<T>> {
             let value: T =
                 serde_json::from_value(value).context("reading the value of the stage")?;
@@ -303,11 +305,11 @@ impl Cache {
                     "the result names {path}, which is not in the stage's directory"
                 );
             }
-            stamp(stage, dir, value, Some(signer), outputs)
+            write_stamp(stage, dir, value, Some(signer), outputs)
         };
         match read() {
             Ok(stamp) => {
-                self.taken().insert(dir.to_owned());
+                self.restored_dirs().insert(dir.to_owned());
                 self.forget_old(stage);
                 Ok(Some(stamp.value))
             }
@@ -319,7 +321,7 @@ impl Cache {
     }
 
     /// Stores a result in the shared cache.
-    fn give<T: Serialize>(
+    fn upload_stage<T: Serialize>(
         &self,
         stage: &str,
         key: &str,
@@ -330,8 +332,8 @@ impl Cache {
         let Some(shared) = &self.shared else { return };
         match serde_json::to_value(value) {
             Ok(json) => {
-                let made = Made { stage, key, dir, value: json, outputs: outputs(value) };
-                shared.give(&self.root, &made);
+                let made = FinishedStage { stage, key, dir, value: json, outputs: outputs(value) };
+                shared.upload_stage(&self.root, &made);
             }
             Err(error) => warn(format!("{stage} cannot be stored in the shared cache: {error}")),
         }
@@ -362,7 +364,7 @@ impl Cache {
 
 /// Waits until no other build uses this directory: two builds that need the same stage at once
 /// build it once.
-fn held(dir: &Utf8Path) -> Result<File> {
+fn lock_stage_dir(dir: &Utf8Path) -> Result<File> {
     fs::create_dir_all(dir.parent().context("a stage's directory has a parent")?)
         .with_context(|| format!("creating {dir}"))?;
     let path = Utf8PathBuf::from(format!("{dir}.lock"));
@@ -372,7 +374,7 @@ fn held(dir: &Utf8Path) -> Result<File> {
 }
 
 /// Empties a stage's directory.
-pub(crate) fn clear(dir: &Utf8Path) -> Result<()> {
+pub(crate) fn clear_stage_dir(dir: &Utf8Path) -> Result<()> {
     if dir.exists() {
         fs::remove_dir_all(dir).with_context(|| format!("clearing {dir}"))?;
     }
@@ -380,7 +382,7 @@ pub(crate) fn clear(dir: &Utf8Path) -> Result<()> {
 }
 
 /// Marks a stage's directory as complete.
-fn stamp<T: Serialize>(
+fn write_stamp<T: Serialize>(
     stage: &str,
     dir: &Utf8Path,
     value: T,
@@ -389,7 +391,7 @@ fn stamp<T: Serialize>(
 ) -> Result<Stamp<T>> {
     let seals = outputs(&value)
         .iter()
-        .map(|path| Seal::of(path).with_context(|| format!("{stage} did not create {path}")))
+        .map(|path| Seal::from_file(path).with_context(|| format!("{stage} did not create {path}")))
         .collect::<Result<Vec<_>>>()?;
     let stamp = Stamp { value, seals, signed_by };
     let json = serde_json::to_vec_pretty(&stamp).context("describing a stage")?;
@@ -404,10 +406,10 @@ mod tests {
     fn cache() -> (tempfile::TempDir, Cache) {
         let dir = tempfile::tempdir().expect("a directory");
         let root = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
-        (dir, Cache::at(root))
+        (dir, Cache::in_dir(root))
     }
 
-    fn run(cache: &Cache, key: &str, text: &str) -> Result<Staged<Utf8PathBuf>> {
+    fn run(cache: &Cache, key: &str, text: &str) -> Result<StageResult<Utf8PathBuf>> {
         cache.stage(
             "test",
             key,
@@ -423,13 +425,13 @@ mod tests {
     #[test]
     fn a_result_is_made_once_and_again_when_somebody_changed_it() {
         let (_guard, cache) = cache();
-        let key = Key::new("test", 1).with("a", "b").finish();
-        assert_eq!(run(&cache, &key, "one").expect("made").origin, Origin::Made);
+        let key = CacheKey::new("test", 1).with("a", "b").finish();
+        assert_eq!(run(&cache, &key, "one").expect("made").origin, StageOrigin::Made);
         let again = run(&cache, &key, "two").expect("kept");
-        assert_eq!(again.origin, Origin::Kept);
+        assert_eq!(again.origin, StageOrigin::Kept);
         assert_eq!(fs::read_to_string(&again.value).expect("read"), "one");
         fs::write(&again.value, "spoilt by hand").expect("written");
-        assert_eq!(run(&cache, &key, "three").expect("made again").origin, Origin::Made);
+        assert_eq!(run(&cache, &key, "three").expect("made again").origin, StageOrigin::Made);
     }
 
     #[test]
@@ -459,8 +461,8 @@ mod tests {
 
     #[test]
     fn parts_of_a_key_cannot_run_together() {
-        let one = Key::new("s", 1).with("a", "bc").with("d", "").finish();
-        let two = Key::new("s", 1).with("a", "b").with("cd", "").finish();
+        let one = CacheKey::new("s", 1).with("a", "bc").with("d", "").finish();
+        let two = CacheKey::new("s", 1).with("a", "b").with("cd", "").finish();
         assert_ne!(one, two);
     }
 }

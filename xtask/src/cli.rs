@@ -5,17 +5,20 @@ mod release;
 use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-use crate::build::{Compression, Stage};
+use crate::build::{BuildStage, BundleCompression};
 use crate::store::format::Channel;
-use crate::workspace::Selection;
+use crate::workspace::BuildSelection;
 
-pub use release::{Access, Create, Publish, Release, ReleaseCheck, StoreAddress, Which};
+pub use release::{
+    PublishArgs, ReleaseArgs, ReleaseCheckArgs, ReleaseCommand, ReleaseCreateArgs, StoreAccessArgs,
+    StoreArgs,
+};
 
 /// Builds card images and the signed bundles that match them, without root and, once the downloads
 /// are there, without a network.
 #[derive(Debug, Parser)]
 #[command(name = "cargo xtask", bin_name = "cargo xtask", version, max_term_width = 100)]
-pub struct Cli {
+pub struct CommandLine {
     /// What to do.
     #[command(subcommand)]
     pub command: Command,
@@ -29,53 +32,53 @@ pub enum Command {
     /// Installs missing tools (lists them first, and uses sudo where necessary), builds the base
     /// system, adds overlay and API, assembles the card image and packs the bundle that updates a
     /// robot to the same system. Finished stages are cached: a build without changes does no work.
-    BuildImage(BuildImage),
+    BuildImage(BuildImageArgs),
     /// Show the resolved build: every input with its hash, every partition with its offset.
-    Plan(PlanOptions),
+    Plan(PlanArgs),
     /// Write every generated text (defconfig, overlay, boot files) to dist/…/rendered.
-    Render(Show),
+    Render(RenderArgs),
     /// Show what is in an image, a bundle or a slot image; or compare two.
-    Inspect(Inspect),
+    Inspect(InspectArgs),
     /// Check an image or a bundle against its hashes and signatures.
-    Verify(Verify),
+    Verify(VerifyArgs),
     /// Boot a built image in QEMU, with its serial console on this terminal; or run its services on
     /// this machine.
     ///
     /// With --local: builds the root file system and starts its services on this machine, as an
     /// ordinary user, without hardware, systemd or D-Bus, from the files that ship. Its `data` is
     /// kept. It is reachable at 127.0.0.1 only. Ctrl-C stops everything.
-    Run(Run),
+    Run(RunArgs),
     /// Write an image to a card and verify it by reading it back.
     ///
     /// Rejects system disks, mounted devices and devices that are too small, each with its reason.
     /// Asks for confirmation on a terminal. After an interruption the card has no partition table
     /// and does not boot.
-    Flash(Flash),
+    Flash(FlashArgs),
     /// Install a bundle on robots over SSH, wait for their restart, and report which system booted.
     ///
     /// Streams the bundle to the robot's agent without storing it on the way. Reconnects when the
     /// connection breaks. Exits with 0 only if every robot has committed this bundle's version.
-    Push(Push),
+    Push(PushArgs),
     /// Make releases from build results, and manage their channels.
     #[command(subcommand)]
-    Release(Release),
+    Release(ReleaseCommand),
     /// Copy releases to a directory, a USB stick, a host by SFTP, or an S3 bucket.
     ///
     /// Objects first, the channel's index last: readers never see an incomplete release. An
     /// interrupted publish resumes when it is run again.
-    Publish(Publish),
+    Publish(PublishArgs),
     /// Resolve packages and wheels again and write the lock files.
-    Lock(Lock),
+    Lock(LockArgs),
     /// Work with the engine buildroot: check the defconfig, change it, run Buildroot's own targets.
     #[command(subcommand)]
-    Buildroot(Buildroot),
+    Buildroot(BuildrootCommand),
     /// Make, list and rotate signing keys.
     #[command(subcommand)]
-    Keys(Keys),
+    Keys(KeysCommand),
     /// List what this machine lacks for building and testing, each with its package.
-    Doctor(Doctor),
+    Doctor(DoctorArgs),
     /// Run the tests. Sets this machine up first, as build-image does.
-    Test(Test),
+    Test(TestArgs),
     /// Test updates of a machine in QEMU from end to end: valid bundles, invalid ones, failed
     /// trials. Part of `test`.
     E2e,
@@ -83,11 +86,11 @@ pub enum Command {
     ///
     /// With --mutants or --fuzz, only that: whether the tests detect deliberate faults, and how the
     /// robot's code handles random inputs.
-    Check(Check),
+    Check(CheckArgs),
     /// Compare the speed of our stages with the usual tools, in one run.
-    Bench(Bench),
+    Bench(BenchArgs),
     /// Remove build results and cached stages.
-    Clean(Clean),
+    Clean(CleanArgs),
     /// Print the completion script for a shell.
     Completions {
         /// Which shell.
@@ -97,7 +100,7 @@ pub enum Command {
 
 /// Which build.
 #[derive(Debug, Clone, Args)]
-pub struct Target {
+pub struct TargetArgs {
     /// The product: a file in configs/, without .toml [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
@@ -106,16 +109,16 @@ pub struct Target {
     pub board: Option<String>,
 }
 
-impl Target {
+impl TargetArgs {
     /// The same, for the library.
-    pub fn selection(&self) -> Selection {
-        Selection { product: self.product.clone(), board: self.board.clone() }
+    pub fn selection(&self) -> BuildSelection {
+        BuildSelection { product: self.product.clone(), board: self.board.clone() }
     }
 }
 
 /// How results are printed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Format {
+pub enum OutputFormat {
     /// Human-readable text.
     Text,
     /// JSON.
@@ -124,7 +127,7 @@ pub enum Format {
 
 /// Options of `check`.
 #[derive(Debug, Args)]
-pub struct Check {
+pub struct CheckArgs {
     /// Apply the faults listed in ci/mutants one at a time to a copy of the source, and check that
     /// a test fails; with FILTER only those whose names contain it. Fails when a fault is not
     /// detected.
@@ -136,22 +139,22 @@ pub struct Check {
     pub fuzz: Option<u64>,
     /// With --mutants: how to print the list of results.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `build-image`.
 #[derive(Debug, Clone, Args)]
-pub struct BuildImage {
+pub struct BuildImageArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub target: Target,
+    pub target: TargetArgs,
     /// Stop after this stage.
     #[arg(long, value_enum)]
-    pub until: Option<Stage>,
+    pub until: Option<BuildStage>,
     /// Build only this component, as a separate bundle that updates running robots without a
     /// restart.
     #[arg(long, value_enum, conflicts_with_all = ["until", "zst", "legal_info"])]
-    pub component: Option<Component>,
+    pub component: Option<SeparateComponent>,
     /// Use no network: everything must have been downloaded already.
     #[arg(long)]
     pub offline: bool,
@@ -166,24 +169,24 @@ pub struct BuildImage {
     pub nightly: bool,
     /// Compression level of the bundle.
     #[arg(long, value_enum, default_value = "fast")]
-    pub compression: Compression,
+    pub compression: BundleCompression,
     /// Never install missing tools; list them and fail.
     #[arg(long)]
     pub no_install: bool,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub tree: BuildrootTree,
+    pub tree: BuildrootTreeArgs,
     /// Engine buildroot: also collect sources and licence texts into dist/…/legal-info.
     #[arg(long)]
     pub legal_info: bool,
     /// How to print the report.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Which Buildroot tree.
 #[derive(Debug, Clone, Default, Args)]
-pub struct BuildrootTree {
+pub struct BuildrootTreeArgs {
     /// Engine buildroot: use this checkout instead of the pinned release.
     #[arg(long, value_name = "DIR")]
     pub buildroot: Option<Utf8PathBuf>,
@@ -194,33 +197,33 @@ pub struct BuildrootTree {
 
 /// The verbs of `buildroot`.
 #[derive(Debug, Clone, Subcommand)]
-pub enum Buildroot {
+pub enum BuildrootCommand {
     /// Check that Kconfig accepts every line of the generated defconfig.
     Check {
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        target: BuildrootTarget,
+        target: BuildrootTargetArgs,
         /// Also ask Buildroot for its list of packages, which detects dependencies that are used
         /// but not selected.
         #[arg(long)]
         packages: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Change the configuration in Buildroot's menus; then see `buildroot diff`.
-    Menuconfig(BuildrootTarget),
+    Menuconfig(BuildrootTargetArgs),
     /// Change the kernel's configuration in its menus; then see `buildroot diff`.
-    LinuxMenuconfig(BuildrootTarget),
+    LinuxMenuconfig(BuildrootTargetArgs),
     /// Change U-Boot's configuration in its menus; then see `buildroot diff`.
-    UbootMenuconfig(BuildrootTarget),
+    UbootMenuconfig(BuildrootTargetArgs),
     /// Show what was changed in the menus, as lines for fragments with the file for each line.
-    Diff(BuildrootTarget),
+    Diff(BuildrootTargetArgs),
     /// Run any target of Buildroot's make, with the product's configuration.
     Make {
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        target: BuildrootTarget,
+        target: BuildrootTargetArgs,
         /// Targets and variables, such as `busybox-rebuild`.
         #[arg(required = true, trailing_var_arg = true, allow_hyphen_values = true)]
         arguments: Vec<String>,
@@ -229,7 +232,7 @@ pub enum Buildroot {
 
 /// Which configuration of Buildroot.
 #[derive(Debug, Clone, Args)]
-pub struct BuildrootTarget {
+pub struct BuildrootTargetArgs {
     /// The product: a file in configs/, without .toml [default: the one whose engine is buildroot].
     #[arg(long, short)]
     pub product: Option<String>,
@@ -239,7 +242,7 @@ pub struct BuildrootTarget {
     pub board: Option<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub tree: BuildrootTree,
+    pub tree: BuildrootTreeArgs,
     /// Use no network: the tree and all downloads must be there.
     #[arg(long)]
     pub offline: bool,
@@ -247,17 +250,17 @@ pub struct BuildrootTarget {
 
 /// The parts of a product that can have a separate bundle.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
-pub enum Component {
+pub enum SeparateComponent {
     /// The API's wheels.
     Api,
 }
 
 /// Options of `plan`.
 #[derive(Debug, Clone, Args)]
-pub struct PlanOptions {
+pub struct PlanArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub target: Target,
+    pub target: TargetArgs,
     /// List all products and boards, for CI: with JSON, one entry for each build.
     #[arg(long)]
     pub all: bool,
@@ -269,23 +272,23 @@ pub struct PlanOptions {
     pub channel: Option<Channel>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `render`.
 #[derive(Debug, Clone, Args)]
-pub struct Show {
+pub struct RenderArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub target: Target,
+    pub target: TargetArgs,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `inspect`.
 #[derive(Debug, Clone, Args)]
-pub struct Inspect {
+pub struct InspectArgs {
     /// A card image (.img), a bundle (.bundle) or a slot image (.ext4).
     pub file: Utf8PathBuf,
     /// Compare two card images or slot images, the older first: which packages, wheels and files
@@ -297,12 +300,12 @@ pub struct Inspect {
     pub new: Option<Utf8PathBuf>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `verify`.
 #[derive(Debug, Clone, Args)]
-pub struct Verify {
+pub struct VerifyArgs {
     /// A card image with its .bmap beside it, or a bundle.
     pub file: Utf8PathBuf,
     /// Public keys to trust: a key set (JSON) or a minisign public key [default: your own key set].
@@ -310,15 +313,15 @@ pub struct Verify {
     pub keys: Option<Utf8PathBuf>,
     /// How to print the result.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `run`.
 #[derive(Debug, Clone, Args)]
-pub struct Run {
+pub struct RunArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub target: Target,
+    pub target: TargetArgs,
     /// Boot this slot instead of the one that the boot state selects.
     #[arg(long, value_parser = ["a", "b"])]
     pub slot: Option<String>,
@@ -343,7 +346,7 @@ pub struct Run {
     pub offline: bool,
     /// With --local: how to print the result.
     #[arg(long, requires = "local", value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
     /// With --local: once every health check at an address succeeds, run this command in the system
     /// as root, then stop. Succeeds if the command does.
     #[arg(last = true, requires = "local")]
@@ -352,7 +355,7 @@ pub struct Run {
 
 /// Options of `flash`.
 #[derive(Debug, Clone, Args)]
-pub struct Flash {
+pub struct FlashArgs {
     /// A card image (.img, .img.zst, .img.xz), or a product whose image was built [default: the product
     /// with `default = true`].
     #[arg(value_name = "IMAGE|PRODUCT")]
@@ -389,24 +392,24 @@ pub struct Flash {
     pub wifi_password_file: Option<Utf8PathBuf>,
     /// How to print the result.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `push`.
 #[derive(Debug, Clone, Args)]
-pub struct Push {
+pub struct PushArgs {
     /// Robots, as ssh takes them: HOST, USER@HOST or ssh://USER@HOST:PORT. Without a user: root.
     #[arg(required = true, value_name = "HOST")]
     pub hosts: Vec<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub target: Target,
+    pub target: TargetArgs,
     /// The bundle [default: the one that build-image packed for this product and board].
     #[arg(long, value_name = "FILE", conflicts_with_all = ["product", "board", "component"])]
     pub bundle: Option<Utf8PathBuf>,
     /// Build this component now, and push only that: the robot keeps running.
     #[arg(long, value_enum, conflicts_with = "no_wait")]
-    pub component: Option<Component>,
+    pub component: Option<SeparateComponent>,
     /// With --component: use no network to build it.
     #[arg(long, requires = "component")]
     pub offline: bool,
@@ -421,12 +424,12 @@ pub struct Push {
     pub ssh_option: Vec<String>,
     /// How to print the result.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `lock`.
 #[derive(Debug, Clone, Args)]
-pub struct Lock {
+pub struct LockArgs {
     /// The product: a file in configs/, without .toml [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
@@ -437,14 +440,14 @@ pub struct Lock {
 
 /// The verbs of `keys`.
 #[derive(Debug, Clone, Subcommand)]
-pub enum Keys {
+pub enum KeysCommand {
     /// Make the first release key, protected by a password.
     New,
     /// List the keys of the key set; secrets are never shown.
     List {
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Make the next release key. The previous one stays trusted unless it is revoked.
     Rotate {
@@ -465,7 +468,7 @@ pub enum Keys {
 
 /// Options of `doctor`.
 #[derive(Debug, Clone, Args)]
-pub struct Doctor {
+pub struct DoctorArgs {
     /// Also check what the engine buildroot needs.
     #[arg(long)]
     pub buildroot: bool,
@@ -474,12 +477,12 @@ pub struct Doctor {
     pub install: bool,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `test`.
 #[derive(Debug, Clone, Args)]
-pub struct Test {
+pub struct TestArgs {
     /// Also run the slow tests: the Pi 3 in QEMU, the slow compression level, a browser.
     #[arg(long)]
     pub all: bool,
@@ -493,7 +496,7 @@ pub struct Test {
 
 /// Options of `bench`.
 #[derive(Debug, Clone, Args)]
-pub struct Bench {
+pub struct BenchArgs {
     /// A filesystem image to measure with [default: the last root filesystem that was built].
     #[arg(long)]
     pub payload: Option<Utf8PathBuf>,
@@ -508,7 +511,7 @@ pub struct Bench {
 
 /// Options of `clean`.
 #[derive(Debug, Clone, Args)]
-pub struct Clean {
+pub struct CleanArgs {
     /// Also remove the cached stages: the next build takes minutes longer.
     #[arg(long)]
     pub stages: bool,

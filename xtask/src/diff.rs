@@ -13,9 +13,9 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::hex;
-pub(crate) use crate::disk::ext4_read::open;
-use crate::disk::ext4_read::{length, read_small};
-use crate::progress::bytes;
+pub(crate) use crate::disk::ext4_read::open_ext4;
+use crate::disk::ext4_read::{read_small, remaining_length};
+use crate::progress::format_bytes;
 use crate::text::printable;
 
 /// Metadata files (dpkg's status, a wheel's METADATA) larger than this are rejected. A Debian
@@ -44,13 +44,13 @@ pub struct Inventory {
     /// Python distributions: name to version.
     pub wheels: BTreeMap<String, String>,
     /// Everything except directories, by absolute path.
-    pub files: BTreeMap<String, Entry>,
+    pub files: BTreeMap<String, InventoryEntry>,
 }
 
 /// One file. Bytes that are not UTF-8 in a path or target appear as replacement characters.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Entry {
+pub struct InventoryEntry {
     /// Permission bits, with set-user-id, set-group-id and sticky.
     pub mode: u16,
     /// The owner's user id.
@@ -60,13 +60,13 @@ pub struct Entry {
     /// Length in bytes.
     pub size: u64,
     /// Its content.
-    pub content: Content,
+    pub content: EntryContent,
 }
 
 /// The content of a file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Content {
+pub enum EntryContent {
     /// A regular file: SHA-256 of its bytes, lower-case hexadecimal.
     Sha256(String),
     /// A symbolic link: its target.
@@ -78,19 +78,19 @@ pub enum Content {
 /// The added, removed and changed entries of one kind.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Changes<T> {
+pub struct ChangeSet<T> {
     /// Only in the new filesystem.
     pub added: BTreeMap<String, T>,
     /// Only in the old filesystem.
     pub removed: BTreeMap<String, T>,
     /// In both, but different.
-    pub changed: BTreeMap<String, Change<T>>,
+    pub changed: BTreeMap<String, EntryChange<T>>,
 }
 
 /// The old and the new state of an entry.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Change<T> {
+pub struct EntryChange<T> {
     /// The old state.
     pub old: T,
     /// The new state.
@@ -100,18 +100,18 @@ pub struct Change<T> {
 /// What changed from one inventory to another.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Difference {
+pub struct InventoryDifference {
     /// Packages, by version.
-    pub packages: Changes<String>,
+    pub packages: ChangeSet<String>,
     /// Wheels, by version.
-    pub wheels: Changes<String>,
+    pub wheels: ChangeSet<String>,
     /// Files, by mode, owner and content.
-    pub files: Changes<Entry>,
+    pub files: ChangeSet<InventoryEntry>,
     /// The growth of all files together in bytes; negative when they shrank.
     pub bytes_delta: i64,
 }
 
-impl<T: Clone + PartialEq> Changes<T> {
+impl<T: Clone + PartialEq> ChangeSet<T> {
     /// Compares two lists by name.
     pub fn between(old: &BTreeMap<String, T>, new: &BTreeMap<String, T>) -> Self {
         let only = |these: &BTreeMap<String, T>, those: &BTreeMap<String, T>| {
@@ -125,7 +125,9 @@ impl<T: Clone + PartialEq> Changes<T> {
             .iter()
             .filter_map(|(name, old)| Some((name, old, new.get(name)?)))
             .filter(|(_, old, new)| old != new)
-            .map(|(name, old, new)| (name.clone(), Change { old: old.clone(), new: new.clone() }))
+            .map(|(name, old, new)| {
+                (name.clone(), EntryChange { old: old.clone(), new: new.clone() })
+            })
             .collect();
         Self { added: only(new, old), removed: only(old, new), changed }
     }
@@ -140,15 +142,15 @@ impl<T: Clone + PartialEq> Changes<T> {
     }
 }
 
-impl Difference {
+impl InventoryDifference {
     /// Compares two inventories.
     pub fn between(old: &Inventory, new: &Inventory) -> Self {
         let total = |of: &Inventory| of.files.values().map(|e| i128::from(e.size)).sum::<i128>();
         let delta = (total(new) - total(old)).clamp(i64::MIN.into(), i64::MAX.into());
         Self {
-            packages: Changes::between(&old.packages, &new.packages),
-            wheels: Changes::between(&old.wheels, &new.wheels),
-            files: Changes::between(&old.files, &new.files),
+            packages: ChangeSet::between(&old.packages, &new.packages),
+            wheels: ChangeSet::between(&old.wheels, &new.wheels),
+            files: ChangeSet::between(&old.files, &new.files),
             bytes_delta: i64::try_from(delta).unwrap_or_default(),
         }
     }
@@ -175,16 +177,16 @@ impl Difference {
         if self.is_empty() {
             return writeln!(out, "no difference");
         }
-        versions("packages", &self.packages, out)?;
-        versions("wheels", &self.wheels, out)?;
+        describe_versions("packages", &self.packages, out)?;
+        describe_versions("wheels", &self.wheels, out)?;
         let files = &self.files;
         heading("files", files, &format!(", {}", signed(i128::from(self.bytes_delta))), out)?;
         for path in files.names() {
             let name = printable(path);
             if let Some(entry) = files.added.get(path) {
-                writeln!(out, "  + {name}  {}", bytes(entry.size))?;
+                writeln!(out, "  + {name}  {}", format_bytes(entry.size))?;
             } else if let Some(entry) = files.removed.get(path) {
-                writeln!(out, "  - {name}  {}", bytes(entry.size))?;
+                writeln!(out, "  - {name}  {}", format_bytes(entry.size))?;
             } else if let Some(change) = files.changed.get(path) {
                 writeln!(out, "  ~ {name}  {}", what_changed(change))?;
             }
@@ -195,7 +197,7 @@ impl Difference {
 
 fn heading<T: Clone + PartialEq>(
     name: &str,
-    changes: &Changes<T>,
+    changes: &ChangeSet<T>,
     rest: &str,
     out: &mut dyn Write,
 ) -> io::Result<()> {
@@ -214,9 +216,9 @@ fn heading<T: Clone + PartialEq>(
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub(crate) fn versions(
+pub(crate) fn describe_versions(
     name: &str,
-    changes: &Changes<String>,
+    changes: &ChangeSet<String>,
     out: &mut dyn Write,
 ) -> io::Result<()> {
     heading(name, changes, "", out)?;
@@ -226,7 +228,7 @@ pub(crate) fn versions(
             writeln!(out, "  + {shown} {}", printable(version))?;
         } else if let Some(version) = changes.removed.get(key) {
             writeln!(out, "  - {shown} {}", printable(version))?;
-        } else if let Some(Change { old, new }) = changes.changed.get(key) {
+        } else if let Some(EntryChange { old, new }) = changes.changed.get(key) {
             writeln!(out, "  ~ {shown} {} -> {}", printable(old), printable(new))?;
         }
     }
@@ -234,35 +236,35 @@ pub(crate) fn versions(
 }
 
 fn signed(delta: i128) -> String {
-    let size = bytes(u64::try_from(delta.unsigned_abs()).unwrap_or(u64::MAX));
+    let size = format_bytes(u64::try_from(delta.unsigned_abs()).unwrap_or(u64::MAX));
     format!("{}{size}", if delta < 0 { '-' } else { '+' })
 }
 
 /// The differences of a file in human-readable form.
-pub(crate) fn what_changed(Change { old, new }: &Change<Entry>) -> String {
-    let mut said = Vec::new();
+pub(crate) fn what_changed(EntryChange { old, new }: &EntryChange<InventoryEntry>) -> String {
+    let mut changes = Vec::new();
     if old.mode != new.mode {
-        said.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));
+        changes.push(format!("mode {:04o} -> {:04o}", old.mode, new.mode));
     }
     if (old.uid, old.gid) != (new.uid, new.gid) {
-        said.push(format!("owner {}:{} -> {}:{}", old.uid, old.gid, new.uid, new.gid));
+        changes.push(format!("owner {}:{} -> {}:{}", old.uid, old.gid, new.uid, new.gid));
     }
     match (&old.content, &new.content) {
         (a, b) if a == b => {}
-        (Content::Sha256(_), Content::Sha256(_)) => {
+        (EntryContent::Sha256(_), EntryContent::Sha256(_)) => {
             let delta = i128::from(new.size) - i128::from(old.size);
-            said.push(format!("content, {}", signed(delta)));
+            changes.push(format!("content, {}", signed(delta)));
         }
-        (a, b) => said.push(format!("{} -> {}", kind(a), kind(b))),
+        (a, b) => changes.push(format!("{} -> {}", describe_kind(a), describe_kind(b))),
     }
-    said.join("; ")
+    changes.join("; ")
 }
 
-fn kind(content: &Content) -> String {
+fn describe_kind(content: &EntryContent) -> String {
     match content {
-        Content::Sha256(_) => "file".to_owned(),
-        Content::Link(target) => format!("link to {}", printable(target)),
-        Content::Special(kind) => kind.clone(),
+        EntryContent::Sha256(_) => "file".to_owned(),
+        EntryContent::Link(target) => format!("link to {}", printable(target)),
+        EntryContent::Special(kind) => kind.clone(),
     }
 }
 
@@ -273,20 +275,20 @@ impl Inventory {
     /// # Errors
     /// When there is no readable ext4 filesystem, or its package database is malformed.
     pub fn of_ext4(image: &Utf8Path, offset: u64) -> Result<Self> {
-        let filesystem = open(image, offset)?;
-        let mut found = Walk { length: length(image, offset)?, ..Walk::default() };
+        let filesystem = open_ext4(image, offset)?;
+        let mut found = Walk { length: remaining_length(image, offset)?, ..Walk::default() };
         found
             .folder(&filesystem, b"/".to_vec())
             .with_context(|| format!("listing the filesystem at byte {offset} of {image}"))?;
         let mut inventory = Self { files: found.files, ..Self::default() };
         for (path, hash) in hash_all(image, offset, &found.regular)? {
             if let Some(entry) = inventory.files.get_mut(&path) {
-                entry.content = Content::Sha256(hash);
+                entry.content = EntryContent::Sha256(hash);
             }
         }
-        let doing = || format!("in the filesystem at byte {offset} of {image}");
-        inventory.read_packages(&filesystem).with_context(doing)?;
-        inventory.read_wheels(&filesystem).with_context(doing)?;
+        let context = || format!("in the filesystem at byte {offset} of {image}");
+        inventory.read_packages(&filesystem).with_context(context)?;
+        inventory.read_wheels(&filesystem).with_context(context)?;
         Ok(inventory)
     }
 
@@ -295,17 +297,19 @@ impl Inventory {
         if !self.files.contains_key(STATUS) {
             return Ok(());
         }
-        let text = metadata(filesystem, STATUS)?;
+        let text = read_metadata(filesystem, STATUS)?;
         for paragraph in text.split("\n\n").filter(|paragraph| !paragraph.trim().is_empty()) {
-            let name = field(paragraph, "Package");
-            let (Some(name), Some(version)) = (name, field(paragraph, "Version")) else {
+            let name = header_field(paragraph, "Package");
+            let (Some(name), Some(version)) = (name, header_field(paragraph, "Version")) else {
                 // dpkg keeps a paragraph without a version for packages that were never installed.
                 if name.is_some() {
                     continue;
                 }
                 bail!("reading {STATUS}: a paragraph has no `Package` field");
             };
-            if field(paragraph, "Status").is_some_and(|status| status.ends_with(" installed")) {
+            if header_field(paragraph, "Status")
+                .is_some_and(|status| status.ends_with(" installed"))
+            {
                 self.packages.insert(name.to_owned(), version.to_owned());
             }
         }
@@ -320,10 +324,11 @@ impl Inventory {
                 && matches!(parts.next(), Some("site-packages" | "dist-packages"))
         };
         for path in self.files.keys().filter(is_metadata) {
-            let text = metadata(filesystem, path)?;
+            let text = read_metadata(filesystem, path)?;
             // The header ends at the first empty line; a description may follow.
             let header = text.split("\n\n").next().unwrap_or_default();
-            let (Some(name), Some(version)) = (field(header, "Name"), field(header, "Version"))
+            let (Some(name), Some(version)) =
+                (header_field(header, "Name"), header_field(header, "Version"))
             else {
                 bail!("reading {path}: expected the fields `Name` and `Version`");
             };
@@ -333,21 +338,21 @@ impl Inventory {
     }
 }
 
-fn metadata(filesystem: &Ext4, path: &str) -> Result<String> {
+fn read_metadata(filesystem: &Ext4, path: &str) -> Result<String> {
     let content = read_small(filesystem, path, MOST_METADATA)?;
     Ok(String::from_utf8_lossy(&content).replace("\r\n", "\n"))
 }
 
 /// A field of a header in the format of Debian's and Python's metadata; `None` if it is longer than
 /// any real one.
-fn field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
+fn header_field<'a>(header: &'a str, name: &str) -> Option<&'a str> {
     let value = |line: &'a str| Some(line.strip_prefix(name)?.strip_prefix(':')?.trim());
     header.lines().find_map(value).filter(|value| value.len() <= LONGEST_FIELD)
 }
 
 #[derive(Default)]
 struct Walk {
-    files: BTreeMap<String, Entry>,
+    files: BTreeMap<String, InventoryEntry>,
     /// The regular files: as shown, as stored.
     regular: Vec<(String, Vec<u8>)>,
     /// Bytes of the filesystem.
@@ -423,18 +428,20 @@ impl Walk {
                         );
                         self.names += usize::try_from(metadata.len()).unwrap_or(LONGEST_PATH);
                         let target = filesystem.read_link(&path)?;
-                        Content::Link(String::from_utf8_lossy(target.as_ref()).into_owned())
+                        EntryContent::Link(String::from_utf8_lossy(target.as_ref()).into_owned())
                     }
                     FileType::Regular => {
                         self.regular.push((shown.clone(), stored));
-                        Content::Sha256(String::new())
+                        EntryContent::Sha256(String::new())
                     }
-                    FileType::BlockDevice => Content::Special("block device".to_owned()),
-                    FileType::CharacterDevice => Content::Special("character device".to_owned()),
-                    FileType::Fifo => Content::Special("FIFO".to_owned()),
-                    FileType::Socket => Content::Special("socket".to_owned()),
+                    FileType::BlockDevice => EntryContent::Special("block device".to_owned()),
+                    FileType::CharacterDevice => {
+                        EntryContent::Special("character device".to_owned())
+                    }
+                    FileType::Fifo => EntryContent::Special("FIFO".to_owned()),
+                    FileType::Socket => EntryContent::Special("socket".to_owned()),
                 };
-                let found = Entry {
+                let found = InventoryEntry {
                     mode: metadata.mode() & 0o7777,
                     uid: metadata.uid(),
                     gid: metadata.gid(),
@@ -457,11 +464,11 @@ fn hash_all(
     let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
     let next = AtomicUsize::new(0);
     let work = || -> Result<Vec<(String, String)>> {
-        let filesystem = open(image, offset)?;
+        let filesystem = open_ext4(image, offset)?;
         let mut done = Vec::new();
         let mut buffer = vec![0; 64 * 1024];
         while let Some((shown, stored)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let hash = hash(&filesystem, stored, &mut buffer)
+            let hash = hash_file(&filesystem, stored, &mut buffer)
                 .with_context(|| format!("reading {shown} in {image}"))?;
             done.push((shown.clone(), hash));
         }
@@ -480,7 +487,7 @@ fn hash_all(
     })
 }
 
-fn hash(filesystem: &Ext4, path: &[u8], buffer: &mut [u8]) -> Result<String> {
+fn hash_file(filesystem: &Ext4, path: &[u8], buffer: &mut [u8]) -> Result<String> {
     let mut file = filesystem.open(path)?;
     let mut hasher = Sha256::new();
     loop {

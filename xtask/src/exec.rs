@@ -17,14 +17,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 const TAIL_LINES: usize = 15;
 
 /// The longest answer of a program whose output comes from an untrusted machine: 16 MiB, as
-/// `release::format::LARGEST_TEXT`.
+/// `store::format::LARGEST_TEXT`.
 const MOST_ANSWER: u64 = 16 << 20;
 
 /// One call of another program.
 #[derive(Debug)]
 pub struct Tool {
     command: Command,
-    shown: Vec<String>,
+    words: Vec<String>,
     log: Option<Utf8PathBuf>,
 }
 
@@ -70,8 +70,8 @@ impl Tool {
     pub fn new(program: impl AsRef<str>) -> Self {
         let program = program.as_ref();
         let mut command = Command::new(program);
-        command.env_clear().envs(environment::of(program));
-        Self { command, shown: vec![program.to_owned()], log: None }
+        command.env_clear().envs(environment::variables_for(program));
+        Self { command, words: vec![program.to_owned()], log: None }
     }
 
     /// Passes the settings of proxies and certificates to the program, for the programs that it
@@ -93,7 +93,7 @@ impl Tool {
     #[must_use]
     pub fn arg(mut self, arg: impl AsRef<str>) -> Self {
         self.command.arg(arg.as_ref());
-        self.shown.push(arg.as_ref().to_owned());
+        self.words.push(arg.as_ref().to_owned());
         self
     }
 
@@ -154,12 +154,12 @@ impl Tool {
     }
 
     /// The command as a person would type it (for messages only; it is never given to a shell).
-    pub fn shown(&self) -> String {
+    pub fn command_line(&self) -> String {
         let quote = |s: &String| {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
             if !s.is_empty() && s.chars().all(plain) { s.clone() } else { format!("'{s}'") }
         };
-        self.shown.iter().map(quote).collect::<Vec<_>>().join(" ")
+        self.words.iter().map(quote).collect::<Vec<_>>().join(" ")
     }
 
     /// Runs to the end.
@@ -176,11 +176,11 @@ impl Tool {
     /// When the program is missing or exits with anything but zero.
     pub fn run_lines(mut self, mut each: impl FnMut(&str)) -> Result<()> {
         let mut log = self.open_log()?;
-        let shown = self.shown();
+        let command_line = self.command_line();
         let (reader, writer) = std::io::pipe().context("making a pipe")?;
         let second = writer.try_clone().context("making a pipe")?;
         self.command.stdin(Stdio::null()).stdout(writer).stderr(second);
-        let mut child = self.command.spawn().with_context(|| format!("running {shown}"))?;
+        let mut child = self.command.spawn().with_context(|| format!("running {command_line}"))?;
         // `Command` keeps its ends of the pipe open; without this the reader would never end.
         self.command.stdout(Stdio::null()).stderr(Stdio::null());
         let mut tail = Vec::new();
@@ -188,15 +188,15 @@ impl Tool {
         let mut line = Vec::new();
         // The log gets the whole of a line that is too long to be shown.
         let mut keep = |piece: &[u8]| log.as_mut().map_or(Ok(()), |log| log.write_all(piece));
-        while lines::next(&mut reader, &mut line, &mut keep)
-            .with_context(|| format!("running {shown} and writing its log"))?
+        while lines::read_line(&mut reader, &mut line, &mut keep)
+            .with_context(|| format!("running {command_line} and writing its log"))?
             .is_some()
         {
             let text = String::from_utf8_lossy(&line);
             each(text.trim_end());
             keep_tail(&mut tail, text.trim_end());
         }
-        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
+        let status = child.wait().with_context(|| format!("waiting for {command_line}"))?;
         self.check(status, &tail)
     }
 
@@ -205,8 +205,8 @@ impl Tool {
     /// # Errors
     /// When the program is missing or exits with anything but zero.
     pub fn run_on_terminal(mut self) -> Result<()> {
-        let shown = self.shown();
-        let status = self.command.status().with_context(|| format!("running {shown}"))?;
+        let command_line = self.command_line();
+        let status = self.command.status().with_context(|| format!("running {command_line}"))?;
         self.check(status, &[])
     }
 
@@ -215,9 +215,9 @@ impl Tool {
     /// # Errors
     /// When the program is missing, exits with a code other than zero, or its output is not UTF-8.
     pub fn read(self) -> Result<String> {
-        let shown = self.shown();
+        let command_line = self.command_line();
         String::from_utf8(self.read_bytes()?)
-            .with_context(|| format!("{shown} printed something that is not UTF-8"))
+            .with_context(|| format!("{command_line} printed something that is not UTF-8"))
     }
 
     /// Runs to the end and returns the bytes that the program wrote to standard output.
@@ -226,12 +226,12 @@ impl Tool {
     /// When the program is missing or exits with anything but zero.
     pub fn read_bytes(mut self) -> Result<Vec<u8>> {
         let mut log = self.open_log()?;
-        let shown = self.shown();
+        let command_line = self.command_line();
         let output = self
             .command
             .stdin(Stdio::null())
             .output()
-            .with_context(|| format!("running {shown}"))?;
+            .with_context(|| format!("running {command_line}"))?;
         let errors = String::from_utf8_lossy(&output.stderr);
         let mut tail = Vec::new();
         for line in errors.lines() {
@@ -254,19 +254,19 @@ impl Tool {
             Some(log) => Stdio::from(log),
             None => Stdio::null(),
         };
-        let shown = self.shown();
+        let command_line = self.command_line();
         let mut child = self
             .command
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(errors)
             .spawn()
-            .with_context(|| format!("running {shown}"))?;
+            .with_context(|| format!("running {command_line}"))?;
         let consumed = match child.stdout.take() {
             Some(mut out) => consume(&mut out),
-            None => bail!("{shown} has no standard output"),
+            None => bail!("{command_line} has no standard output"),
         };
-        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
+        let status = child.wait().with_context(|| format!("waiting for {command_line}"))?;
         let value = consumed?;
         self.check(status, &[])?;
         Ok(value)
@@ -285,16 +285,16 @@ impl Tool {
         input: Option<File>,
         mut each: impl FnMut(&str),
     ) -> Result<(ExitStatus, Vec<u8>)> {
-        let shown = self.shown();
+        let command_line = self.command_line();
         let mut child = self
             .command
             .stdin(input.map_or_else(Stdio::null, Stdio::from))
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())
             .spawn()
-            .with_context(|| format!("running {shown}"))?;
+            .with_context(|| format!("running {command_line}"))?;
         let (Some(out), Some(errors)) = (child.stdout.take(), child.stderr.take()) else {
-            bail!("{shown} has no standard output")
+            bail!("{command_line} has no standard output")
         };
         // The process is waited for only below, so its id stays valid until then.
         let process = rustix::process::Pid::from_child(&child);
@@ -326,7 +326,7 @@ impl Tool {
                     }
                     Err(io::Error::other(format!("it wrote a line of more than {most} bytes")))
                 };
-                match lines::next(&mut errors, &mut line, bounded) {
+                match lines::read_line(&mut errors, &mut line, bounded) {
                     Ok(None) => break Ok(()),
                     Ok(Some(_)) => each(String::from_utf8_lossy(&line).trim_end()),
                     Err(error) => break Err(error.into()),
@@ -338,8 +338,8 @@ impl Tool {
             let output = output.join().map_err(|_| anyhow::anyhow!("the reading thread failed"))?;
             listened.and(output)
         });
-        let status = child.wait().with_context(|| format!("waiting for {shown}"))?;
-        Ok((status, heard.with_context(|| format!("reading the output of {shown}"))?))
+        let status = child.wait().with_context(|| format!("waiting for {command_line}"))?;
+        Ok((status, heard.with_context(|| format!("reading the output of {command_line}"))?))
     }
 
     /// The command itself, for the one program that is interactive while it runs: a virtual machine
@@ -358,7 +358,7 @@ impl Tool {
             .append(true)
             .open(path)
             .with_context(|| format!("opening the log {path}"))?;
-        writeln!(file, "$ {}", self.shown()).with_context(|| format!("writing {path}"))?;
+        writeln!(file, "$ {}", self.command_line()).with_context(|| format!("writing {path}"))?;
         Ok(Some(file))
     }
 
@@ -366,7 +366,7 @@ impl Tool {
         if status.success() {
             return Ok(());
         }
-        let mut message = format!("{} failed: {status}", self.shown());
+        let mut message = format!("{} failed: {status}", self.command_line());
         for line in tail {
             message.push_str("\n  | ");
             message.push_str(line);
@@ -387,7 +387,7 @@ fn keep_tail(tail: &mut Vec<String>, line: &str) {
 
 /// The path of a program on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many
 /// users).
-pub fn find(program: &str) -> Option<Utf8PathBuf> {
+pub fn find_program(program: &str) -> Option<Utf8PathBuf> {
     let path = std::env::var("PATH").unwrap_or_default();
     path.split(':')
         .chain(["/usr/sbin", "/sbin"])

@@ -9,7 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 
 use crate::artifact;
-use crate::disk::{Usage, usage};
+use crate::disk::{Ext4Usage, read_usage};
 use crate::exec::Tool;
 use crate::progress;
 
@@ -121,7 +121,7 @@ pub struct Ext4Request<'a> {
 
 /// The content of a tar.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Content {
+struct TarContent {
     /// Bytes of its files, each in whole blocks.
     bytes: u64,
     /// Files, directories, links, devices.
@@ -133,10 +133,10 @@ struct Content {
 /// # Errors
 /// When the tool is too old or fails, or the content does not fit; the message names both sizes. No
 /// file has the image's name then.
-pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Usage> {
-    let temporary = artifact::partial(out);
-    let attempt = || -> Result<Usage> {
-        check(request)?;
+pub fn make_image(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<Ext4Usage> {
+    let temporary = artifact::partial_path(out);
+    let attempt = || -> Result<Ext4Usage> {
+        check_request(request)?;
         tool.version()?;
         if let Some(parent) = out.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
@@ -148,7 +148,7 @@ pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<
         {
             return Err(too_large(request, content));
         }
-        if let Err(error) = run(tool, request, content, &temporary) {
+        if let Err(error) = run_mke2fs(tool, request, content, &temporary) {
             let text = format!("{error:#}");
             let full = ["Could not allocate", "No free space", "No space left on device"];
             return Err(match content {
@@ -160,7 +160,7 @@ pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<
                 _ => error,
             });
         }
-        let usage = usage(&temporary)?;
+        let usage = read_usage(&temporary)?;
         File::open(&temporary)
             .and_then(|file| file.sync_data())
             .with_context(|| format!("writing {temporary}"))?;
@@ -173,7 +173,7 @@ pub fn make(tool: &Mke2fs, request: &Ext4Request<'_>, out: &Utf8Path) -> Result<
     })
 }
 
-fn check(request: &Ext4Request<'_>) -> Result<()> {
+fn check_request(request: &Ext4Request<'_>) -> Result<()> {
     let (size, label) = (request.size, request.label);
     ensure!(
         size > 0 && size.is_multiple_of(BLOCK),
@@ -183,10 +183,10 @@ fn check(request: &Ext4Request<'_>) -> Result<()> {
     Ok(())
 }
 
-fn run(
+fn run_mke2fs(
     tool: &Mke2fs,
     request: &Ext4Request<'_>,
-    content: Option<Content>,
+    content: Option<TarContent>,
     out: &Utf8Path,
 ) -> Result<()> {
     let mut features = FEATURES.join(",");
@@ -224,12 +224,12 @@ fn run(
     call.arg(out).arg((request.size / BLOCK).to_string()).run()
 }
 
-fn too_large(request: &Ext4Request<'_>, content: Content) -> anyhow::Error {
+fn too_large(request: &Ext4Request<'_>, content: TarContent) -> anyhow::Error {
     anyhow::anyhow!(
         "the content ({} in {} entries) does not fit {}\nhelp: raise {}, or remove some content",
-        progress::bytes(content.bytes),
+        progress::format_bytes(content.bytes),
         content.entries,
-        progress::bytes(request.size),
+        progress::format_bytes(request.size),
         request.size_key
     )
 }
@@ -240,12 +240,12 @@ fn disk_full(path: &Utf8Path) -> bool {
     rustix::fs::statvfs(folder.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
 }
 
-fn content_of(path: &Utf8Path) -> Result<Content> {
-    let doing = || format!("reading {path}");
-    let mut archive = tar::Archive::new(File::open(path).with_context(doing)?);
-    let mut content = Content { bytes: 0, entries: 0 };
-    for entry in archive.entries_with_seek().with_context(doing)? {
-        let entry = entry.with_context(doing)?;
+fn content_of(path: &Utf8Path) -> Result<TarContent> {
+    let context = || format!("reading {path}");
+    let mut archive = tar::Archive::new(File::open(path).with_context(context)?);
+    let mut content = TarContent { bytes: 0, entries: 0 };
+    for entry in archive.entries_with_seek().with_context(context)? {
+        let entry = entry.with_context(context)?;
         // An additional name of a file needs neither an inode nor blocks.
         if entry.header().entry_type() == tar::EntryType::Link {
             continue;

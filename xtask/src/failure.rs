@@ -10,7 +10,7 @@ pub const FAILURE: &str = "failure.json";
 
 /// Why a build failed, for the summary of several.
 #[derive(Debug, Clone, serde::Serialize, serde::Deserialize)]
-pub struct Failure {
+pub struct BuildFailure {
     /// The stage.
     pub stage: String,
     /// Its log, relative to the workspace, if any.
@@ -19,7 +19,7 @@ pub struct Failure {
     pub error: String,
 }
 
-impl Failure {
+impl BuildFailure {
     /// Removes the note of an earlier failure.
     ///
     /// # Errors

@@ -13,10 +13,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{FlockOperation, flock};
 use ureq::tls::TlsConfig;
 
-use crate::artifact::{Artifact, hash_file, partial};
+use crate::artifact::{Artifact, hash_file, partial_path};
 use crate::cache::{Cache, RemoteDownloads};
-use crate::progress::{Step, Unit};
-use crate::tls::authorities;
+use crate::progress::{ProgressStep, ProgressUnit};
+use crate::tls::load_authorities;
 
 /// Parallel connections; more would burden mirrors and are not faster on a home connection.
 const CONNECTIONS: usize = 4;
@@ -47,7 +47,7 @@ pub struct Download {
 
 /// The result of a download.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Outcome {
+pub enum DownloadOutcome {
     /// The file is in the store.
     Ready(Artifact),
     /// The server does not have the file (404 or 410).
@@ -56,14 +56,14 @@ pub enum Outcome {
 
 /// The store and its downloader.
 #[derive(Debug, Clone)]
-pub struct Fetcher {
+pub struct Downloader {
     store: Utf8PathBuf,
     offline: bool,
     agent: ureq::Agent,
     shared: Option<Arc<dyn RemoteDownloads>>,
 }
 
-impl Fetcher {
+impl Downloader {
     /// A store below `cache`; `offline` never opens a connection.
     ///
     /// # Errors
@@ -77,7 +77,7 @@ impl Fetcher {
             .timeout_connect(Some(CONNECT))
             .timeout_recv_response(Some(ANSWER))
             .timeout_recv_body(Some(BODY))
-            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
         Ok(Self { store, offline, agent: config.into(), shared: None })
     }
@@ -85,8 +85,8 @@ impl Fetcher {
     /// The store of a cache, and the shared cache of a team.
     ///
     /// # Errors
-    /// As [`Fetcher::new`].
-    pub fn of(cache: &Cache, offline: bool) -> Result<Self> {
+    /// As [`Downloader::new`].
+    pub fn for_cache(cache: &Cache, offline: bool) -> Result<Self> {
         Ok(Self { shared: cache.remote(), ..Self::new(&cache.root, offline)? })
     }
 
@@ -95,7 +95,7 @@ impl Fetcher {
         self.store.join(sha256)
     }
 
-    /// Whether this fetcher never opens a connection.
+    /// Whether this downloader never opens a connection.
     pub fn is_offline(&self) -> bool {
         self.offline
     }
@@ -105,10 +105,15 @@ impl Fetcher {
     /// # Errors
     /// When files are missing offline (all are listed), a server is unreachable, answers with an
     /// error, or sends other bytes than requested.
-    pub fn fetch(&self, stage: &str, what: &str, wanted: &[Download]) -> Result<Vec<Outcome>> {
-        let mut outcomes: Vec<Option<Outcome>> = Vec::with_capacity(wanted.len());
+    pub fn fetch(
+        &self,
+        stage: &str,
+        what: &str,
+        wanted: &[Download],
+    ) -> Result<Vec<DownloadOutcome>> {
+        let mut outcomes: Vec<Option<DownloadOutcome>> = Vec::with_capacity(wanted.len());
         for download in wanted {
-            outcomes.push(self.stored(download)?.map(Outcome::Ready));
+            outcomes.push(self.stored(download)?.map(DownloadOutcome::Ready));
         }
         let missing: Vec<usize> =
             outcomes.iter().enumerate().filter(|(_, o)| o.is_none()).map(|(i, _)| i).collect();
@@ -120,20 +125,20 @@ impl Fetcher {
                 names.len(),
                 wanted.len(),
                 self.store,
-                crate::progress::names(&names)
+                crate::progress::list_names(&names)
             );
         }
         if !missing.is_empty() {
             self.fetch_missing(stage, what, wanted, &missing, &mut outcomes)?;
         }
-        let outcomes: Vec<Outcome> = outcomes
+        let outcomes: Vec<DownloadOutcome> = outcomes
             .into_iter()
             .map(|outcome| outcome.context("a download has no result"))
             .collect::<Result<_>>()?;
         if let (Some(shared), false) = (&self.shared, self.offline) {
-            let ready = |outcome: &Outcome| match outcome {
-                Outcome::Ready(artifact) => Some(artifact.clone()),
-                Outcome::Gone => None,
+            let ready = |outcome: &DownloadOutcome| match outcome {
+                DownloadOutcome::Ready(artifact) => Some(artifact.clone()),
+                DownloadOutcome::Gone => None,
             };
             shared.offer(what, &outcomes.iter().filter_map(ready).collect::<Vec<_>>());
         }
@@ -146,13 +151,13 @@ impl Fetcher {
         what: &str,
         wanted: &[Download],
         missing: &[usize],
-        outcomes: &mut [Option<Outcome>],
+        outcomes: &mut [Option<DownloadOutcome>],
     ) -> Result<()> {
         let total = missing.iter().map(|&i| wanted[i].size.unwrap_or(0)).sum();
-        let step = Step::new(stage, what, total, Unit::Bytes);
+        let step = ProgressStep::new(stage, what, total, ProgressUnit::Bytes);
         let next = AtomicUsize::new(0);
         let failed = AtomicBool::new(false);
-        let done: Mutex<Vec<(usize, Result<Outcome>)>> = Mutex::new(Vec::new());
+        let done: Mutex<Vec<(usize, Result<DownloadOutcome>)>> = Mutex::new(Vec::new());
         std::thread::scope(|scope| {
             for _ in 0..CONNECTIONS.min(missing.len()) {
                 scope.spawn(|| {
@@ -161,7 +166,7 @@ impl Fetcher {
                             break;
                         };
                         let result = self
-                            .one(&wanted[i], &step)
+                            .download_one(&wanted[i], &step)
                             .with_context(|| format!("fetching {}", wanted[i].name));
                         failed.fetch_or(result.is_err(), Ordering::Relaxed);
                         done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
@@ -192,9 +197,9 @@ impl Fetcher {
         Ok(None)
     }
 
-    fn one(&self, download: &Download, step: &Step) -> Result<Outcome> {
+    fn download_one(&self, download: &Download, step: &ProgressStep) -> Result<DownloadOutcome> {
         let path = self.path_of(&download.sha256);
-        let temporary = partial(&path);
+        let temporary = partial_path(&path);
         let mut file = OpenOptions::new()
             .create(true)
             .truncate(false)
@@ -206,26 +211,26 @@ impl Fetcher {
         flock(&file, FlockOperation::LockExclusive)
             .with_context(|| format!("locking {temporary}"))?;
         if let Some(artifact) = self.stored(download)? {
-            return Ok(Outcome::Ready(artifact));
+            return Ok(DownloadOutcome::Ready(artifact));
         }
         if let Some(artifact) = self.take_shared(download, step)? {
             // A build that waited checks the store first.
             drop(fs::remove_file(&temporary));
-            return Ok(Outcome::Ready(artifact));
+            return Ok(DownloadOutcome::Ready(artifact));
         }
         let mut pause = FIRST_PAUSE;
         let mut attempt = 1;
         loop {
-            let before = length(&file)?;
+            let before = file_length(&file)?;
             match self.attempt(download, &mut file, step) {
                 Ok(Attempt::Complete) => break,
                 Ok(Attempt::Gone) => {
                     drop(fs::remove_file(&temporary));
-                    return Ok(Outcome::Gone);
+                    return Ok(DownloadOutcome::Gone);
                 }
-                Err(Failure::Final(error)) => return Err(error),
-                Err(Failure::Again(error)) => {
-                    if length(&file)? > before {
+                Err(AttemptFailure::Final(error)) => return Err(error),
+                Err(AttemptFailure::Again(error)) => {
+                    if file_length(&file)? > before {
                         attempt = 1;
                         pause = FIRST_PAUSE;
                         continue;
@@ -248,17 +253,17 @@ impl Fetcher {
                  SHA-256 \
                  {}, found {size} bytes with SHA-256 {sha256}\n\
                  help: the file was discarded; try again, or use another mirror",
-                shown(&download.url),
+                url_without_login(&download.url),
                 download.sha256
             );
         }
         file.sync_all().with_context(|| format!("writing {temporary}"))?;
         fs::rename(&temporary, &path).with_context(|| format!("renaming {temporary}"))?;
-        Ok(Outcome::Ready(Artifact { path, size, sha256 }))
+        Ok(DownloadOutcome::Ready(Artifact { path, size, sha256 }))
     }
 
     /// The file from the shared cache, if it exists there.
-    fn take_shared(&self, download: &Download, step: &Step) -> Result<Option<Artifact>> {
+    fn take_shared(&self, download: &Download, step: &ProgressStep) -> Result<Option<Artifact>> {
         let Some(shared) = &self.shared else { return Ok(None) };
         let path = self.path_of(&download.sha256);
         // A separate file: the partial download from a mirror is kept, and resumes if this fails.
@@ -281,9 +286,9 @@ impl Fetcher {
         &self,
         download: &Download,
         file: &mut File,
-        step: &Step,
-    ) -> Result<Attempt, Failure> {
-        let have = length(file).map_err(Failure::Final)?;
+        step: &ProgressStep,
+    ) -> Result<Attempt, AttemptFailure> {
+        let have = file_length(file).map_err(AttemptFailure::Final)?;
         let mut request = self.agent.get(&download.url).header("Accept-Encoding", "identity");
         if have > 0 {
             if download.size == Some(have) {
@@ -291,8 +296,9 @@ impl Fetcher {
             }
             request = request.header("Range", format!("bytes={have}-"));
         }
-        let mut response =
-            request.call().map_err(|error| classify(error, &shown(&download.url)))?;
+        let mut response = request
+            .call()
+            .map_err(|error| classify_error(error, &url_without_login(&download.url)))?;
         let status = response.status().as_u16();
         let start = match status {
             200 => 0,
@@ -300,19 +306,25 @@ impl Fetcher {
             404 | 410 => return Ok(Attempt::Gone),
             // The partial file is longer than the real one: start again.
             416 => {
-                file.set_len(0).map_err(Failure::write)?;
-                return Err(Failure::again(format!("{}: nothing to resume", shown(&download.url))));
+                file.set_len(0).map_err(AttemptFailure::write)?;
+                return Err(AttemptFailure::again(format!(
+                    "{}: nothing to resume",
+                    url_without_login(&download.url)
+                )));
             }
             408 | 429 | 500..=599 => {
-                return Err(Failure::again(format!("{} answered {status}", shown(&download.url))));
+                return Err(AttemptFailure::again(format!(
+                    "{} answered {status}",
+                    url_without_login(&download.url)
+                )));
             }
             _ => {
-                let message = format!("{} answered {status}", shown(&download.url));
-                return Err(Failure::Final(anyhow::Error::msg(message)));
+                let message = format!("{} answered {status}", url_without_login(&download.url));
+                return Err(AttemptFailure::Final(anyhow::Error::msg(message)));
             }
         };
-        file.set_len(start).map_err(Failure::write)?;
-        file.seek(SeekFrom::Start(start)).map_err(Failure::write)?;
+        file.set_len(start).map_err(AttemptFailure::write)?;
+        file.seek(SeekFrom::Start(start)).map_err(AttemptFailure::write)?;
         let limit = download.size.unwrap_or(UNKNOWN_LIMIT);
         // One additional byte is enough to detect a wrong file.
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
@@ -324,20 +336,20 @@ impl Fetcher {
                 Ok(0) => break,
                 Ok(n) => n,
                 Err(e) => {
-                    return Err(Failure::again(format!(
+                    return Err(AttemptFailure::again(format!(
                         "the connection to {} broke: {e}",
-                        shown(&download.url)
+                        url_without_login(&download.url)
                     )));
                 }
             };
-            file.write_all(&buffer[..n]).map_err(Failure::write)?;
+            file.write_all(&buffer[..n]).map_err(AttemptFailure::write)?;
             position += n as u64;
             step.advance(n as u64);
         }
         match download.size {
-            Some(size) if position < size => Err(Failure::again(format!(
+            Some(size) if position < size => Err(AttemptFailure::again(format!(
                 "the download of {} ended after {position} of {size} bytes",
-                shown(&download.url)
+                url_without_login(&download.url)
             ))),
             _ => Ok(Attempt::Complete),
         }
@@ -349,12 +361,12 @@ enum Attempt {
     Gone,
 }
 
-enum Failure {
+enum AttemptFailure {
     Again(anyhow::Error),
     Final(anyhow::Error),
 }
 
-impl Failure {
+impl AttemptFailure {
     fn again(message: String) -> Self {
         Self::Again(anyhow::Error::msg(message))
     }
@@ -365,14 +377,14 @@ impl Failure {
 }
 
 /// An address for messages, without a login.
-pub(crate) fn shown(url: &str) -> String {
+pub(crate) fn url_without_login(url: &str) -> String {
     let Some((scheme, rest)) = url.split_once("://") else { return url.to_owned() };
     let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
     let host = host.rsplit_once('@').map_or(host, |(_, host)| host);
     format!("{scheme}://{host}{path}")
 }
 
-fn classify(error: ureq::Error, url: &str) -> Failure {
+fn classify_error(error: ureq::Error, url: &str) -> AttemptFailure {
     let again = matches!(
         error,
         ureq::Error::Timeout(_)
@@ -384,21 +396,24 @@ fn classify(error: ureq::Error, url: &str) -> Failure {
     let error = anyhow::Error::msg(format!(
         "{url}: {error}\nhelp: check the network and the proxy; --offline uses only files in the cache"
     ));
-    if again { Failure::Again(error) } else { Failure::Final(error) }
+    if again { AttemptFailure::Again(error) } else { AttemptFailure::Final(error) }
 }
 
-fn length(file: &File) -> Result<u64> {
+fn file_length(file: &File) -> Result<u64> {
     Ok(file.metadata().context("reading a partial download")?.len())
 }
 
 #[cfg(test)]
 mod tests {
-    use super::shown;
+    use super::url_without_login;
 
     #[test]
     fn no_message_has_a_password() {
-        assert_eq!(shown("https://me:a%40b@h.example:1/x@y"), "https://h.example:1/x@y");
-        assert_eq!(shown("http://h.example"), "http://h.example");
-        assert_eq!(shown(""), "");
+        assert_eq!(
+            url_without_login("https://me:a%40b@h.example:1/x@y"),
+            "https://h.example:1/x@y"
+        );
+        assert_eq!(url_without_login("http://h.example"), "http://h.example");
+        assert_eq!(url_without_login(""), "");
     }
 }

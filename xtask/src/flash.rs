@@ -15,20 +15,20 @@ use anyhow::{Context, Result, bail, ensure};
 use serde::Serialize;
 
 use crate::disk::layout::BLOCK;
-use crate::progress::{bytes, say, warn};
-use card::{Buffer, Card};
+use crate::progress::{format_bytes, say, warn};
+use card::{AlignedMemory, CardIo};
 use seed::SeedFile;
-use source::Source;
-use write::{EDGE, PIECE, Piece, Sent, Sum};
+use source::ImageSource;
+use write::{EDGE, ImagePiece, PIECE, PassResult, PieceChecksum};
 
 /// How often a piece that fails verification is written again.
 const RETRIES: usize = 3;
 
 /// What to write, and how.
 #[derive(Debug, Clone, Copy)]
-pub struct Request<'a> {
+pub struct FlashRequest<'a> {
     /// The image.
-    pub source: &'a Source,
+    pub source: &'a ImageSource,
     /// Whether everything is read back and compared.
     pub read_back: bool,
     /// The settings that the first boot applies.
@@ -37,7 +37,7 @@ pub struct Request<'a> {
 
 /// A place where the card did not return the written data.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Weak {
+pub struct UnreliablePlace {
     /// Byte offset on the card.
     pub offset: u64,
     /// Bytes.
@@ -49,7 +49,7 @@ pub struct Weak {
 /// The result.
 #[derive(Debug, Clone, PartialEq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Outcome {
+pub struct FlashOutcome {
     /// Bytes of the image.
     pub image_size: u64,
     /// Bytes written.
@@ -61,7 +61,7 @@ pub struct Outcome {
     /// The names of the settings that the first boot applies.
     pub seeded: Vec<&'static str>,
     /// Places that had to be written again. A card with such places is unreliable.
-    pub weak: Vec<Weak>,
+    pub weak: Vec<UnreliablePlace>,
     /// Seconds that it took.
     pub seconds: f64,
 }
@@ -71,8 +71,8 @@ pub struct Outcome {
 /// # Errors
 /// When the image is damaged, the card fails, or it does not return the written data after all
 /// retries. The card has no partition table then.
-pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
-    let Request { source, read_back, seed } = *request;
+pub fn flash(request: &FlashRequest<'_>, card: &dyn CardIo) -> Result<FlashOutcome> {
+    let FlashRequest { source, read_back, seed } = *request;
     let start = Instant::now();
     ensure!(
         card.size() >= source.size,
@@ -80,7 +80,7 @@ pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
         card.size(),
         source.size
     );
-    unmake(card).context("removing the old partition table")?;
+    erase_ends(card).context("removing the old partition table")?;
     // Not the edges: discarded blocks may return their old contents.
     let inner = card.size().saturating_sub(2 * EDGE) / BLOCK * BLOCK;
     let discarded = card.discard(EDGE, inner).context("discarding the card")?;
@@ -88,29 +88,29 @@ pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
         say("flash", "the device does not support discard; unused blocks keep their old contents");
     }
     if !source.mapped {
-        say("flash", format!("no block map: writing all {}", bytes(source.size)));
+        say("flash", format!("no block map: writing all {}", format_bytes(source.size)));
     }
-    let pieces = write::pieces(source);
-    let result = body(request, card, &pieces).and_then(|(sent, mut weak)| {
+    let pieces = write::cut_into_pieces(source);
+    let result = write_body(request, card, &pieces).and_then(|(sent, mut weak)| {
         let seeded = match seed {
-            Some(seed) => seed::plant(seed, card, &sent.held, &pieces)?,
+            Some(seed) => seed::write_seed(seed, card, &sent.held, &pieces)?,
             None => Vec::new(),
         };
-        finish(card, &pieces, sent, read_back, &mut weak)?;
+        write_held_pieces(card, &pieces, sent, read_back, &mut weak)?;
         Ok((weak, seeded))
     });
     let (weak, seeded) = result.or_else(|error| {
         // Only the last step can have written a partition table.
-        unmake(card).context("removing the partition table after a failure")?;
+        erase_ends(card).context("removing the partition table after a failure")?;
         Err(error.context("the card is incomplete and will not boot (partition table not written)"))
     })?;
     if !weak.is_empty() {
         warn(format!(
             "the card is unreliable: some data had to be written again; use another card\n{}",
-            describe(&weak)
+            describe_unreliable_places(&weak)
         ));
     }
-    Ok(Outcome {
+    Ok(FlashOutcome {
         image_size: source.size,
         bytes: source.bytes(),
         discarded,
@@ -121,22 +121,24 @@ pub fn flash(request: &Request<'_>, card: &dyn Card) -> Result<Outcome> {
     })
 }
 
-fn describe(weak: &[Weak]) -> String {
-    let line = |w: &Weak| format!("  {} bytes at {}: wrong {} times", w.size, w.offset, w.times);
+fn describe_unreliable_places(weak: &[UnreliablePlace]) -> String {
+    let line = |w: &UnreliablePlace| {
+        format!("  {} bytes at {}: wrong {} times", w.size, w.offset, w.times)
+    };
     weak.iter().map(line).collect::<Vec<_>>().join("\n")
 }
 
 /// Overwrites both ends of the card with zeros: the partition table, what a boot ROM reads, and the
 /// backup of a GPT. This detects cards that silently ignore writes.
-fn unmake(card: &dyn Card) -> Result<()> {
+fn erase_ends(card: &dyn CardIo) -> Result<()> {
     let end = card.size().saturating_sub(EDGE) / BLOCK * BLOCK;
     for (from, to) in [(0, EDGE.min(card.size())), (end, card.size())] {
         let size = (to - from) as usize;
-        let mut buffer = Buffer::new(size);
+        let mut buffer = AlignedMemory::new(size);
         card.write_at(from, buffer.part(size)).with_context(|| format!("writing at {from}"))?;
     }
     card.flush().context("flushing the card")?;
-    let mut buffer = Buffer::new(BLOCK as usize);
+    let mut buffer = AlignedMemory::new(BLOCK as usize);
     card.read_at(0, buffer.part(BLOCK as usize)).context("reading back at 0")?;
     ensure!(
         buffer.part(BLOCK as usize).iter().all(|byte| *byte == 0),
@@ -148,24 +150,28 @@ fn unmake(card: &dyn Card) -> Result<()> {
 
 /// Writes and verifies all pieces except the held ones, and writes again those that fail
 /// verification.
-fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sent, Vec<Weak>)> {
-    let sent = write::send(request.source, pieces, card, request.read_back)?;
-    let mut weak: Vec<Weak> = Vec::new();
+fn write_body(
+    request: &FlashRequest<'_>,
+    card: &dyn CardIo,
+    pieces: &[ImagePiece],
+) -> Result<(PassResult, Vec<UnreliablePlace>)> {
+    let sent = write::send_pieces(request.source, pieces, card, request.read_back)?;
+    let mut weak: Vec<UnreliablePlace> = Vec::new();
     let mut wrong = sent.wrong.clone();
-    let mut buffer = Buffer::new(PIECE as usize);
+    let mut buffer = AlignedMemory::new(PIECE as usize);
     for _ in 0..RETRIES {
-        count(&mut weak, pieces, &wrong);
+        count_failures(&mut weak, pieces, &wrong);
         if wrong.is_empty() {
             break;
         }
         say("flash", format!("rewriting {} places that failed verification", wrong.len()));
         let mut pass = request.source.pass()?;
         for index in &wrong {
-            let (piece, sum) = (&pieces[*index], sum(&sent, *index)?);
+            let (piece, sum) = (&pieces[*index], piece_checksum(&sent, *index)?);
             let bytes = buffer.part(piece.size);
             pass.read_at(piece.offset, bytes)?;
             ensure!(
-                Sum::of(bytes) == *sum,
+                PieceChecksum::from_bytes(bytes) == *sum,
                 "{} changed while it was being written",
                 request.source.path
             );
@@ -180,18 +186,23 @@ fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sen
         card.flush().context("flushing the card")?;
         let mut still = Vec::new();
         for index in wrong {
-            if !write::holds(card, &pieces[index], sum(&sent, index)?, &mut buffer)? {
+            if !write::piece_matches(
+                card,
+                &pieces[index],
+                piece_checksum(&sent, index)?,
+                &mut buffer,
+            )? {
                 still.push(index);
             }
         }
         wrong = still;
     }
     if !wrong.is_empty() {
-        count(&mut weak, pieces, &wrong);
+        count_failures(&mut weak, pieces, &wrong);
         weak.retain(|w| wrong.iter().any(|index| pieces[*index].offset == w.offset));
         bail!(
             "the card does not return the data that was written:\n{}\nhelp: use another card",
-            describe(&weak)
+            describe_unreliable_places(&weak)
         );
     }
     if request.read_back {
@@ -200,27 +211,27 @@ fn body(request: &Request<'_>, card: &dyn Card, pieces: &[Piece]) -> Result<(Sen
     Ok((sent, weak))
 }
 
-fn sum(sent: &Sent, index: usize) -> Result<&Sum> {
+fn piece_checksum(sent: &PassResult, index: usize) -> Result<&PieceChecksum> {
     sent.sums.get(index).and_then(Option::as_ref).context("a piece was not summed")
 }
 
-fn count(weak: &mut Vec<Weak>, pieces: &[Piece], wrong: &[usize]) {
+fn count_failures(weak: &mut Vec<UnreliablePlace>, pieces: &[ImagePiece], wrong: &[usize]) {
     for index in wrong {
-        let Piece { offset, size, .. } = pieces[*index];
+        let ImagePiece { offset, size, .. } = pieces[*index];
         match weak.iter_mut().find(|w| w.offset == offset) {
             Some(known) => known.times += 1,
-            None => weak.push(Weak { offset, size, times: 1 }),
+            None => weak.push(UnreliablePlace { offset, size, times: 1 }),
         }
     }
 }
 
 /// Pieces were verified while others were still to be written. A counterfeit card (smaller than
 /// advertised) has overwritten some of them since: check one block of each again.
-fn still_there(card: &dyn Card, pieces: &[Piece], sent: &Sent) -> Result<()> {
-    let mut buffer = Buffer::new(BLOCK as usize);
+fn still_there(card: &dyn CardIo, pieces: &[ImagePiece], sent: &PassResult) -> Result<()> {
+    let mut buffer = AlignedMemory::new(BLOCK as usize);
     for (index, piece) in pieces.iter().enumerate().filter(|(_, piece)| !piece.held) {
         ensure!(
-            write::begins(card, piece, sum(sent, index)?, &mut buffer)?,
+            write::first_block_matches(card, piece, piece_checksum(sent, index)?, &mut buffer)?,
             "the data at {} was verified, but has changed since\n\
              help: the card is counterfeit (smaller than advertised) or worn out: use another card",
             piece.offset
@@ -231,15 +242,15 @@ fn still_there(card: &dyn Card, pieces: &[Piece], sent: &Sent) -> Result<()> {
 
 /// Writes the held pieces, from the last to the first block of the card, and flushes each before
 /// the next.
-fn finish(
-    card: &dyn Card,
-    pieces: &[Piece],
-    sent: Sent,
+fn write_held_pieces(
+    card: &dyn CardIo,
+    pieces: &[ImagePiece],
+    sent: PassResult,
     read_back: bool,
-    weak: &mut Vec<Weak>,
+    weak: &mut Vec<UnreliablePlace>,
 ) -> Result<()> {
     let sums = sent.sums;
-    let mut back = Buffer::new(PIECE as usize);
+    let mut back = AlignedMemory::new(PIECE as usize);
     for (index, mut buffer) in sent.held.into_iter().rev() {
         let piece = &pieces[index];
         let sum = sums.get(index).and_then(Option::as_ref).context("a piece was not summed")?;
@@ -248,10 +259,10 @@ fn finish(
             card.write_at(piece.offset, buffer.part(piece.size))
                 .with_context(|| format!("writing at {}", piece.offset))?;
             card.flush().context("flushing the card")?;
-            if !read_back || write::holds(card, piece, sum, &mut back)? {
+            if !read_back || write::piece_matches(card, piece, sum, &mut back)? {
                 break;
             }
-            count(weak, pieces, &[index]);
+            count_failures(weak, pieces, &[index]);
             tries += 1;
             ensure!(
                 tries <= RETRIES,

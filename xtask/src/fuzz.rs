@@ -26,7 +26,7 @@ const TIMEOUT: &str = "-timeout=10";
 /// # Errors
 /// When a target cannot be built; when a failing input was found: its path is printed, and it is
 /// kept in `fuzz/target/findings`.
-pub fn run(root: &Utf8Path, seconds: u64) -> Result<()> {
+pub fn run_targets(root: &Utf8Path, seconds: u64) -> Result<()> {
     let fuzz = root.join("fuzz");
     // The machine's own target is given explicitly, so that build scripts are not instrumented.
     let machine = format!("{}-unknown-linux-gnu", std::env::consts::ARCH);

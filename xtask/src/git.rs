@@ -38,12 +38,12 @@ const SETTINGS: [&str; 13] = [
 ];
 
 /// git for the repository that contains a directory.
-pub fn at(dir: &Utf8Path) -> Tool {
-    anywhere().args(["-C", dir.as_str()])
+pub fn git_in(dir: &Utf8Path) -> Tool {
+    git_without_repository().args(["-C", dir.as_str()])
 }
 
 /// git without a repository.
-pub fn anywhere() -> Tool {
+pub fn git_without_repository() -> Tool {
     let tool = Tool::new("git")
         .env("GIT_TERMINAL_PROMPT", "0") //
         // Do not write while reading.
@@ -58,21 +58,22 @@ pub fn anywhere() -> Tool {
 ///
 /// # Errors
 /// When there is no commit.
-pub fn time(dir: &Utf8Path) -> Result<u64> {
-    let said = at(dir).args(["log", "-1", "--format=%ct"]).read()?;
-    said.trim()
+pub fn commit_time(dir: &Utf8Path) -> Result<u64> {
+    let output = git_in(dir).args(["log", "-1", "--format=%ct"]).read()?;
+    output
+        .trim()
         .parse()
-        .with_context(|| format!("git returned \"{}\" as the commit's time", said.trim()))
+        .with_context(|| format!("git returned \"{}\" as the commit's time", output.trim()))
 }
 
 /// Creates another checkout of a repository, which contains only that commit.
 ///
 /// # Errors
 /// When git cannot create it.
-pub fn checkout(root: &Utf8Path, commit: &str, to: &Utf8Path) -> Result<()> {
+pub fn create_checkout(root: &Utf8Path, commit: &str, to: &Utf8Path) -> Result<()> {
     let clone = ["clone", "--quiet", "--no-checkout", "--template="];
-    anywhere().args(clone).args([root.as_str(), to.as_str()]).run()?;
-    at(to).args(["checkout", "--quiet", "--detach", commit]).run()
+    git_without_repository().args(clone).args([root.as_str(), to.as_str()]).run()?;
+    git_in(to).args(["checkout", "--quiet", "--detach", commit]).run()
 }
 
 /// Directories and files of a workspace that builds read, including untracked ones.
@@ -109,15 +110,15 @@ const AT_ONCE: usize = 400;
 ///
 /// # Errors
 /// When git or a file cannot be read.
-pub fn changes(root: &Utf8Path, commit: &str) -> Result<Vec<String>> {
-    Ok(differing(root, commit, &INPUTS)?.into_iter().collect())
+pub fn changed_files(root: &Utf8Path, commit: &str) -> Result<Vec<String>> {
+    Ok(changed_inputs(root, commit, &INPUTS)?.into_iter().collect())
 }
 
-/// Like [`changes`]; `inputs` must contain only files of the commit.
-fn differing(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<String>> {
+/// Like [`changed_files`]; `inputs` must contain only files of the commit.
+fn changed_inputs(root: &Utf8Path, commit: &str, inputs: &[&str]) -> Result<BTreeSet<String>> {
     let mut changed = BTreeSet::new();
-    let tracked = tracked(root, commit)?;
-    compare(root, &tracked, inputs, &mut changed)?;
+    let tracked = tracked_files(root, commit)?;
+    compare_files(root, &tracked, inputs, &mut changed)?;
     let canonical = root.canonicalize_utf8().with_context(|| format!("resolving {root}"))?;
     let mut waiting: Vec<Utf8PathBuf> = inputs.iter().map(Utf8PathBuf::from).collect();
     while let Some(path) = waiting.pop() {
@@ -168,8 +169,8 @@ struct Entry {
 }
 
 /// The files of a commit by their paths below a directory.
-fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
-    let listed = at(root).args(["ls-tree", "-r", "-z", commit]).read_bytes()?;
+fn tracked_files(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
+    let listed = git_in(root).args(["ls-tree", "-r", "-z", commit]).read_bytes()?;
     let mut files = BTreeMap::new();
     for line in listed.split(|byte| *byte == 0).filter(|line| !line.is_empty()) {
         let tab = line.iter().position(|byte| *byte == b'\t');
@@ -188,7 +189,7 @@ fn tracked(root: &Utf8Path, commit: &str) -> Result<BTreeMap<String, Entry>> {
 
 /// The files that are marked as left out of this checkout (`skip-worktree`), below a directory.
 fn left_out(root: &Utf8Path) -> Result<BTreeSet<PathBuf>> {
-    let listed = at(root).args(["ls-files", "-t", "-z"]).read_bytes()?;
+    let listed = git_in(root).args(["ls-files", "-t", "-z"]).read_bytes()?;
     // git-ls-files(1): `S` and a blank before the name.
     let names = listed.split(|byte| *byte == 0).filter_map(|line| line.strip_prefix(b"S "));
     Ok(names.map(|name| PathBuf::from(OsStr::from_bytes(name))).collect())
@@ -204,7 +205,7 @@ fn is_wanted(root: &Utf8Path, path: &str, inputs: &[&str]) -> bool {
     inputs.iter().any(|input| path.starts_with(input)) && !is_left_whole
 }
 
-fn compare(
+fn compare_files(
     root: &Utf8Path,
     tracked: &BTreeMap<String, Entry>,
     inputs: &[&str],
@@ -241,7 +242,7 @@ fn compare(
                 let there = full.join(".git").exists();
                 let wanted = is_wanted(root, path, inputs);
                 let inside: &[&str] = if wanted { &[""] } else { &[] };
-                if there { differing(&full, &entry.id, inside)?.is_empty() } else { !wanted }
+                if there { changed_inputs(&full, &entry.id, inside)?.is_empty() } else { !wanted }
             }
             "120000" => match full.read_link_utf8() {
                 Ok(target) => {
@@ -279,8 +280,8 @@ fn compare(
     }
     for some in hashed.chunks(AT_ONCE) {
         let names = some.iter().map(|(file, _, _)| file.as_str());
-        let said = at(root).args(["hash-object", "--no-filters", "--"]).args(names).read()?;
-        let ids: Vec<&str> = said.lines().collect();
+        let output = git_in(root).args(["hash-object", "--no-filters", "--"]).args(names).read()?;
+        let ids: Vec<&str> = output.lines().collect();
         ensure!(ids.len() == some.len(), "git hashed {} of {} files", ids.len(), some.len());
         for ((file, path, entry), id) in some.iter().zip(ids) {
             if id != entry.id && !is_fetched(root, entry, file)? {
@@ -295,11 +296,11 @@ fn compare(
 /// contains the file's SHA-256 ("Git LFS Specification", docs/spec.md of git-lfs).
 fn is_fetched(root: &Utf8Path, entry: &Entry, file: &Utf8Path) -> Result<bool> {
     // A pointer has less than 1024 bytes.
-    let size = at(root).args(["cat-file", "-s", &entry.id]).read()?;
+    let size = git_in(root).args(["cat-file", "-s", &entry.id]).read()?;
     if size.trim().parse::<u64>().is_ok_and(|size| size >= 1024) {
         return Ok(false);
     }
-    let pointer = at(root).args(["cat-file", "blob", &entry.id]).read_bytes()?;
+    let pointer = git_in(root).args(["cat-file", "blob", &entry.id]).read_bytes()?;
     let pointer = String::from_utf8_lossy(&pointer);
     let mut lines = pointer.lines();
     let is_pointer = lines

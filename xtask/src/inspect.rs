@@ -14,8 +14,8 @@ use crate::diff::Inventory;
 use crate::disk::ext4_read::{needs_replay, read_small};
 use crate::disk::layout::SECTOR;
 use crate::disk::read::{self, DiskTables, FatListing};
-use crate::keys::{Keys, directory};
-use crate::start::{self, Starts};
+use crate::keys::{KeyDirectory, key_directory};
+use crate::start::{self, BootCheck};
 use crate::update;
 use bundle::bootstate::BootState;
 
@@ -31,7 +31,7 @@ const MOST_STATES: usize = 8;
 /// The kind of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Subject {
+pub enum OutputFileKind {
     /// A card image.
     Image,
     /// An update bundle.
@@ -44,21 +44,21 @@ pub enum Subject {
 ///
 /// # Errors
 /// When it is not one of the three.
-pub fn subject(path: &Utf8Path) -> Result<Subject> {
+pub fn detect_kind(path: &Utf8Path) -> Result<OutputFileKind> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = [0; 512];
     let n = file.read(&mut head).with_context(|| format!("reading {path}"))?;
     // A tar's first header names its first member at byte 0 and says "ustar" at 257 (POSIX ustar).
     if n == 512 && head.starts_with(b"manifest.json\0") && head[257..262] == *b"ustar" {
-        return Ok(Subject::Bundle);
+        return Ok(OutputFileKind::Bundle);
     }
     let mut magic = [0; 2];
     let seek = file.seek(SeekFrom::Start(EXT4_MAGIC_AT)).and_then(|_| file.read_exact(&mut magic));
     if seek.is_ok() && magic == [0x53, 0xef] && head[510..] != [0x55, 0xaa] {
-        return Ok(Subject::SlotImage);
+        return Ok(OutputFileKind::SlotImage);
     }
     if n == 512 && head[510..] == [0x55, 0xaa] {
-        return Ok(Subject::Image);
+        return Ok(OutputFileKind::Image);
     }
     bail!(
         "{path} is neither a card image, a bundle nor a slot image\n\
@@ -77,7 +77,7 @@ pub(crate) struct ImageView {
     pub volumes: Vec<FatListing>,
     pub slots: Vec<SlotView>,
     /// How each model starts; empty where the image's system does not say for which models it is.
-    pub starts: Option<Starts>,
+    pub starts: Option<BootCheck>,
     /// Why there are none.
     #[serde(skip)]
     pub unread: Option<String>,
@@ -94,7 +94,7 @@ pub(crate) struct StateView {
 }
 
 /// A boot state in words.
-fn words(state: &BootState) -> String {
+fn describe_boot_state(state: &BootState) -> String {
     let BootState { sequence, active, trial, tries } = state;
     let trial = match (trial, tries) {
         (None, _) => "no trial".to_owned(),
@@ -120,9 +120,9 @@ pub(crate) struct SlotView {
 ///
 /// # Errors
 /// When it is none of ours, or what is in it cannot be read.
-pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
-    let tables = read::tables(path)?;
-    let (starts, unread) = match start::look(path, None) {
+pub(crate) fn inspect_image(path: &Utf8Path) -> Result<ImageView> {
+    let tables = read::read_tables(path)?;
+    let (starts, unread) = match start::check_card(path, None) {
         Ok(starts) => (Some(starts), None),
         Err(reason) => (None, Some(format!("{reason:#}"))),
     };
@@ -136,13 +136,13 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
         unread,
     };
     for partition in &view.tables.partitions {
-        match content(path, partition.offset)? {
-            Some(Held::Fat) => {
-                view.volumes.push(read::fat(path, partition.offset, partition.size)?);
+        match detect_filesystem(path, partition.offset)? {
+            Some(DetectedFilesystem::Fat) => {
+                view.volumes.push(read::list_fat(path, partition.offset, partition.size)?);
             }
             // A root filesystem is never written to, so one that was in use has none.
-            Some(Held::Ext4) if needs_replay(path, partition.offset)? => {}
-            Some(Held::Ext4) => {
+            Some(DetectedFilesystem::Ext4) if needs_replay(path, partition.offset)? => {}
+            Some(DetectedFilesystem::Ext4) => {
                 let slot = slot_view(path, partition.offset, partition.number)?;
                 // The data partition has no system in it.
                 view.slots.extend(slot);
@@ -151,9 +151,9 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
         }
     }
     let (offsets, trust) = raw_offsets(path, &view.tables)?;
-    for (offset, sector) in offsets.iter().zip(read::states(path, &offsets)?) {
+    for (offset, sector) in offsets.iter().zip(read::read_boot_states(path, &offsets)?) {
         let decoded = BootState::decode(&sector).ok();
-        let words = decoded.as_ref().map(words);
+        let words = decoded.as_ref().map(describe_boot_state);
         let state = decoded.map(|state| format!("{state:?}"));
         view.boot_states.push(StateView { offset: *offset, state, words });
     }
@@ -172,7 +172,7 @@ pub(crate) fn image(path: &Utf8Path) -> Result<ImageView> {
 }
 
 /// A filesystem in an image.
-pub(crate) enum Held {
+pub(crate) enum DetectedFilesystem {
     /// A FAT.
     Fat,
     /// An ext4.
@@ -183,15 +183,18 @@ pub(crate) enum Held {
 ///
 /// # Errors
 /// When the image cannot be read there.
-pub(crate) fn content(path: &Utf8Path, offset: u64) -> Result<Option<Held>> {
+pub(crate) fn detect_filesystem(
+    path: &Utf8Path,
+    offset: u64,
+) -> Result<Option<DetectedFilesystem>> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
     let mut head = vec![0; 2048];
     file.seek(SeekFrom::Start(offset)).with_context(|| format!("reading {path}"))?;
     file.read_exact(&mut head).with_context(|| format!("reading {path}"))?;
     Ok(if head.get(1080..1082) == Some(&[0x53, 0xef]) {
-        Some(Held::Ext4)
+        Some(DetectedFilesystem::Ext4)
     } else if head.get(510..512) == Some(&[0x55, 0xaa]) {
-        Some(Held::Fat)
+        Some(DetectedFilesystem::Fat)
     } else {
         None
     })
@@ -225,20 +228,20 @@ fn raw_offsets(path: &Utf8Path, tables: &DiskTables) -> Result<(Vec<u64>, Vec<u6
 }
 
 fn read_file(path: &Utf8Path, offset: u64, name: &str) -> Result<Option<String>> {
-    let filesystem = crate::diff::open(path, offset)?;
+    let filesystem = crate::diff::open_ext4(path, offset)?;
     if !filesystem.exists(name)? {
         return Ok(None);
     }
-    let doing = || format!("in the filesystem at byte {offset} of {path}");
-    let content = read_small(&filesystem, name, MOST_TEXT).with_context(doing)?;
-    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", doing()))?))
+    let context = || format!("in the filesystem at byte {offset} of {path}");
+    let content = read_small(&filesystem, name, MOST_TEXT).with_context(context)?;
+    Ok(Some(String::from_utf8(content).with_context(|| format!("{name} {}", context()))?))
 }
 
 /// A slot image's system.
 ///
 /// # Errors
 /// When it has none, or it cannot be read.
-pub(crate) fn slot(path: &Utf8Path) -> Result<SlotView> {
+pub(crate) fn inspect_slot(path: &Utf8Path) -> Result<SlotView> {
     let view = slot_view(path, 0, 0)?;
     view.with_context(|| format!("{path} has no system in it: no /etc/os-release"))
 }
@@ -270,9 +273,9 @@ pub(crate) struct BundleView {
 ///
 /// # Errors
 /// When the file is not a bundle.
-pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
+pub(crate) fn inspect_bundle(path: &Utf8Path) -> Result<BundleView> {
     let open = || File::open(path).with_context(|| format!("opening {path}"));
-    let keys = Keys::open(&directory()?)?.set().clone();
+    let keys = KeyDirectory::open(&key_directory()?)?.set().clone();
     Ok(match bundle::BundleReader::open(bundle::StreamInput(open()?), &keys) {
         Ok(reader) => BundleView {
             signed_by: reader.signed_by().to_vec(),
@@ -282,7 +285,7 @@ pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
         Err(error) => BundleView {
             signed_by: Vec::new(),
             refusal: Some(error.to_string()),
-            manifest: update::unverified(path)?.0,
+            manifest: update::read_unverified(path)?.0,
         },
     })
 }
@@ -291,11 +294,11 @@ pub(crate) fn bundle(path: &Utf8Path) -> Result<BundleView> {
 ///
 /// # Errors
 /// When there is none, or it cannot be read.
-pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
-    match subject(path)? {
-        Subject::SlotImage => Inventory::of_ext4(path, 0),
-        Subject::Image => {
-            let tables = read::tables(path)?;
+pub(crate) fn read_inventory(path: &Utf8Path) -> Result<Inventory> {
+    match detect_kind(path)? {
+        OutputFileKind::SlotImage => Inventory::of_ext4(path, 0),
+        OutputFileKind::Image => {
+            let tables = read::read_tables(path)?;
             for partition in &tables.partitions {
                 if let Ok(Some(_)) = read_file(path, partition.offset, "/etc/os-release") {
                     return Inventory::of_ext4(path, partition.offset);
@@ -303,7 +306,7 @@ pub(crate) fn inventory(path: &Utf8Path) -> Result<Inventory> {
             }
             bail!("{path} has no slot that contains a system")
         }
-        Subject::Bundle => {
+        OutputFileKind::Bundle => {
             bail!(
                 "{path} is a bundle\n\
              help: compare the images; `inspect` without --diff shows a bundle"

@@ -28,7 +28,7 @@ pub const KEY_SET: &str = "keyset.json";
 ///
 /// # Errors
 /// When none of the three variables is set.
-pub fn directory() -> Result<Utf8PathBuf> {
+pub fn key_directory() -> Result<Utf8PathBuf> {
     let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
     if let Some(dir) = variable("SLIPWAY_KEYS") {
         return Ok(dir.into());
@@ -56,7 +56,7 @@ pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     match std::fs::read(&path) {
         // A file without keys yet.
         Ok(file) if file.trim_ascii().is_empty() => Ok(String::new()),
-        Ok(file) => ssh_keys::lines(&file).map_err(|bad| bad.about(&path)),
+        Ok(file) => ssh_keys::keys_as_lines(&file).map_err(|bad| bad.into_error(&path)),
         Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
         Err(error) => Err(error).with_context(|| format!("reading {path}")),
     }
@@ -106,7 +106,7 @@ pub fn cache_signers(dir: &Utf8Path) -> Result<Vec<TrustedKey>> {
 /// One line of `keys list`.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Listed {
+pub struct ListedKey {
     /// The key in the key set.
     #[serde(flatten)]
     pub key: TrustedKey,
@@ -119,7 +119,7 @@ pub struct Listed {
 /// An opened key directory. It is locked until this value is dropped, so that two builds that both
 /// need the first development key create only one.
 #[derive(Debug)]
-pub struct Keys {
+pub struct KeyDirectory {
     dir: Utf8PathBuf,
     set: KeySet,
     /// The lock, released when it is closed. `None` where this user cannot write: there is nothing
@@ -127,7 +127,7 @@ pub struct Keys {
     _lock: Option<File>,
 }
 
-impl Keys {
+impl KeyDirectory {
     /// Opens a key directory; it is created (mode 0700) when it is missing.
     ///
     /// # Errors
@@ -225,10 +225,10 @@ impl Keys {
     }
 
     /// All keys with their files.
-    pub fn list(&self) -> Vec<Listed> {
+    pub fn list(&self) -> Vec<ListedKey> {
         let listed = |key: &TrustedKey| {
             let secret = self.file(key, "key");
-            Listed {
+            ListedKey {
                 key: key.clone(),
                 secret: secret.is_file().then_some(secret),
                 public_file: self.file(key, "pub"),
@@ -294,7 +294,7 @@ impl Keys {
     ///
     /// # Errors
     /// When there is none, its secret part is not here, or the password is wrong.
-    pub fn signer(&mut self, kind: BuildKind) -> Result<Signer> {
+    pub fn signer(&mut self, kind: BuildKind) -> Result<SigningKey> {
         let key = match (self.current(kind), kind) {
             (Some(key), _) => key,
             (None, BuildKind::Development) => {
@@ -326,7 +326,7 @@ impl Keys {
                 mode & 0o777
             ));
         }
-        Signer::open(&text, key).with_context(|| format!("opening the secret key {path}"))
+        SigningKey::open(&text, key).with_context(|| format!("opening the secret key {path}"))
     }
 
     /// Revokes a key.
@@ -365,7 +365,7 @@ impl Keys {
     ///
     /// # Errors
     /// As [`Self::signer`]. An older key that cannot be opened is skipped with a warning.
-    pub fn signers(&mut self, kind: BuildKind) -> Result<Vec<Signer>> {
+    pub fn signers(&mut self, kind: BuildKind) -> Result<Vec<SigningKey>> {
         let mut signers = vec![self.signer(kind)?];
         let newest = signers.iter().map(|signer| signer.key().id.clone()).collect::<Vec<_>>();
         let fits =
@@ -376,7 +376,7 @@ impl Keys {
             let (id, path) = (key.id.clone(), self.file(&key, "key"));
             let opened = std::fs::read_to_string(&path)
                 .with_context(|| format!("reading {path}"))
-                .and_then(|text| Signer::open(&text, key));
+                .and_then(|text| SigningKey::open(&text, key));
             match opened {
                 Ok(signer) => signers.push(signer),
                 Err(error) => progress::warn(format!(
@@ -397,9 +397,9 @@ impl Keys {
     fn make(&mut self, kind: BuildKind) -> Result<TrustedKey> {
         let pair = match kind {
             BuildKind::Development => minisign::KeyPair::generate_unencrypted_keypair(),
-            BuildKind::Release => {
-                minisign::KeyPair::generate_encrypted_keypair(password("protecting the new key")?)
-            }
+            BuildKind::Release => minisign::KeyPair::generate_encrypted_keypair(
+                password_from_environment("protecting the new key")?,
+            ),
         }
         .with_context(|| format!("making a {kind} key"))?;
         let public = pair.pk.to_base64();
@@ -444,7 +444,7 @@ const PUBLIC: u32 = 0o644;
 /// Writes a file with this mode, whatever the umask is. A secret has its mode from the first byte, so no other user can have
 /// read it.
 fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
-    let temporary = artifact::partial(path);
+    let temporary = artifact::partial_path(path);
     if temporary.exists() {
         std::fs::remove_file(&temporary).with_context(|| format!("removing {temporary}"))?;
     }
@@ -463,7 +463,7 @@ fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
 }
 
 /// The password from the environment; `None` lets the `minisign` crate ask for it.
-fn password(what: &str) -> Result<Option<String>> {
+fn password_from_environment(what: &str) -> Result<Option<String>> {
     match std::env::var(PASSWORD_VARIABLE) {
         Ok(password) if password.is_empty() => {
             bail!("{what}: {PASSWORD_VARIABLE} is empty\nhelp: a release key needs a password")
@@ -493,19 +493,19 @@ fn left_key(dir: &Utf8Path) -> Result<Option<String>> {
 
 /// An opened signing key.
 #[derive(Clone)]
-pub struct Signer {
+pub struct SigningKey {
     key: TrustedKey,
     number: [u8; 8],
     secret: ed25519_compact::SecretKey,
 }
 
-impl std::fmt::Debug for Signer {
+impl std::fmt::Debug for SigningKey {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Signer").field("id", &self.key.id).finish_non_exhaustive()
+        f.debug_struct("SigningKey").field("id", &self.key.id).finish_non_exhaustive()
     }
 }
 
-impl Signer {
+impl SigningKey {
     /// Opens a minisign secret key file; `key` is its entry in the key set.
     ///
     /// # Errors
@@ -514,7 +514,9 @@ impl Signer {
         let secret = minisign::SecretKeyBox::from_string(text)?;
         let secret = match key.kind {
             BuildKind::Development => secret.into_unencrypted_secret_key()?,
-            BuildKind::Release => secret.into_secret_key(password("opening the release key")?)?,
+            BuildKind::Release => {
+                secret.into_secret_key(password_from_environment("opening the release key")?)?
+            }
         };
         // minisign's layout: 54 bytes of algorithms and salt, key number, Ed25519 secret key.
         let bytes = secret.to_bytes();

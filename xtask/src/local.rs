@@ -26,9 +26,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{FlockOperation, StatVfsMountFlags, flock, statvfs};
 use serde::{Deserialize, Serialize};
 
-use crate::build::Composed;
-use crate::exec::{Tool, find};
-use crate::progress::{duration, say, warn};
+use crate::build::LocalBuild;
+use crate::exec::{Tool, find_program};
+use crate::progress::{format_duration, say, warn};
 use crate::rootfs::debian;
 
 /// The hidden command with which this program runs as process 1 of a local system.
@@ -46,7 +46,7 @@ const PROVISIONED: &str = "slotd/provisioned.json";
 
 /// How long a system may take to become healthy when a command waits for it; the same as the
 /// agent's timeout for an API.
-const PATIENCE: Duration = Duration::from_secs(300);
+const HEALTH_TIMEOUT: Duration = Duration::from_secs(300);
 
 /// The kernel's priority of a warning (syslog(3): LOG_WARNING).
 const WARNING: u8 = 4;
@@ -60,14 +60,14 @@ const AS_USER: [&str; 2] = ["--user", "--map-root-user"];
 /// The privileges of a local system.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Rights {
+pub enum LocalPrivileges {
     /// Only those of the user who started it: it is root in that user's namespace.
     User,
     /// Those of root, where user namespaces are not available, such as in a chroot.
     Root,
 }
 
-impl Rights {
+impl LocalPrivileges {
     fn namespaces(self) -> Vec<&'static str> {
         let own: &[&str] = if self == Self::User { &AS_USER } else { &[] };
         [own, &NAMESPACES].concat()
@@ -76,7 +76,7 @@ impl Rights {
 
 /// Options of a local system.
 #[derive(Debug, Clone)]
-pub struct Options {
+pub struct LocalOptions {
     /// Start with an empty `data`.
     pub fresh: bool,
     /// A directory with the API's package that replaces the image's.
@@ -89,18 +89,18 @@ pub struct Options {
 #[derive(Debug, Clone, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 struct Order {
-    rights: Rights,
+    rights: LocalPrivileges,
     root: Utf8PathBuf,
     data: Utf8PathBuf,
     /// The directory for [`SITE`] of `data`.
     site: Option<Utf8PathBuf>,
-    system: units::System,
+    system: units::LocalServices,
 }
 
 /// The state of a service.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum State {
+pub enum ServiceState {
     /// Running.
     Started,
     /// Finished.
@@ -120,7 +120,7 @@ enum Event {
     /// A line of a service's output.
     Said { unit: String, level: u8, line: String },
     /// The state of a service changed, with the time in seconds since process 1 started.
-    Unit { unit: String, state: State, why: String, seconds: f64 },
+    Unit { unit: String, state: ServiceState, why: String, seconds: f64 },
     /// All services have started, and every declared address answers.
     Well { seconds: f64 },
     /// The command has exited.
@@ -132,11 +132,11 @@ enum Event {
 /// A service, for the result.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Service {
+pub struct ServiceStatus {
     /// Its name.
     pub unit: String,
     /// Its last state.
-    pub state: State,
+    pub state: ServiceState,
     /// The reason, or the service's own status text.
     pub why: String,
     /// The time, in seconds since process 1 started.
@@ -146,7 +146,7 @@ pub struct Service {
 /// A healthy system.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Ready {
+pub struct HealthySystem {
     /// Its address.
     pub address: String,
     /// The unpacked root.
@@ -160,7 +160,7 @@ pub struct Ready {
     /// Addresses within the system that have answered.
     pub answers: Vec<units::HttpCheck>,
     /// Its services.
-    pub services: Vec<Service>,
+    pub services: Vec<ServiceStatus>,
     /// Enabled units of the base system, which do not run here.
     pub left_out: Vec<String>,
     /// The command's exit code.
@@ -175,13 +175,13 @@ pub struct Ready {
 /// # Errors
 /// When the system is in use, a unit is not supported, or the system does not start. A failing
 /// command is not an error: its exit code is in the answer.
-pub fn run(
-    composed: &Composed,
-    options: &Options,
-    rights: Rights,
+pub fn run_system(
+    composed: &LocalBuild,
+    options: &LocalOptions,
+    rights: LocalPrivileges,
     listener: TcpListener,
-    well: impl FnOnce(&Ready) -> Result<()>,
-) -> Result<Ready> {
+    well: impl FnOnce(&HealthySystem) -> Result<()>,
+) -> Result<HealthySystem> {
     let started = Instant::now();
     let plan = &composed.plan;
     let place = composed.dist.join("local");
@@ -197,9 +197,9 @@ pub fn run(
 
     let (root, data) = (place.join("root"), place.join("data"));
     let system = &composed.system;
-    let unpacked = unpack::unpack(&system.root.path, &system.key, system.used, &root)?;
+    let unpacked = unpack::unpack_image(&system.root.path, &system.key, system.used, &root)?;
     if options.fresh {
-        unpack::remove(&data)?;
+        unpack::remove_path(&data)?;
     }
     fs::create_dir_all(&data).with_context(|| format!("making {data}"))?;
     let site = options.site.as_deref().map(|site| own_site(site, &data)).transpose()?;
@@ -214,9 +214,9 @@ pub fn run(
         );
     }
     let overlay: BTreeSet<Utf8PathBuf> = plan.overlay.iter().map(|f| f.target.clone()).collect();
-    let found = units::read(&root, &overlay).context("reading the units of the root")?;
+    let found = units::read_services(&root, &overlay).context("reading the units of the root")?;
     found.notes.iter().for_each(warn);
-    let mut ready = Ready {
+    let mut ready = HealthySystem {
         address: format!("http://127.0.0.1:{port}"),
         root: root.clone(),
         data: data.clone(),
@@ -229,7 +229,7 @@ pub fn run(
         output: None,
     };
     say("run", format!("{} for {} on {}", plan.stem(), plan.board.arch, ready.address));
-    let local = Local::start(&Order { rights, root, data, site, system: found }, listener)?;
+    let local = RunningSystem::start(&Order { rights, root, data, site, system: found }, listener)?;
     local.follow(&mut ready, options, started, well)?;
     Ok(ready)
 }
@@ -245,7 +245,7 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
     let site = site.canonicalize_utf8().with_context(|| format!("resolving {site}"))?;
     let place = data.join(SITE);
     fs::create_dir_all(&place).with_context(|| format!("making {place}"))?;
-    unpack::remove(&data.join(PROVISIONED))?;
+    unpack::remove_path(&data.join(PROVISIONED))?;
     Ok(site)
 }
 
@@ -253,11 +253,12 @@ fn own_site(site: &Utf8Path, data: &Utf8Path) -> Result<Utf8PathBuf> {
 ///
 /// # Errors
 /// When the user cannot; explains what forbids it.
-pub fn allowed() -> Result<Rights> {
-    let tries = |rights: Rights| Tool::new("unshare").args(rights.namespaces()).arg("true").run();
-    let Err(error) = tries(Rights::User) else { return Ok(Rights::User) };
-    if rustix::process::geteuid().is_root() && tries(Rights::Root).is_ok() {
-        return Ok(Rights::Root);
+pub fn available_privileges() -> Result<LocalPrivileges> {
+    let tries =
+        |rights: LocalPrivileges| Tool::new("unshare").args(rights.namespaces()).arg("true").run();
+    let Err(error) = tries(LocalPrivileges::User) else { return Ok(LocalPrivileges::User) };
+    if rustix::process::geteuid().is_root() && tries(LocalPrivileges::Root).is_ok() {
+        return Ok(LocalPrivileges::Root);
     }
     bail!(
         "creating namespaces: {error:#}\n\
@@ -288,7 +289,7 @@ fn only_one(place: &Utf8Path) -> Result<File> {
 ///
 /// # Errors
 /// When it is in use.
-pub fn listen(port: u16) -> Result<TcpListener> {
+pub fn listen_on(port: u16) -> Result<TcpListener> {
     TcpListener::bind((Ipv4Addr::LOCALHOST, port)).map_err(|error| {
         anyhow!(
             "listening on port {port} of 127.0.0.1: {error}\n\
@@ -299,19 +300,19 @@ pub fn listen(port: u16) -> Result<TcpListener> {
 }
 
 /// A running system. Dropping it ends it.
-struct Local {
+struct RunningSystem {
     child: Child,
     /// Closing this stops process 1.
     orders: UnixStream,
     events: Receiver<Event>,
 }
 
-impl Local {
+impl RunningSystem {
     fn start(order: &Order, listener: TcpListener) -> Result<Self> {
         let (ours, theirs) = UnixStream::pair().context("making a socket")?;
         let own = std::env::current_exe().context("finding this program")?;
         let own = Utf8PathBuf::try_from(own).context("this program's path")?;
-        let mut command = Tool::new(find("unshare").context("finding unshare")?)
+        let mut command = Tool::new(find_program("unshare").context("finding unshare")?)
             .args(order.rights.namespaces())
             .args(["--kill-child", "--", own.as_str(), CHILD])
             .into_command();
@@ -348,33 +349,34 @@ impl Local {
     /// Reports events until the command has exited; without one, as long as the system runs.
     fn follow(
         &self,
-        ready: &mut Ready,
-        options: &Options,
+        ready: &mut HealthySystem,
+        options: &LocalOptions,
         started: Instant,
-        well: impl FnOnce(&Ready) -> Result<()>,
+        well: impl FnOnce(&HealthySystem) -> Result<()>,
     ) -> Result<()> {
         let began = Instant::now();
         let mut well = Some(well);
         loop {
             // With a command, wait for a limited time.
             let waits = well.is_some() && !options.command.is_empty();
-            let left = if waits { PATIENCE.saturating_sub(began.elapsed()) } else { Duration::MAX };
+            let left =
+                if waits { HEALTH_TIMEOUT.saturating_sub(began.elapsed()) } else { Duration::MAX };
             let event = match self.events.recv_timeout(left) {
                 Ok(event) => event,
                 Err(RecvTimeoutError::Timeout) => bail!(
                     "{} did not become healthy within {} s\n\
                      help: see the output of its services above",
                     ready.address,
-                    PATIENCE.as_secs()
+                    HEALTH_TIMEOUT.as_secs()
                 ),
                 Err(RecvTimeoutError::Disconnected) => bail!("the local system has ended"),
             };
             match event {
-                Event::Said { unit, level, line } => show(&unit, level, &line),
+                Event::Said { unit, level, line } => print_unit_line(&unit, level, &line),
                 Event::Unit { unit, state, why, seconds } => {
-                    tell(&unit, state, &why, seconds);
+                    log_unit_state(&unit, state, &why, seconds);
                     ready.services.retain(|service| service.unit != unit);
-                    ready.services.push(Service { unit, state, why, seconds });
+                    ready.services.push(ServiceStatus { unit, state, why, seconds });
                 }
                 Event::Well { .. } => {
                     ready.seconds = started.elapsed().as_secs_f64();
@@ -389,7 +391,9 @@ impl Local {
                     }
                 }
                 Event::Ended { code, output, errors } => {
-                    errors.lines().for_each(|line| show(&options.command[0], WARNING + 1, line));
+                    errors
+                        .lines()
+                        .for_each(|line| print_unit_line(&options.command[0], WARNING + 1, line));
                     (ready.exit, ready.output) = (Some(code), Some(output));
                     return Ok(());
                 }
@@ -399,7 +403,7 @@ impl Local {
     }
 }
 
-impl Drop for Local {
+impl Drop for RunningSystem {
     fn drop(&mut self) {
         // Process 1 exits at the end of its orders, and with it all its children. Errors cannot be
         // handled here.
@@ -408,40 +412,46 @@ impl Drop for Local {
     }
 }
 
-fn short(unit: &str) -> &str {
+fn short_unit_name(unit: &str) -> &str {
     unit.strip_suffix(".service").unwrap_or(unit)
 }
 
-fn show(unit: &str, level: u8, line: &str) {
+fn print_unit_line(unit: &str, level: u8, line: &str) {
     if level <= WARNING {
-        warn(format!("{}: {line}", short(unit)));
+        warn(format!("{}: {line}", short_unit_name(unit)));
     } else {
-        say(short(unit), line);
+        say(short_unit_name(unit), line);
     }
 }
 
-fn tell(unit: &str, state: State, why: &str, seconds: f64) {
-    let after = duration(Duration::from_secs_f64(seconds));
+fn log_unit_state(unit: &str, state: ServiceState, why: &str, seconds: f64) {
+    let after = format_duration(Duration::from_secs_f64(seconds));
     match state {
-        State::Started if why.is_empty() => say(short(unit), format!("has started  ({after})")),
-        State::Started => say(short(unit), format!("has started: {why}  ({after})")),
-        State::Done => say(short(unit), format!("has finished  ({after})")),
-        State::Failed => warn(format!("{} has failed: {why}", short(unit))),
-        State::Restarts => warn(format!("{} has ended ({why}) and is restarted", short(unit))),
+        ServiceState::Started if why.is_empty() => {
+            say(short_unit_name(unit), format!("has started  ({after})"))
+        }
+        ServiceState::Started => {
+            say(short_unit_name(unit), format!("has started: {why}  ({after})"))
+        }
+        ServiceState::Done => say(short_unit_name(unit), format!("has finished  ({after})")),
+        ServiceState::Failed => warn(format!("{} has failed: {why}", short_unit_name(unit))),
+        ServiceState::Restarts => {
+            warn(format!("{} has ended ({why}) and is restarted", short_unit_name(unit)))
+        }
         // Reported in one line, when all have started.
-        State::Skipped => {}
+        ServiceState::Skipped => {}
     }
 }
 
 /// The services that do not run here, with reasons.
-fn left_out(ready: &Ready) -> String {
+fn left_out(ready: &HealthySystem) -> String {
     let mut reasons: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for service in ready.services.iter().filter(|service| service.state == State::Skipped) {
-        reasons.entry(&service.why).or_default().push(short(&service.unit));
+    for service in ready.services.iter().filter(|service| service.state == ServiceState::Skipped) {
+        reasons.entry(&service.why).or_default().push(short_unit_name(&service.unit));
     }
     let mut parts: Vec<String> =
         reasons.iter().map(|(why, units)| format!("{} ({why})", units.join(", "))).collect();
-    let others: Vec<&str> = ready.left_out.iter().map(|unit| short(unit)).collect();
+    let others: Vec<&str> = ready.left_out.iter().map(|unit| short_unit_name(unit)).collect();
     if !others.is_empty() {
         parts.push(format!("the base system's own: {}", others.join(", ")));
     }

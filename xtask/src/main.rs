@@ -3,25 +3,27 @@
 use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
-use xtask::cli::{Cli, Command};
+use xtask::cli::{Command, CommandLine};
 use xtask::{bench, cmd, local};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
     // The benchmark runs itself as a child process, to measure its memory separately.
     let outcome = match arguments.get(1).map(String::as_str) {
-        Some(bench::bundle::CHILD) => bench::bundle::child(arguments.get(2..).unwrap_or_default()),
+        Some(bench::bundle::CHILD) => {
+            bench::bundle::run_child(arguments.get(2..).unwrap_or_default())
+        }
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
         _ => {
-            let cli = Cli::parse();
+            let cli = CommandLine::parse();
             check_temporary_folder().and_then(|()| run(&cli))
         }
     };
     match outcome {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
-            xtask::errln!("error: {}", xtask::text::sentence(&error));
+            xtask::errln!("error: {}", xtask::text::describe_error(&error));
             ExitCode::FAILURE
         }
     }
@@ -41,7 +43,7 @@ fn check_temporary_folder() -> anyhow::Result<()> {
     )
 }
 
-fn run(cli: &Cli) -> anyhow::Result<()> {
+fn run(cli: &CommandLine) -> anyhow::Result<()> {
     match &cli.command {
         Command::Doctor(options) => cmd::doctor::doctor(options),
         Command::BuildImage(options) => cmd::build_image::build_image(options),
@@ -56,14 +58,19 @@ fn run(cli: &Cli) -> anyhow::Result<()> {
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
         Command::Keys(verb) => cmd::keys::keys(verb),
-        Command::Check(options) => cmd::check::asked(options),
+        Command::Check(options) => cmd::check::check(options),
         Command::E2e => cmd::check::e2e(),
         Command::Test(options) => cmd::check::test(options),
         Command::Clean(options) => cmd::clean::clean(options),
         Command::Plan(options) => cmd::plan::plan(options),
         Command::Render(options) => cmd::plan::render(options),
         Command::Completions { shell } => {
-            clap_complete::generate(*shell, &mut Cli::command(), "xtask", &mut std::io::stdout());
+            clap_complete::generate(
+                *shell,
+                &mut CommandLine::command(),
+                "xtask",
+                &mut std::io::stdout(),
+            );
             Ok(())
         }
     }

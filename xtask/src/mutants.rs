@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::exec::Tool;
 use crate::git;
-use crate::progress::{duration, say};
+use crate::progress::{format_duration, say};
 
 /// The directory of the files that list the faults.
 pub const LIST: &str = "ci/mutants";
@@ -36,7 +36,7 @@ pub struct Mutant {
 
 #[derive(Deserialize)]
 #[serde(deny_unknown_fields)]
-struct List {
+struct MutantList {
     mutant: Vec<Mutant>,
 }
 
@@ -62,7 +62,7 @@ impl Mutant {
 ///
 /// # Errors
 /// When a list is malformed; else names every mutant that does not match the source.
-pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
+pub fn read_mutants(root: &Utf8Path) -> Result<Vec<Mutant>> {
     let folder = root.join(LIST);
     let listing = folder.read_dir_utf8().with_context(|| format!("reading {folder}"))?;
     let mut files = Vec::new();
@@ -73,7 +73,7 @@ pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
     let mut mutants: Vec<Mutant> = Vec::new();
     for path in &files {
         let text = fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
-        let list: List = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
+        let list: MutantList = toml::from_str(&text).with_context(|| format!("reading {path}"))?;
         mutants.extend(list.mutant);
     }
     let mut wrong = Vec::new();
@@ -94,7 +94,7 @@ pub fn read(root: &Utf8Path) -> Result<Vec<Mutant>> {
 /// The result of a mutant.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Fate {
+pub enum MutantOutcome {
     /// The named test failed.
     Caught,
     /// The test passed.
@@ -105,13 +105,13 @@ pub enum Fate {
 
 /// A mutant with its result.
 #[derive(Debug, Clone, Serialize)]
-pub struct Tried {
+pub struct TestedMutant {
     /// The mutant's name.
     pub name: String,
     /// Its consequence.
     pub means: String,
     /// The result.
-    pub fate: Fate,
+    pub fate: MutantOutcome,
     /// Seconds that it took.
     pub seconds: u64,
 }
@@ -122,13 +122,15 @@ pub struct Tried {
 ///
 /// # Errors
 /// When the tests fail without any fault, or nothing can be built.
-pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
-    let mut mutants = read(root)?;
+pub fn run_mutants(root: &Utf8Path, filter: &str) -> Result<Vec<TestedMutant>> {
+    let mut mutants = read_mutants(root)?;
     mutants.retain(|mutant| mutant.name.contains(filter));
     ensure!(!mutants.is_empty(), "no mutant has a name that contains `{filter}`");
-    let bench =
-        Bench { tree: root.join("target/mutants/tree"), built: root.join("target/mutants") };
-    copy(root, &bench.tree)?;
+    let bench = MutantWorkspace {
+        tree: root.join("target/mutants/tree"),
+        built: root.join("target/mutants"),
+    };
+    copy_workspace(root, &bench.tree)?;
     // After an interrupted compilation, the compiler was observed to build a program from another
     // text than the file's.
     let state = bench.built.join("debug/incremental");
@@ -152,19 +154,19 @@ pub fn run(root: &Utf8Path, filter: &str) -> Result<Vec<Tried>> {
                 mutants.len(),
                 mutant.name,
                 fate.word(),
-                duration(left)
+                format_duration(left)
             ),
         );
         let seconds = begun.elapsed().max(Duration::from_secs(1)).as_secs();
         let (name, means) = (mutant.name.clone(), mutant.means.clone());
-        tried.push(Tried { name, means, fate, seconds });
+        tried.push(TestedMutant { name, means, fate, seconds });
     }
     // Otherwise a fault may have remained, and the tests failed because of it.
     bench.without_fault(&tests)?;
     Ok(tried)
 }
 
-impl Fate {
+impl MutantOutcome {
     /// The human-readable form.
     pub fn word(self) -> &'static str {
         match self {
@@ -176,29 +178,29 @@ impl Fate {
 }
 
 #[derive(Debug, PartialEq, Eq)]
-enum Answer {
+enum TestAnswer {
     Passed,
     Failed,
     NotBuilt,
 }
 
-struct Bench {
+struct MutantWorkspace {
     tree: Utf8PathBuf,
     built: Utf8PathBuf,
 }
 
-impl Bench {
+impl MutantWorkspace {
     fn without_fault(&self, tests: &[&str]) -> Result<()> {
         for (at, test) in tests.iter().enumerate() {
             say("mutants", format!("without a fault ({} of {}): {test}", at + 1, tests.len()));
-            if self.ask(test)? != Answer::Passed {
+            if self.run_test(test)? != TestAnswer::Passed {
                 bail!("`cargo test -p {test}` fails without any fault: correct that first");
             }
         }
         Ok(())
     }
 
-    fn try_one(&self, mutant: &Mutant) -> Result<Fate> {
+    fn try_one(&self, mutant: &Mutant) -> Result<MutantOutcome> {
         let path = self.tree.join(&mutant.file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         let put = |text: &str| fs::write(&path, text).with_context(|| format!("writing {path}"));
@@ -208,16 +210,16 @@ impl Bench {
         fate
     }
 
-    fn fate(&self, mutant: &Mutant) -> Result<Fate> {
-        Ok(match self.ask(&mutant.test)? {
-            Answer::NotBuilt => Fate::DoesNotCompile,
-            Answer::Failed => Fate::Caught,
-            Answer::Passed => Fate::Survived,
+    fn fate(&self, mutant: &Mutant) -> Result<MutantOutcome> {
+        Ok(match self.run_test(&mutant.test)? {
+            TestAnswer::NotBuilt => MutantOutcome::DoesNotCompile,
+            TestAnswer::Failed => MutantOutcome::Caught,
+            TestAnswer::Passed => MutantOutcome::Survived,
         })
     }
 
     /// Builds first, to distinguish a fault that does not compile from one that a test detects.
-    fn ask(&self, test: &str) -> Result<Answer> {
+    fn run_test(&self, test: &str) -> Result<TestAnswer> {
         let cargo = |last: &str| {
             let words = ["test", "--quiet", "--package"].into_iter().chain(test.split(' '));
             Tool::cargo()
@@ -228,16 +230,20 @@ impl Bench {
                 .current_dir(&self.tree)
         };
         if cargo("--no-run").run().is_err() {
-            return Ok(Answer::NotBuilt);
+            return Ok(TestAnswer::NotBuilt);
         }
-        Ok(if cargo("--no-fail-fast").run().is_ok() { Answer::Passed } else { Answer::Failed })
+        Ok(if cargo("--no-fail-fast").run().is_ok() {
+            TestAnswer::Passed
+        } else {
+            TestAnswer::Failed
+        })
     }
 }
 
 /// Copies the files that git tracks below `root` to `tree`. Unchanged files are not written, so
 /// that they are not rebuilt.
-fn copy(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
-    let listed = git::at(root).args(["ls-files", "-z"]).read()?;
+fn copy_workspace(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
+    let listed = git::git_in(root).args(["ls-files", "-z"]).read()?;
     for name in listed.split('\0').filter(|name| !name.is_empty()) {
         let (from, to) = (root.join(name), tree.join(name));
         // A link in the repository is copied as a link; a removed file is removed.

@@ -43,7 +43,7 @@ pub fn warn(message: impl AsRef<str>) {
 
 /// The unit of a step.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Unit {
+pub enum ProgressUnit {
     /// Bytes; shown with binary units and a rate.
     Bytes,
     /// Items (packages, files, …).
@@ -52,25 +52,27 @@ pub enum Unit {
 
 /// One long step. Dropping it removes its bar.
 #[derive(Debug)]
-pub struct Step {
+pub struct ProgressStep {
     bar: ProgressBar,
     stage: String,
     what: String,
-    unit: Unit,
+    unit: ProgressUnit,
     last_line: std::sync::Mutex<Instant>,
 }
 
-impl Step {
+impl ProgressStep {
     /// Starts a step of `total` bytes or items; 0 when the total is not known.
-    pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: Unit) -> Self {
+    pub fn new(stage: &str, what: impl Into<String>, total: u64, unit: ProgressUnit) -> Self {
         let what = printable(&what.into());
         let bar = bars().add(ProgressBar::new(total));
         let template = match (total, unit) {
             (0, _) => " {prefix} {spinner} {msg}  {elapsed}",
-            (_, Unit::Bytes) => {
+            (_, ProgressUnit::Bytes) => {
                 " {prefix} {msg:40!} {percent:>3} %  {binary_bytes} of {binary_total_bytes}  {binary_bytes_per_sec}  {eta} left"
             }
-            (_, Unit::Items) => " {prefix} {msg:40!} {percent:>3} %  {pos} of {len}  {eta} left",
+            (_, ProgressUnit::Items) => {
+                " {prefix} {msg:40!} {percent:>3} %  {pos} of {len}  {eta} left"
+            }
         };
         if let Ok(style) = ProgressStyle::with_template(template) {
             bar.set_style(style);
@@ -119,18 +121,18 @@ impl Step {
         let what = &self.what;
         match (self.bar.length().unwrap_or(0), self.unit) {
             (0, _) => say(&self.stage, format!("{what}: {}", self.bar.message())),
-            (total, Unit::Bytes) => say(
+            (total, ProgressUnit::Bytes) => say(
                 &self.stage,
-                format!("{what}: {} of {}", bytes(self.bar.position()), bytes(total)),
+                format!("{what}: {} of {}", format_bytes(self.bar.position()), format_bytes(total)),
             ),
-            (total, Unit::Items) => {
+            (total, ProgressUnit::Items) => {
                 say(&self.stage, format!("{what}: {} of {total}", self.bar.position()));
             }
         }
     }
 }
 
-impl Drop for Step {
+impl Drop for ProgressStep {
     fn drop(&mut self) {
         self.bar.finish_and_clear();
         bars().remove(&self.bar);
@@ -138,7 +140,7 @@ impl Drop for Step {
 }
 
 /// A size in human-readable form: `38 MiB`, `4.0 GiB`, `912 B`.
-pub fn bytes(n: u64) -> String {
+pub fn format_bytes(n: u64) -> String {
     const UNITS: [&str; 4] = ["KiB", "MiB", "GiB", "TiB"];
     if n < 1024 {
         return format!("{n} B");
@@ -155,7 +157,7 @@ pub fn bytes(n: u64) -> String {
 }
 
 /// A time in human-readable form: `0.4 s`, `41 s`, `3 min 41 s`.
-pub fn duration(d: Duration) -> String {
+pub fn format_duration(d: Duration) -> String {
     let seconds = d.as_secs();
     match seconds {
         0..10 => format!("{:.1} s", d.as_secs_f64()),
@@ -165,7 +167,7 @@ pub fn duration(d: Duration) -> String {
 }
 
 /// Names for a sentence: the first ten, and the number of others.
-pub fn names(names: &[impl AsRef<str>]) -> String {
+pub fn list_names(names: &[impl AsRef<str>]) -> String {
     const SHOWN: usize = 10;
     let shown: Vec<&str> = names.iter().take(SHOWN).map(AsRef::as_ref).collect();
     let more = names.len().saturating_sub(SHOWN);
@@ -179,14 +181,14 @@ mod tests {
 
     #[test]
     fn sizes_for_people() {
-        let shown = [0, 1023, 1024, 1_048_064, 1 << 20, 10 << 20, 4 << 30].map(bytes);
+        let shown = [0, 1023, 1024, 1_048_064, 1 << 20, 10 << 20, 4 << 30].map(format_bytes);
         assert_eq!(shown, ["0 B", "1023 B", "1.0 KiB", "1.0 MiB", "1.0 MiB", "10 MiB", "4.0 GiB"]);
     }
 
     #[test]
     fn long_lists_end_early() {
-        assert_eq!(names(&["a", "b"]), "a, b");
+        assert_eq!(list_names(&["a", "b"]), "a, b");
         let many: Vec<String> = (0..157).map(|n| n.to_string()).collect();
-        assert_eq!(names(&many), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 147 more");
+        assert_eq!(list_names(&many), "0, 1, 2, 3, 4, 5, 6, 7, 8, 9 and 147 more");
     }
 }

@@ -14,15 +14,17 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::hash_bytes;
 use crate::config::workspace_root;
-use crate::keys::{self, Keys, Signer};
-use crate::progress::{Step, Unit, bytes};
-use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, File, Index, Manifest, Retired};
+use crate::keys::{self, KeyDirectory, SigningKey};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes};
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{
+    Channel, ChannelEntry, ChannelIndex, ReleaseManifest, RetiredRelease, StoreFile,
+};
 use crate::store::index::Retention;
-use crate::store::{Store, Token};
+use crate::store::{ChannelToken, ReleaseStore};
 use crate::time::now;
-use memory::{Memory, Seen};
-use pins::Pins;
+use memory::{IndexMemory, SeenIndex};
+use pins::PinnedKinds;
 
 /// How often the change of a channel is retried after a conflict. One publisher succeeds each time,
 /// so this limits how many may publish at once.
@@ -32,15 +34,15 @@ const LONGEST_PAUSE: Duration = Duration::from_secs(2);
 
 /// The trusted keys and the signing keys: the key directory, with each key opened once; the pinned
 /// kinds; and the serials seen before. Nothing of it comes from a store.
-pub struct Authority {
+pub struct SigningAuthority {
     dir: Utf8PathBuf,
     set: KeySet,
-    signers: BTreeMap<&'static str, Signer>,
-    pins: Pins,
-    memory: Memory,
+    signers: BTreeMap<&'static str, SigningKey>,
+    pins: PinnedKinds,
+    memory: IndexMemory,
 }
 
-impl Authority {
+impl SigningAuthority {
     /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`:
     /// accept the current state of stores, whatever was seen before.
     ///
@@ -48,26 +50,26 @@ impl Authority {
     /// When the key directory or the workspace's files cannot be used.
     pub fn open(restored: bool) -> Result<Self> {
         let root = workspace_root().ok();
-        let pins = Pins::read(root.as_deref())?;
-        Self::at(&keys::directory()?, pins, Memory::locate(restored)?)
+        let pins = PinnedKinds::read(root.as_deref())?;
+        Self::open_dir(&keys::key_directory()?, pins, IndexMemory::locate(restored)?)
     }
 
     /// Reads the key set of this key directory.
     ///
     /// # Errors
     /// When it cannot be used.
-    pub fn at(dir: &Utf8Path, pins: Pins, memory: Memory) -> Result<Self> {
-        let set = Keys::open(dir)?.set().clone();
+    pub fn open_dir(dir: &Utf8Path, pins: PinnedKinds, memory: IndexMemory) -> Result<Self> {
+        let set = KeyDirectory::open(dir)?.set().clone();
         Ok(Self { dir: dir.to_owned(), set, signers: BTreeMap::new(), pins, memory })
     }
 
     /// The pinned kinds.
-    pub fn pins(&self) -> &Pins {
+    pub fn pins(&self) -> &PinnedKinds {
         &self.pins
     }
 
     /// What was seen before.
-    pub fn memory(&self) -> &Memory {
+    pub fn memory(&self) -> &IndexMemory {
         &self.memory
     }
 
@@ -76,7 +78,7 @@ impl Authority {
     ///
     /// # Errors
     /// When the memory cannot be written.
-    pub fn begin(&self, store: &dyn Store) -> Result<()> {
+    pub fn begin(&self, store: &dyn ReleaseStore) -> Result<()> {
         if store.exists() { Ok(()) } else { self.memory.forget(store) }
     }
 
@@ -89,13 +91,13 @@ impl Authority {
     ///
     /// # Errors
     /// When there is none, or its password is wrong.
-    pub fn signer(&mut self, kind: BuildKind) -> Result<&Signer> {
+    pub fn signer(&mut self, kind: BuildKind) -> Result<&SigningKey> {
         let name = match kind {
             BuildKind::Development => "development",
             BuildKind::Release => "release",
         };
         if !self.signers.contains_key(name) {
-            let mut keys = Keys::open(&self.dir)?;
+            let mut keys = KeyDirectory::open(&self.dir)?;
             let signer = keys.signer(kind)?;
             // The first development key is created on first use.
             self.set = keys.set().clone();
@@ -109,10 +111,14 @@ impl Authority {
 ///
 /// # Errors
 /// When it cannot be read, is not signed by a trusted key, or is older.
-pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Result<(Index, Token)> {
+pub fn load_channel(
+    store: &dyn ReleaseStore,
+    channel: Channel,
+    authority: &SigningAuthority,
+) -> Result<(ChannelIndex, ChannelToken)> {
     // Read this before accessing the store: of two processes on this machine, the faster one must
     // not make the other's index appear old.
-    let seen = authority.memory.of(store, channel)?;
+    let seen = authority.memory.last_seen(store, channel)?;
     let there = store.exists();
     let (file, token) = store.index(channel)?;
     let index = match &file {
@@ -120,11 +126,11 @@ pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Resul
             .pins
             .open(channel, file, &authority.set)
             .with_context(|| format!("trusting {}", store.name()))?,
-        None => Index::empty(channel),
+        None => ChannelIndex::empty(channel),
     };
     if there {
         let sha256 = hash_bytes(file.as_deref().unwrap_or_default());
-        let now = Seen { serial: index.serial, sha256 };
+        let now = SeenIndex { serial: index.serial, sha256 };
         authority.memory.judge(store, channel, seen.as_ref(), &now)?;
     }
     Ok((index, token))
@@ -135,9 +141,13 @@ pub fn load(store: &dyn Store, channel: Channel, authority: &Authority) -> Resul
 /// # Errors
 /// When it is missing, does not match the index, is not of the kind in its channel, or is not
 /// signed by a trusted key.
-pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manifest> {
+pub fn load_manifest(
+    store: &dyn ReleaseStore,
+    entry: &ChannelEntry,
+    keys: &KeySet,
+) -> Result<ReleaseManifest> {
     let [text, signature] = manifest_files(store, &entry.manifest)?;
-    let manifest = Manifest::open(&entry.manifest, &text, &signature, keys)?;
+    let manifest = ReleaseManifest::open(&entry.manifest, &text, &signature, keys)?;
     let found = (&manifest.product, &manifest.version, manifest.kind);
     ensure!(
         found == (&entry.product, &entry.version, entry.kind),
@@ -154,7 +164,7 @@ pub fn manifest(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Manif
 }
 
 /// A manifest and its signature, unverified.
-fn manifest_files(store: &dyn Store, file: &File) -> Result<[Vec<u8>; 2]> {
+fn manifest_files(store: &dyn ReleaseStore, file: &StoreFile) -> Result<[Vec<u8>; 2]> {
     let read = |path: &str| {
         let found = store.read(path)?;
         found.with_context(|| format!("{} does not contain {path}", store.name()))
@@ -168,19 +178,19 @@ fn manifest_files(store: &dyn Store, file: &File) -> Result<[Vec<u8>; 2]> {
 ///
 /// # Errors
 /// The errors of both; a store that cannot be written.
-pub fn change(
-    store: &dyn Store,
+pub fn change_channel(
+    store: &dyn ReleaseStore,
     channel: Channel,
-    authority: &mut Authority,
-    mut change: impl FnMut(&Index, &mut Authority) -> Result<Option<Index>>,
-    mut prepare: impl FnMut(&Index, &Index) -> Result<()>,
+    authority: &mut SigningAuthority,
+    mut change: impl FnMut(&ChannelIndex, &mut SigningAuthority) -> Result<Option<ChannelIndex>>,
+    mut prepare: impl FnMut(&ChannelIndex, &ChannelIndex) -> Result<()>,
 ) -> Result<bool> {
     let mut pause = Duration::from_millis(50);
     authority.begin(store)?;
     for _ in 0..ATTEMPTS {
-        let (current, token) = load(store, channel, authority)?;
+        let (current, token) = load_channel(store, channel, authority)?;
         let Some(mut next) = change(&current, authority)? else {
-            store.settle(channel)?;
+            store.make_visible(channel)?;
             return Ok(false);
         };
         authority.pins.check(&next)?;
@@ -189,9 +199,9 @@ pub fn change(
         let kind = authority.pins.channel(channel);
         let content = next.sign(authority.signer(kind)?)?;
         if store.swap(channel, &token, next.serial, &content)? {
-            let now = Seen { serial: next.serial, sha256: hash_bytes(&content) };
-            authority.memory.wrote(store, channel, &now)?;
-            store.settle(channel)?;
+            let now = SeenIndex { serial: next.serial, sha256: hash_bytes(&content) };
+            authority.memory.remember_written(store, channel, &now)?;
+            store.make_visible(channel)?;
             return Ok(true);
         }
         // Each process waits for a different time, so that one of them succeeds.
@@ -210,7 +220,7 @@ pub fn change(
 /// The result of publishing one channel.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Published {
+pub struct PublishedChannel {
     /// The channel.
     pub channel: Channel,
     /// Whether its index changed.
@@ -230,38 +240,45 @@ pub struct Published {
 /// # Errors
 /// When the two stores contradict each other, a local object is damaged, or the target cannot be
 /// written.
-pub fn publish(
-    from: &Directory,
-    to: &dyn Store,
+pub fn publish_channel(
+    from: &DirectoryStore,
+    to: &dyn ReleaseStore,
     channel: Channel,
-    authority: &mut Authority,
+    authority: &mut SigningAuthority,
     retention: Retention,
-) -> Result<Published> {
-    let (ours, _) = load(from, channel, authority)?;
+) -> Result<PublishedChannel> {
+    let (ours, _) = load_channel(from, channel, authority)?;
     let keys = authority.keys().clone();
     let now = now()?;
-    let mut done =
-        Published { channel, changed: false, releases: Vec::new(), sent: 0, bytes: 0, kept: 0 };
-    let merge = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
-        let mut next = current.clone();
-        next.merge(&ours)?;
-        next.retain(retention, now);
-        // Releases that the target has retired are not added again.
-        let known = |r: &Retired| {
-            current.retired.contains(r) || current.find(&r.product, &r.version).is_some()
-        };
-        next.retired.retain(known);
-        Ok((next.releases != current.releases).then_some(next))
+    let mut done = PublishedChannel {
+        channel,
+        changed: false,
+        releases: Vec::new(),
+        sent: 0,
+        bytes: 0,
+        kept: 0,
     };
+    let merge =
+        |current: &ChannelIndex, _: &mut SigningAuthority| -> Result<Option<ChannelIndex>> {
+            let mut next = current.clone();
+            next.merge(&ours)?;
+            next.retain(retention, now);
+            // Releases that the target has retired are not added again.
+            let known = |r: &RetiredRelease| {
+                current.retired.contains(r) || current.find(&r.product, &r.version).is_some()
+            };
+            next.retired.retain(known);
+            Ok((next.releases != current.releases).then_some(next))
+        };
     let mut sent = BTreeSet::new();
-    let prepare = |current: &Index, next: &Index| -> Result<()> {
+    let prepare = |current: &ChannelIndex, next: &ChannelIndex| -> Result<()> {
         done.releases.clear();
         for entry in &next.releases {
             if current.find(&entry.product, &entry.version).is_some() {
                 continue;
             }
             done.releases.push(format!("{} {}", entry.product, entry.version));
-            let manifest = manifest(from, entry, &keys)?;
+            let manifest = load_manifest(from, entry, &keys)?;
             let wanted: Vec<(String, u64)> = manifest
                 .objects()
                 .map(|o| (o.sha256.clone(), o.size))
@@ -274,12 +291,12 @@ pub fn publish(
             sent.extend(kept.into_iter().map(|(sha256, _)| sha256));
             let total = sources.iter().map(|(_, size)| size).sum();
             let what = format!("{} {} to {}", entry.product, entry.version, to.name());
-            let step = Step::new("publish", what, total, Unit::Bytes);
+            let step = ProgressStep::new("publish", what, total, ProgressUnit::Bytes);
             for (sha256, size) in sources {
                 if !sent.insert(sha256.clone()) {
                     continue;
                 }
-                step.note(format!("{} {}", bytes(size), sha256));
+                step.note(format!("{} {}", format_bytes(size), sha256));
                 to.put(&sha256, &from.object(&sha256))
                     .with_context(|| format!("sending {sha256} to {}", to.name()))?;
                 step.advance(size);
@@ -292,7 +309,7 @@ pub fn publish(
         }
         Ok(())
     };
-    let changed = change(to, channel, authority, merge, prepare)
+    let changed = change_channel(to, channel, authority, merge, prepare)
         .with_context(|| format!("publishing the channel {channel} to {}", to.name()))?;
     done.changed = changed;
     Ok(done)

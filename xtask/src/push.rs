@@ -17,10 +17,10 @@ use contract::Refusal;
 use contract::answer::{self as agent, Progress, RobotEvent, RobotStatus};
 use serde::Serialize;
 
-use crate::progress::{Step, Unit, bytes, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::update;
-pub use answer::{Installed, InstalledApi};
-use ssh::{Connection, Reply};
+pub use answer::{PushedApi, PushedSystem};
+use ssh::{RobotConnection, RobotReply};
 
 /// Seconds before each attempt to reconnect; after this many attempts in a row without progress the
 /// push fails. In total two minutes: enough for a robot that lost its power to restart.
@@ -34,7 +34,7 @@ const EVENTS: &str = "30";
 
 /// The request: what to push to which robots.
 #[derive(Debug, Clone)]
-pub struct Request {
+pub struct PushRequest {
     /// Robots, as ssh takes them; without a user: root.
     pub hosts: Vec<String>,
     /// The bundle.
@@ -52,7 +52,7 @@ const UNHEALTHY: &str = "api-unhealthy";
 /// The result.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Verdict {
+pub enum PushVerdict {
     /// The bundle's version runs and is committed.
     Committed,
     /// It is installed; its trial begins with the restart, which was not waited for.
@@ -70,19 +70,19 @@ pub enum Verdict {
 /// The outcome for one robot.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Outcome {
+pub struct PushOutcome {
     /// The robot, as given on the command line.
     pub host: String,
     /// The result.
-    pub verdict: Verdict,
+    pub verdict: PushVerdict,
     /// The running slot; without waiting, the slot whose trial begins.
     pub slot: Option<Slot>,
     /// The version in that slot.
     pub version: Option<Version>,
     /// What the install did; `None` when its answer was lost with the connection.
-    pub installed: Option<Installed>,
+    pub installed: Option<PushedSystem>,
     /// The same for a bundle of the API, with the version that runs now.
-    pub api: Option<InstalledApi>,
+    pub api: Option<PushedApi>,
     /// How often the connection broke while the bundle was sent.
     pub breaks: u32,
     /// The agent's refusal.
@@ -98,8 +98,8 @@ pub struct Outcome {
 /// # Errors
 /// When the request is invalid, or the bundle cannot be read. Errors of a single robot are
 /// outcomes.
-pub fn push(request: &Request) -> Result<Vec<Outcome>> {
-    let (manifest, sha256) = update::unverified(&request.bundle)?;
+pub fn push_to_robots(request: &PushRequest) -> Result<Vec<PushOutcome>> {
+    let (manifest, sha256) = update::read_unverified(&request.bundle)?;
     ensure!(!request.hosts.is_empty(), "no robot was given");
     let mut known = BTreeSet::new();
     for host in &request.hosts {
@@ -108,7 +108,7 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
     let connections = request
         .hosts
         .iter()
-        .map(|host| Connection::new(host, &request.ssh_options))
+        .map(|host| RobotConnection::new(host, &request.ssh_options))
         .collect::<Result<Vec<_>>>()?;
     let size = std::fs::metadata(&request.bundle).map_or(0, |meta| meta.len());
     let api = manifest.components.iter().find(|component| component.name == API);
@@ -116,7 +116,7 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
         Some(api) => (format!("the API of {}", manifest.product), &api.version),
         None => (manifest.product.clone(), &manifest.version),
     };
-    say("push", format!("{what} {version}, {}", bytes(size)));
+    say("push", format!("{what} {version}, {}", format_bytes(size)));
     let api = api.is_some();
     Ok(std::thread::scope(|scope| {
         let threads: Vec<_> = connections
@@ -125,7 +125,7 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
                 let host = connection.host.clone();
                 let (version, sha256) = (&manifest.version, &sha256);
                 let thread = scope.spawn(move || {
-                    Robot { request, version, sha256, api, connection, breaks: 0 }.push()
+                    RobotPush { request, version, sha256, api, connection, breaks: 0 }.push()
                 });
                 (host, thread)
             })
@@ -133,17 +133,17 @@ pub fn push(request: &Request) -> Result<Vec<Outcome>> {
         threads
             .into_iter()
             .map(|(host, thread)| {
-                thread.join().unwrap_or_else(|_| Outcome {
+                thread.join().unwrap_or_else(|_| PushOutcome {
                     why: Some("a thread of this program panicked".to_owned()),
-                    ..Outcome::new(host, Verdict::Failed)
+                    ..PushOutcome::new(host, PushVerdict::Failed)
                 })
             })
             .collect()
     }))
 }
 
-impl Outcome {
-    fn new(host: String, verdict: Verdict) -> Self {
+impl PushOutcome {
+    fn new(host: String, verdict: PushVerdict) -> Self {
         Self {
             host,
             verdict,
@@ -160,27 +160,27 @@ impl Outcome {
 }
 
 /// The push to one robot.
-struct Robot<'a> {
-    request: &'a Request,
+struct RobotPush<'a> {
+    request: &'a PushRequest,
     version: &'a Version,
     /// SHA-256 of the bundle's manifest.
     sha256: &'a str,
     /// Whether it is a bundle of the API alone.
     api: bool,
-    connection: Connection,
+    connection: RobotConnection,
     breaks: u32,
 }
 
 /// An install that the robot has completed.
-struct Done {
+struct CompletedInstall {
     /// The robot's status before its restart.
     before: RobotStatus,
     /// `None` when the answer was lost.
-    installed: Option<Installed>,
+    installed: Option<PushedSystem>,
 }
 
-impl Robot<'_> {
-    fn push(mut self) -> Outcome {
+impl RobotPush<'_> {
+    fn push(mut self) -> PushOutcome {
         let started = Instant::now();
         let host = self.connection.host.clone();
         let outcome = if self.api {
@@ -188,50 +188,57 @@ impl Robot<'_> {
         } else {
             self.install().and_then(|done| match self.request.wait {
                 None => Ok(self.not_waited(done)),
-                Some(patience) => self.wait(done, patience),
+                Some(timeout) => self.wait(done, timeout),
             })
         };
         let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refusal>() {
-            Ok(refused) if refused.code == UNHEALTHY => Outcome {
+            Ok(refused) if refused.code == UNHEALTHY => PushOutcome {
                 why: Some(refused.message.clone()),
                 refused: Some(refused),
-                ..Outcome::new(host.clone(), Verdict::TakenBack)
+                ..PushOutcome::new(host.clone(), PushVerdict::TakenBack)
             },
-            Ok(refused) => {
-                Outcome { refused: Some(refused), ..Outcome::new(host.clone(), Verdict::Refused) }
-            }
-            Err(error) => Outcome {
+            Ok(refused) => PushOutcome {
+                refused: Some(refused),
+                ..PushOutcome::new(host.clone(), PushVerdict::Refused)
+            },
+            Err(error) => PushOutcome {
                 why: Some(format!("{error:#}")),
-                ..Outcome::new(host.clone(), Verdict::Failed)
+                ..PushOutcome::new(host.clone(), PushVerdict::Failed)
             },
         });
-        let outcome =
-            Outcome { breaks: self.breaks, seconds: started.elapsed().as_secs_f64(), ..outcome };
+        let outcome = PushOutcome {
+            breaks: self.breaks,
+            seconds: started.elapsed().as_secs_f64(),
+            ..outcome
+        };
         if self.request.hosts.len() > 1 {
-            say("push", format!("{host}: {}", sentence(&outcome)));
+            say("push", format!("{host}: {}", describe_outcome(&outcome)));
         }
         outcome
     }
 
     /// Sends the bundle until the agent has installed or rejected it.
-    fn install(&mut self) -> Result<Done> {
+    fn install(&mut self) -> Result<CompletedInstall> {
         let mut before = self.connection.first()?;
         let mut farthest = 0;
         let mut pauses = PAUSES.iter();
         loop {
             let bundle = &self.request.bundle;
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
-            let mut shown = Shown::new(&self.connection.host);
-            let reply: Reply<agent::InstalledSystem> =
-                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+            let mut shown = InstallDisplay::new(&self.connection.host);
+            let reply: RobotReply<agent::InstalledSystem> =
+                self.connection
+                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
             let why = match reply {
-                Reply::Said(done) => return Ok(Done { before, installed: Some(done.into()) }),
+                RobotReply::Said(done) => {
+                    return Ok(CompletedInstall { before, installed: Some(done.into()) });
+                }
                 // The agent has not noticed yet that the previous connection is gone.
-                Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
+                RobotReply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
                     refused.message
                 }
-                Reply::Refused(refused) => return Err(refused.into()),
-                Reply::Broken(why) => {
+                RobotReply::Refused(refused) => return Err(refused.into()),
+                RobotReply::Broken(why) => {
                     self.breaks += 1;
                     why
                 }
@@ -253,7 +260,7 @@ impl Robot<'_> {
         before: &mut RobotStatus,
         pauses: &mut std::slice::Iter<'_, u64>,
         mut why: String,
-    ) -> Result<Option<Done>> {
+    ) -> Result<Option<CompletedInstall>> {
         let host = &self.connection.host;
         loop {
             let Some(seconds) = pauses.next() else {
@@ -266,9 +273,9 @@ impl Robot<'_> {
             warn(format!("{host}: {why}; retrying in {seconds} s"));
             std::thread::sleep(Duration::from_secs(*seconds));
             let status = match self.connection.status()? {
-                Reply::Said(status) => status,
-                Reply::Refused(refused) => return Err(refused.into()),
-                Reply::Broken(again) => {
+                RobotReply::Said(status) => status,
+                RobotReply::Refused(refused) => return Err(refused.into()),
+                RobotReply::Broken(again) => {
                     why = again;
                     continue;
                 }
@@ -278,7 +285,7 @@ impl Robot<'_> {
             let restarted = status.boot_id != before.boot_id;
             let armed = status.boot.trial.is_some() && (status.pending || restarted);
             if status.running != before.running || ours && armed {
-                return Ok(Some(Done { before: before.clone(), installed: None }));
+                return Ok(Some(CompletedInstall { before: before.clone(), installed: None }));
             }
             *before = status;
             return Ok(None);
@@ -287,29 +294,30 @@ impl Robot<'_> {
 
     /// Sends an API until the agent has switched to it or rejected it: the robot does not restart,
     /// and wheels that arrived before a broken connection are not written again.
-    fn install_api(&mut self) -> Result<Outcome> {
+    fn install_api(&mut self) -> Result<PushOutcome> {
         let mut before = self.connection.first()?;
         let mut pauses = PAUSES.iter();
         loop {
             let bundle = &self.request.bundle;
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
-            let mut shown = Shown::new(&self.connection.host);
-            let reply: Reply<agent::InstalledApi> =
-                self.connection.ask(&["install", "-"], Some(file), |at| shown.at(at))?;
+            let mut shown = InstallDisplay::new(&self.connection.host);
+            let reply: RobotReply<agent::InstalledApi> =
+                self.connection
+                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
             drop(shown);
             let why = match reply {
-                Reply::Said(api) => {
+                RobotReply::Said(api) => {
                     let host = self.connection.host.clone();
-                    return Ok(Outcome {
+                    return Ok(PushOutcome {
                         api: Some(api.into()),
-                        ..Outcome::new(host, Verdict::Committed)
+                        ..PushOutcome::new(host, PushVerdict::Committed)
                     });
                 }
-                Reply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
+                RobotReply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
                     refused.message
                 }
-                Reply::Refused(refused) => return Err(refused.into()),
-                Reply::Broken(why) => {
+                RobotReply::Refused(refused) => return Err(refused.into()),
+                RobotReply::Broken(why) => {
                     self.breaks += 1;
                     why
                 }
@@ -319,35 +327,35 @@ impl Robot<'_> {
         }
     }
 
-    fn not_waited(&self, done: Done) -> Outcome {
-        Outcome {
-            slot: Some(other(done.before.running)),
+    fn not_waited(&self, done: CompletedInstall) -> PushOutcome {
+        PushOutcome {
+            slot: Some(other_slot(done.before.running)),
             version: Some(self.version.clone()),
             installed: done.installed,
-            ..Outcome::new(self.connection.host.clone(), Verdict::Installed)
+            ..PushOutcome::new(self.connection.host.clone(), PushVerdict::Installed)
         }
     }
 
     /// Polls until the robot has restarted and reports the result of the trial.
-    fn wait(&self, done: Done, patience: Duration) -> Result<Outcome> {
+    fn wait(&self, done: CompletedInstall, timeout: Duration) -> Result<PushOutcome> {
         let started = Instant::now();
         let host = &self.connection.host;
-        let target = other(done.before.running);
-        let step = Step::new("push", format!("{host}: restarting"), 0, Unit::Items);
+        let target = other_slot(done.before.running);
+        let step = ProgressStep::new("push", format!("{host}: restarting"), 0, ProgressUnit::Items);
         step.note(format!("{host}: restarting"));
         let mut last: Option<RobotStatus> = None;
         let mut note = "the robot has not restarted yet".to_owned();
-        while started.elapsed() < patience {
+        while started.elapsed() < timeout {
             std::thread::sleep(POLL);
             let status = match self.connection.status()? {
-                Reply::Said(status) => status,
-                Reply::Broken(why) => {
+                RobotReply::Said(status) => status,
+                RobotReply::Broken(why) => {
                     step.note(format!("{host}: {why}"));
                     note = format!("the robot cannot be reached: {why}");
                     continue;
                 }
                 // An agent that cannot report its status may be able to after the next restart.
-                Reply::Refused(refused) => {
+                RobotReply::Refused(refused) => {
                     note = refused.in_full();
                     continue;
                 }
@@ -357,87 +365,92 @@ impl Robot<'_> {
                 None
             } else if status.running != target {
                 note = "the trial waits for the next restart".to_owned();
-                (!status.pending).then_some(Verdict::TakenBack)
+                (!status.pending).then_some(PushVerdict::TakenBack)
             } else if status.boot.active == target && !status.pending {
                 // Another install may have replaced this one in the meantime.
                 let ours = status.version == *self.version;
-                Some(if ours { Verdict::Committed } else { Verdict::TakenBack })
+                Some(if ours { PushVerdict::Committed } else { PushVerdict::TakenBack })
             } else {
                 note = status.health.as_ref().map_or("on trial".to_owned(), |h| h.why.clone());
                 None
             };
             step.note(format!("{host}: {note}"));
             if let Some(verdict) = verdict {
-                let why = (verdict == Verdict::TakenBack).then(|| self.reason(target));
+                let why = (verdict == PushVerdict::TakenBack).then(|| self.reason(target));
                 return Ok(self.ended(verdict, Some(&status), done.installed, why));
             }
             last = Some(status);
         }
-        let why = format!("not decided after {} s: {note}", patience.as_secs());
-        Ok(self.ended(Verdict::Undecided, last.as_ref(), done.installed, Some(why)))
+        let why = format!("not decided after {} s: {note}", timeout.as_secs());
+        Ok(self.ended(PushVerdict::Undecided, last.as_ref(), done.installed, Some(why)))
     }
 
     fn ended(
         &self,
-        verdict: Verdict,
+        verdict: PushVerdict,
         status: Option<&RobotStatus>,
-        installed: Option<Installed>,
+        installed: Option<PushedSystem>,
         why: Option<String>,
-    ) -> Outcome {
-        Outcome {
+    ) -> PushOutcome {
+        PushOutcome {
             slot: status.map(|status| status.running),
             version: status.map(|status| status.version.clone()),
             installed,
             why,
-            ..Outcome::new(self.connection.host.clone(), verdict)
+            ..PushOutcome::new(self.connection.host.clone(), verdict)
         }
     }
 
     /// Why the robot rolled back, as far as its log tells.
     fn reason(&self, target: Slot) -> String {
         let events =
-            self.connection.ask::<Vec<RobotEvent>>(&["log", "--last", EVENTS], None, |_| {});
-        let said = match events {
-            Ok(Reply::Said(events)) => {
+            self.connection.request::<Vec<RobotEvent>>(&["log", "--last", EVENTS], None, |_| {});
+        let logged = match events {
+            Ok(RobotReply::Said(events)) => {
                 let since = events.iter().rposition(|event| event.event == "installed");
                 let events = events.get(since.map_or(0, |at| at + 1)..).unwrap_or_default();
                 events.iter().rev().find_map(|event| event.why().map(str::to_owned))
             }
             _ => None,
         };
-        said.unwrap_or_else(|| {
+        logged.unwrap_or_else(|| {
             format!("slot {target} did not boot far enough to report a reason; see its console")
         })
     }
 }
 
 /// The idle slot is the one that is written.
-fn other(running: Slot) -> Slot {
+fn other_slot(running: Slot) -> Slot {
     if running == Slot::A { Slot::B } else { Slot::A }
 }
 
 /// Progress of one install, step by step.
-struct Shown {
+struct InstallDisplay {
     host: String,
-    step: Option<(Progress, Step)>,
+    step: Option<(Progress, ProgressStep)>,
     /// The highest number of written bytes so far.
     written: u64,
 }
 
-impl Shown {
+impl InstallDisplay {
     fn new(host: &str) -> Self {
         Self { host: host.to_owned(), step: None, written: 0 }
     }
 
-    fn at(&mut self, at: Progress) {
-        let same = |(last, _): &(Progress, Step)| {
+    fn show_progress(&mut self, at: Progress) {
+        let same = |(last, _): &(Progress, ProgressStep)| {
             last.step == at.step && last.total == at.total && last.done <= at.done
         };
         if !self.step.as_ref().is_some_and(same) {
             let what = at.step.describe();
             // Remove the previous bar first.
             self.step = None;
-            let step = Step::new("push", format!("{}: {what}", self.host), at.total, Unit::Bytes);
+            let step = ProgressStep::new(
+                "push",
+                format!("{}: {what}", self.host),
+                at.total,
+                ProgressUnit::Bytes,
+            );
             self.step = Some((at, step));
         }
         if at.step == agent::InstallStep::Write {
@@ -451,25 +464,25 @@ impl Shown {
 }
 
 /// An outcome as a sentence.
-pub fn sentence(outcome: &Outcome) -> String {
+pub fn describe_outcome(outcome: &PushOutcome) -> String {
     let runs = match (&outcome.slot, &outcome.version) {
         (Some(slot), Some(version)) => format!("slot {slot} with {version}"),
         _ => "an unknown system".to_owned(),
     };
     let mut text = match outcome.verdict {
-        Verdict::Committed if outcome.api.is_some() => String::new(),
-        Verdict::TakenBack if outcome.refused.is_some() => "rolled back".to_owned(),
-        Verdict::Committed => format!("{runs} runs and is committed"),
-        Verdict::Installed => format!("installed; the next restart tries {runs}"),
-        Verdict::TakenBack => format!("the trial failed; {runs} runs"),
-        Verdict::Undecided => format!("installed; {runs} runs"),
-        Verdict::Refused => "refused".to_owned(),
-        Verdict::Failed => "failed".to_owned(),
+        PushVerdict::Committed if outcome.api.is_some() => String::new(),
+        PushVerdict::TakenBack if outcome.refused.is_some() => "rolled back".to_owned(),
+        PushVerdict::Committed => format!("{runs} runs and is committed"),
+        PushVerdict::Installed => format!("installed; the next restart tries {runs}"),
+        PushVerdict::TakenBack => format!("the trial failed; {runs} runs"),
+        PushVerdict::Undecided => format!("installed; {runs} runs"),
+        PushVerdict::Refused => "refused".to_owned(),
+        PushVerdict::Failed => "failed".to_owned(),
     };
     if let Some(installed) = &outcome.installed {
-        text.push_str(&format!("; {} written", bytes(installed.written)));
+        text.push_str(&format!("; {} written", format_bytes(installed.written)));
         if installed.held > 0 {
-            text.push_str(&format!(", {} skipped (unchanged)", bytes(installed.held)));
+            text.push_str(&format!(", {} skipped (unchanged)", format_bytes(installed.held)));
         }
     }
     if let Some(api) = &outcome.api {
@@ -478,7 +491,7 @@ pub fn sentence(outcome: &Outcome) -> String {
              s without an answer",
             api.version,
             api.before.as_deref().unwrap_or("the system's own"),
-            bytes(api.written),
+            format_bytes(api.written),
             api.reused,
             api.wheels,
             api.down_ms as f64 / 1000.0

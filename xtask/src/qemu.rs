@@ -12,14 +12,14 @@ use std::sync::{Mutex, PoisonError};
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::config::machine::{BootloaderSlot, Drive, Machine};
+use crate::config::machine::{BootloaderOption, CardDrive, QemuMachine};
 use crate::exec::Tool;
 use crate::progress;
 use bundle::bootstate::{BootState, SECTOR};
 
 mod session;
 
-pub use session::Session;
+pub use session::QemuSession;
 
 /// The QEMU program.
 pub const PROGRAM: &str = "qemu-system-aarch64";
@@ -29,7 +29,7 @@ const GUEST_SSH: u16 = 22;
 
 /// The files that a machine boots from; they are never written.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Files {
+pub struct MachineFiles {
     /// The card image.
     pub image: Utf8PathBuf,
     /// The boot loader.
@@ -41,7 +41,7 @@ pub struct Files {
     pub device_tree_changes: Option<Utf8PathBuf>,
 }
 
-impl Files {
+impl MachineFiles {
     /// The device tree for the machine; a tree with changes is created in the directory `dir`.
     fn tree(&self, dir: &Utf8Path) -> Result<Option<Utf8PathBuf>> {
         let (Some(tree), Some(changes)) = (&self.device_tree, &self.device_tree_changes) else {
@@ -68,11 +68,12 @@ impl Files {
 ///
 /// # Errors
 /// When it does not, with the version that does; when QEMU is missing.
-pub fn require(machine: &Machine) -> Result<()> {
+pub fn require_version(machine: &QemuMachine) -> Result<()> {
     let Some(since) = &machine.since else { return Ok(()) };
-    let said = Tool::new(PROGRAM).arg("--version").read()?;
-    let found = version(&said).with_context(|| format!("parsing QEMU's version in {said:?}"))?;
-    let wanted = version(&format!("version {since}")).context("`since` is not a version")?;
+    let output = Tool::new(PROGRAM).arg("--version").read()?;
+    let found =
+        parse_version(&output).with_context(|| format!("parsing QEMU's version in {output:?}"))?;
+    let wanted = parse_version(&format!("version {since}")).context("`since` is not a version")?;
     ensure!(
         found >= wanted,
         "QEMU {}.{} does not support the machine {}; QEMU {since} is the first version that does\n\
@@ -86,15 +87,15 @@ pub fn require(machine: &Machine) -> Result<()> {
 }
 
 /// The numbers after the word `version`.
-fn version(said: &str) -> Option<(u32, u32)> {
-    let (_, rest) = said.split_once("version ")?;
+fn parse_version(output: &str) -> Option<(u32, u32)> {
+    let (_, rest) = output.split_once("version ")?;
     let mut parts = rest.split(|c: char| !c.is_ascii_digit()).map(str::parse);
     Some((parts.next()?.ok()?, parts.next()?.ok()?))
 }
 
 /// The effect of a restart of the guest.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum OnRestart {
+pub enum RestartEffect {
     /// The machine restarts.
     Restart,
     /// The machine stops, so that a test detects a panic at once.
@@ -103,17 +104,17 @@ pub enum OnRestart {
 
 /// A writable card: a qcow2 overlay of the image, which is not changed.
 #[derive(Debug)]
-pub struct Overlay {
+pub struct CardOverlay {
     path: Utf8PathBuf,
 }
 
-impl Overlay {
+impl CardOverlay {
     /// Creates a new overlay of `image` at `path` (replacing an old one), enlarged to a power of
     /// two where the machine needs that.
     ///
     /// # Errors
     /// When the image is missing or `qemu-img` fails.
-    pub fn create(machine: &Machine, image: &Utf8Path, path: &Utf8Path) -> Result<Self> {
+    pub fn create(machine: &QemuMachine, image: &Utf8Path, path: &Utf8Path) -> Result<Self> {
         let size = std::fs::metadata(image)
             .with_context(|| format!("reading the card image {image}"))?
             .len();
@@ -163,7 +164,7 @@ impl Overlay {
 
 /// How an interactive run differs from the image's own boot.
 #[derive(Debug, Clone)]
-pub struct Start {
+pub struct InteractiveStart {
     /// A boot state to write first, and its byte offset: selects the slot.
     pub boot_state: Option<(u64, BootState)>,
     /// The port on the host's loopback address that is forwarded to the guest's SSH, if it is free.
@@ -175,11 +176,15 @@ pub struct Start {
 ///
 /// # Errors
 /// When the overlay cannot be made, or QEMU is missing, older than the machine, or fails.
-pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Result<()> {
-    require(machine)?;
+pub fn run_interactive(
+    machine: &QemuMachine,
+    files: &MachineFiles,
+    start: &InteractiveStart,
+) -> Result<()> {
+    require_version(machine)?;
     let folder = tempfile::tempdir().context("creating a directory for the overlay")?;
     let folder = Utf8Path::from_path(folder.path()).context("the temporary directory's name")?;
-    let overlay = Overlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
+    let overlay = CardOverlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
     if let Some((offset, state)) = &start.boot_state {
         overlay.write_boot_state(*offset, state)?;
     }
@@ -191,10 +196,17 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
     progress::say("quit", "Ctrl-A, then X; the robot's writes are lost then");
     let tree = files.tree(folder)?;
     let (card, console) = (overlay.path(), "mon:stdio");
-    let arguments =
-        arguments(machine, files, tree.as_deref(), card, console, port, OnRestart::Restart);
+    let arguments = qemu_arguments(
+        machine,
+        files,
+        tree.as_deref(),
+        card,
+        console,
+        port,
+        RestartEffect::Restart,
+    );
     let tool = Tool::new(PROGRAM).args(arguments);
-    let shown = tool.shown();
+    let shown = tool.command_line();
     let mut command = tool.into_command();
     command.stdin(Stdio::inherit()).stdout(Stdio::inherit()).stderr(Stdio::inherit());
     let status = command.status().with_context(|| format!("running {shown}"))?;
@@ -205,14 +217,14 @@ pub fn run_interactive(machine: &Machine, files: &Files, start: &Start) -> Resul
 }
 
 /// QEMU's arguments. `console` is the character device of the console's serial port.
-fn arguments(
-    machine: &Machine,
-    files: &Files,
+fn qemu_arguments(
+    machine: &QemuMachine,
+    files: &MachineFiles,
     tree: Option<&Utf8Path>,
     overlay: &Utf8Path,
     console: &str,
     ssh_port: Option<u16>,
-    on_restart: OnRestart,
+    on_restart: RestartEffect,
 ) -> Vec<String> {
     let mut list: Vec<String> = Vec::new();
     let mut add = |words: &[&str]| list.extend(words.iter().map(|word| (*word).to_owned()));
@@ -222,8 +234,8 @@ fn arguments(
     }
     add(&["-m", &format!("{}M", machine.memory >> 20), "-smp", &machine.cpus.to_string()]);
     match machine.bootloader {
-        BootloaderSlot::Bios => add(&["-bios", files.bootloader.as_str()]),
-        BootloaderSlot::Kernel => add(&["-kernel", files.bootloader.as_str()]),
+        BootloaderOption::Bios => add(&["-bios", files.bootloader.as_str()]),
+        BootloaderOption::Kernel => add(&["-kernel", files.bootloader.as_str()]),
     }
     if let Some(tree) = tree {
         add(&["-dtb", tree.as_str()]);
@@ -231,8 +243,8 @@ fn arguments(
     // A comma in a file name would end the name; QEMU requires doubling it.
     let card = format!("file={},format=qcow2", overlay.as_str().replace(',', ",,"));
     match machine.drive {
-        Drive::Sd => add(&["-drive", &format!("{card},if=sd")]),
-        Drive::Virtio => {
+        CardDrive::Sd => add(&["-drive", &format!("{card},if=sd")]),
+        CardDrive::Virtio => {
             add(&["-drive", &format!("{card},if=none,id=card")]);
             add(&["-device", "virtio-blk-pci,drive=card"]);
         }
@@ -254,7 +266,7 @@ fn arguments(
     if console != "mon:stdio" {
         add(&["-monitor", "none"]);
     }
-    if on_restart == OnRestart::Exit {
+    if on_restart == RestartEffect::Exit {
         add(&["-no-reboot"]);
     }
     list.extend(machine.arguments.iter().cloned());
@@ -287,15 +299,15 @@ pub fn free_port(preferred: u16) -> Result<u16> {
 mod tests {
     use super::*;
 
-    fn machine() -> Machine {
-        Machine {
+    fn machine() -> QemuMachine {
+        QemuMachine {
             machine: "virt".into(),
             since: None,
             cpu: Some("cortex-a53".into()),
             memory: 1 << 30,
             cpus: 2,
-            bootloader: BootloaderSlot::Bios,
-            drive: Drive::Virtio,
+            bootloader: BootloaderOption::Bios,
+            drive: CardDrive::Virtio,
             power_of_two_card: true,
             serial_port: 1,
             network: Some("virtio-net-pci".into()),
@@ -306,16 +318,17 @@ mod tests {
 
     #[test]
     fn arguments_follow_the_machine() {
-        let files = Files {
+        let files = MachineFiles {
             image: "card.img".into(),
             bootloader: "u-boot.bin".into(),
             device_tree: None,
             device_tree_changes: None,
         };
         let tree = Some(Utf8Path::new("board.dtb"));
-        let line = |machine: &Machine, port| {
+        let line = |machine: &QemuMachine, port| {
             let card = Utf8Path::new("a,b.qcow2");
-            arguments(machine, &files, tree, card, "stdio", port, OnRestart::Exit).join(" ")
+            qemu_arguments(machine, &files, tree, card, "stdio", port, RestartEffect::Exit)
+                .join(" ")
         };
         assert_eq!(
             line(&machine(), Some(2222)),
@@ -325,9 +338,9 @@ mod tests {
              -device virtio-net-pci,netdev=lan,romfile= -serial null -serial stdio -display none \
              -monitor none -no-reboot -device i6300esb"
         );
-        let pi = Machine {
-            bootloader: BootloaderSlot::Kernel,
-            drive: Drive::Sd,
+        let pi = QemuMachine {
+            bootloader: BootloaderOption::Kernel,
+            drive: CardDrive::Sd,
             network: None,
             ..machine()
         };
@@ -338,15 +351,15 @@ mod tests {
 
     #[test]
     fn an_older_qemu_is_named() {
-        assert_eq!(version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
-        assert_eq!(version("version 9.0"), Some((9, 0)));
-        let newer = Machine { since: Some("9000.0".into()), ..machine() };
-        let error = require(&newer).unwrap_err().to_string();
+        assert_eq!(parse_version("QEMU emulator version 7.2.22 (Debian 1:7.2+dfsg)"), Some((7, 2)));
+        assert_eq!(parse_version("version 9.0"), Some((9, 0)));
+        let newer = QemuMachine { since: Some("9000.0".into()), ..machine() };
+        let error = require_version(&newer).unwrap_err().to_string();
         assert!(
             error.contains("does not support the machine virt; QEMU 9000.0 is the first"),
             "{error}"
         );
-        assert!(require(&Machine { since: Some("1.0".into()), ..machine() }).is_ok());
+        assert!(require_version(&QemuMachine { since: Some("1.0".into()), ..machine() }).is_ok());
     }
 
     #[test]
@@ -362,7 +375,7 @@ mod tests {
         std::fs::write(at("board.dts"), text).unwrap();
         dtc("dts", "dtb", "board.dts", "board.dtb");
         std::fs::write(at("changes.dtsi"), "&{/card@1} { /delete-property/ broken; };\n").unwrap();
-        let mut files = Files {
+        let mut files = MachineFiles {
             image: "card.img".into(),
             bootloader: "u-boot.bin".into(),
             device_tree: Some(at("board.dtb")),
@@ -385,7 +398,7 @@ mod tests {
         let folder = Utf8Path::from_path(folder.path()).unwrap();
         let image = folder.join("card.img");
         std::fs::write(&image, vec![0; 3 << 20]).unwrap();
-        let overlay = Overlay::create(&machine(), &image, &folder.join("card.qcow2")).unwrap();
+        let overlay = CardOverlay::create(&machine(), &image, &folder.join("card.qcow2")).unwrap();
         let state = BootState::first();
         overlay.write_boot_state(1 << 20, &state).unwrap();
         let refused = overlay.write(100, &[0; SECTOR]).unwrap_err().to_string();

@@ -10,10 +10,10 @@ use minijinja::syntax::SyntaxConfig;
 use minijinja::value::Serde;
 use minijinja::{AutoEscape, Environment, UndefinedBehavior, Value, context};
 
-use crate::config::content::{self, Place};
-use crate::config::overlay::{Attributes, EntryKind};
-use crate::disk::layout::{Layout, StateSector};
-use crate::plan::{BootSourcePlan, EarlierCard, Plan};
+use crate::config::content::{self, FileDestination};
+use crate::config::overlay::{FileAttributes, OverlayFileKind};
+use crate::disk::layout::{DiskLayout, StateSector};
+use crate::plan::{BootSourcePlan, EarlierCardPlan, Plan};
 use crate::ssh_keys;
 
 /// The robot's first program, in the initrd of every system.
@@ -27,7 +27,7 @@ pub struct OverlayEntry {
     /// Path on the robot, without the leading slash.
     pub target: String,
     /// Mode and owner.
-    pub attributes: Attributes,
+    pub attributes: FileAttributes,
     /// What it is.
     pub content: OverlayContent,
 }
@@ -43,7 +43,7 @@ pub enum OverlayContent {
 
 /// Every generated or copied text of a build.
 #[derive(Debug)]
-pub struct Rendered {
+pub struct RenderedFiles {
     /// The root filesystem overlay, sorted by target.
     pub overlay: Vec<OverlayEntry>,
     /// Rendered boot files, by partition role and path.
@@ -54,7 +54,7 @@ pub struct Rendered {
     pub authorized_keys: BTreeMap<String, String>,
 }
 
-impl Rendered {
+impl RenderedFiles {
     /// Writes every text below `dir`, for inspection; replaces the previous content.
     ///
     /// # Errors
@@ -87,7 +87,7 @@ impl Rendered {
 ///
 /// # Errors
 /// A template with a mistake: file, line and the error.
-pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
+pub fn render(root: &Utf8Path, plan: &Plan) -> Result<RenderedFiles> {
     let context = template_context(plan);
     let text = |path: &Utf8Path| {
         let bytes = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
@@ -97,24 +97,24 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             )
         })
     };
-    let template = |path: &Utf8Path| expand(path, &text(path)?, &context);
+    let template = |path: &Utf8Path| expand_template(path, &text(path)?, &context);
     let mut overlay = Vec::new();
     for file in &plan.overlay {
         let content = match file.kind {
-            EntryKind::Literal => OverlayContent::File(
+            OverlayFileKind::Literal => OverlayContent::File(
                 std::fs::read(root.join(&file.source))
                     .with_context(|| format!("reading {}", file.source))?,
             ),
-            EntryKind::Template => {
+            OverlayFileKind::Template => {
                 let text = template(&file.source)?.into_bytes();
                 // Other files were checked when they were found.
-                sound(&file.source, Place::Root(&file.target), &text)?;
+                check_content(&file.source, FileDestination::Root(&file.target), &text)?;
                 if file.target == device_file::PATH {
-                    understood(&file.source, &text)?;
+                    check_device_file(&file.source, &text)?;
                 }
                 OverlayContent::File(text)
             }
-            EntryKind::Symlink => OverlayContent::Symlink(
+            OverlayFileKind::Symlink => OverlayContent::Symlink(
                 root.join(&file.source)
                     .read_link_utf8()
                     .with_context(|| format!("reading {}", file.source))?
@@ -137,35 +137,36 @@ pub fn render(root: &Utf8Path, plan: &Plan) -> Result<Rendered> {
             } else {
                 text(source)?.into_bytes()
             };
-            sound(source, Place::Boot, &bytes)?;
+            check_content(source, FileDestination::Boot, &bytes)?;
             boot.insert(name, bytes);
         }
     }
     let init = root.join(INIT);
     if init.is_file() {
         let bytes = std::fs::read(&init).with_context(|| format!("reading {INIT}"))?;
-        sound(Utf8Path::new(INIT), Place::Boot, &bytes)?;
+        check_content(Utf8Path::new(INIT), FileDestination::Boot, &bytes)?;
     }
-    let defconfig = plan.rootfs.buildroot.as_ref().map(|b| b.defconfig.render(&title(plan)));
+    let defconfig =
+        plan.rootfs.buildroot.as_ref().map(|b| b.defconfig.render(&defconfig_title(plan)));
     let mut authorized_keys = BTreeMap::new();
     for user in &plan.users {
         let mut keys = String::new();
         for path in &user.authorized_keys {
             let file = std::fs::read(root.join(path)).with_context(|| format!("reading {path}"))?;
-            keys.push_str(&ssh_keys::lines(&file).map_err(|bad| bad.about(path))?);
+            keys.push_str(&ssh_keys::keys_as_lines(&file).map_err(|bad| bad.into_error(path))?);
         }
         authorized_keys.insert(user.name.clone(), keys);
     }
-    Ok(Rendered { overlay, boot, defconfig, authorized_keys })
+    Ok(RenderedFiles { overlay, boot, defconfig, authorized_keys })
 }
 
 /// The first line of the defconfig.
-pub fn title(plan: &Plan) -> String {
+pub fn defconfig_title(plan: &Plan) -> String {
     format!("{} for {}", plan.product.name, plan.board.name)
 }
 
 /// A value between double quotes, for a shell and os-release(5).
-fn shell(value: String) -> String {
+fn quote_for_shell(value: String) -> String {
     let mut quoted = String::from("\"");
     for c in value.chars() {
         if matches!(c, '"' | '$' | '`' | '\\') {
@@ -177,12 +178,12 @@ fn shell(value: String) -> String {
     quoted
 }
 
-fn sound(source: &Utf8Path, place: Place<'_>, bytes: &[u8]) -> Result<()> {
-    content::problem(place, bytes).map_or(Ok(()), |problem| Err(problem.about(source)))
+fn check_content(source: &Utf8Path, place: FileDestination<'_>, bytes: &[u8]) -> Result<()> {
+    content::find_problem(place, bytes).map_or(Ok(()), |problem| Err(problem.into_error(source)))
 }
 
 /// Refuses a `device.toml` that the robot's agent would not understand: it could neither update nor come back.
-fn understood(source: &Utf8Path, text: &[u8]) -> Result<()> {
+fn check_device_file(source: &Utf8Path, text: &[u8]) -> Result<()> {
     let read = |text: &str| device_file::DeviceFile::parse(text).map(drop);
     read(&String::from_utf8_lossy(text)).with_context(|| {
         format!(
@@ -192,7 +193,7 @@ fn understood(source: &Utf8Path, text: &[u8]) -> Result<()> {
     })
 }
 
-fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
+fn expand_template(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
     environment.set_auto_escape_callback(|_| AutoEscape::None);
@@ -203,7 +204,7 @@ fn expand(path: &Utf8Path, source: &str, context: &Value) -> Result<String> {
         .build()
         .context("configuring the template syntax")?;
     environment.set_syntax(syntax);
-    environment.add_filter("shell", shell);
+    environment.add_filter("shell", quote_for_shell);
     environment.add_filter("toml", |value: String| toml::Value::String(value).to_string());
     let explain = |error: minijinja::Error| {
         let line = error.line().unwrap_or(0);
@@ -239,17 +240,17 @@ fn template_context(plan: &Plan) -> Value {
             console => plan.board.console.as_ref().map(plan_part),
             console_on_board => plan.board.console_on_board,
             kernel => context! { cmdline => plan.board.cmdline.clone() },
-            u_boot => snake(&plan.board.uboot),
+            u_boot => with_snake_case_keys(&plan.board.uboot),
         },
         disk => context! {
             table => plan.disk.table.name(),
             size => plan.disk.size,
             signature => plan.identifiers.disk_signature,
-            boot_state => sectors(&plan.disk.states),
-            trust => sectors(&plan.disk.trust),
+            boot_state => sector_numbers(&plan.disk.states),
+            trust => sector_numbers(&plan.disk.trust),
         },
         earlier_cards => plan.board.earlier_cards.iter().map(earlier_card).collect::<Vec<_>>(),
-        partitions => partitions(&plan.disk),
+        partitions => partition_values(&plan.disk),
         rootfs => plan_part(&plan.rootfs),
         users => plan.users.iter().map(plan_part).collect::<Vec<_>>(),
         ssh => plan_part(&plan.ssh),
@@ -268,24 +269,24 @@ fn plan_part(part: &impl serde::Serialize) -> Value {
     Value::from_pairs(map.into_iter().map(|(k, v)| (k.replace('-', "_"), Value::from(Serde(v)))))
 }
 
-fn snake(map: &BTreeMap<String, String>) -> Value {
+fn with_snake_case_keys(map: &BTreeMap<String, String>) -> Value {
     Value::from_pairs(map.iter().map(|(k, v)| (k.replace('-', "_"), v.as_str())))
 }
 
-fn sectors(copies: &[StateSector]) -> Vec<u64> {
+fn sector_numbers(copies: &[StateSector]) -> Vec<u64> {
     copies.iter().map(|copy| copy.sector).collect()
 }
 
-fn earlier_card(card: &EarlierCard) -> Value {
+fn earlier_card(card: &EarlierCardPlan) -> Value {
     context! {
         until => card.until.clone(),
-        boot_state => sectors(&card.disk.states),
-        trust => sectors(&card.disk.trust),
-        partitions => partitions(&card.disk),
+        boot_state => sector_numbers(&card.disk.states),
+        trust => sector_numbers(&card.disk.trust),
+        partitions => partition_values(&card.disk),
     }
 }
 
-fn partitions(layout: &Layout) -> Value {
+fn partition_values(layout: &DiskLayout) -> Value {
     Value::from_pairs(layout.partitions.iter().map(|p| {
         let facts = context! {
             number => p.number,
@@ -304,7 +305,7 @@ mod tests {
 
     #[test]
     fn an_undefined_variable_is_an_error_with_its_place() {
-        let error = expand(
+        let error = expand_template(
             Utf8Path::new("a.j2"),
             "one\n{{ product.nmae }}\n",
             &context! {

@@ -11,17 +11,17 @@ use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
 use crate::artifact::write_atomically;
-use crate::plan::SourcePlan;
-use crate::rootfs::Package;
-use crate::time::timestamp;
+use crate::plan::AptSourcePlan;
+use crate::rootfs::BasePackage;
+use crate::time::format_timestamp;
 use crate::wheel::lock::WheelLock;
 use crate::wheel::metadata::License;
-use crate::wheel::{Installed, target::normalise};
+use crate::wheel::{InstalledWheels, target::normalise_name};
 
 /// The origin of a component; determines its package URL.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Origin {
+pub enum SbomOrigin {
     /// A Debian package: its architecture (`arm64`, `all`) and the release (`bookworm`).
     Debian {
         /// `arm64` or `all`
@@ -56,13 +56,13 @@ pub enum Origin {
 /// One component of the system.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct SbomComponent {
     /// The package's or distribution's name.
     pub name: String,
     /// Its version.
     pub version: String,
     /// Its origin.
-    pub origin: Origin,
+    pub origin: SbomOrigin,
     /// SHA-256 of the file that was installed (the .deb, the wheel), lower-case hexadecimal.
     pub sha256: Option<String>,
     /// Its licence.
@@ -79,7 +79,7 @@ pub struct Component {
 /// The subject of the bill.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Meta {
+pub struct SbomSubject {
     /// The product's name.
     pub product: String,
     /// Its version.
@@ -90,33 +90,37 @@ pub struct Meta {
     pub epoch: u64,
 }
 
-impl Component {
+impl SbomComponent {
     /// The package URL, which is also the component's reference in the bill.
     pub fn purl(&self) -> String {
-        let version = percent(&self.version);
+        let version = percent_encode(&self.version);
         match &self.origin {
-            Origin::Debian { arch, release } => format!(
+            SbomOrigin::Debian { arch, release } => format!(
                 "pkg:deb/debian/{}@{version}?arch={}&distro={}",
-                percent(&self.name.to_ascii_lowercase()),
-                percent(arch),
-                percent(release)
+                percent_encode(&self.name.to_ascii_lowercase()),
+                percent_encode(arch),
+                percent_encode(release)
             ),
             // The type `deb` of the package URL specification: the namespace is the vendor, and
             // `repository_url` the base address of an archive that is not implied by the vendor's
             // name. Qualifiers are sorted, slashes in them encoded.
-            Origin::Vendor { arch, vendor, suite, address } => format!(
+            SbomOrigin::Vendor { arch, vendor, suite, address } => format!(
                 "pkg:deb/{}/{}@{version}?arch={}&distro={}&repository_url={}",
-                percent(&vendor.to_ascii_lowercase()),
-                percent(&self.name.to_ascii_lowercase()),
-                percent(arch),
-                percent(suite),
-                percent(address)
+                percent_encode(&vendor.to_ascii_lowercase()),
+                percent_encode(&self.name.to_ascii_lowercase()),
+                percent_encode(arch),
+                percent_encode(suite),
+                percent_encode(address)
             ),
-            Origin::Wheel { file } => {
-                format!("{}?file_name={}", wheel_purl(&self.name, &self.version), percent(file))
+            SbomOrigin::Wheel { file } => {
+                format!(
+                    "{}?file_name={}",
+                    wheel_purl(&self.name, &self.version),
+                    percent_encode(file)
+                )
             }
-            Origin::Crate => format!("pkg:cargo/{}@{version}", percent(&self.name)),
-            Origin::Generic => format!("pkg:generic/{}@{version}", percent(&self.name)),
+            SbomOrigin::Crate => format!("pkg:cargo/{}@{version}", percent_encode(&self.name)),
+            SbomOrigin::Generic => format!("pkg:generic/{}@{version}", percent_encode(&self.name)),
         }
     }
 }
@@ -126,10 +130,14 @@ impl Component {
 ///
 /// # Errors
 /// When it is from an archive that the product does not define.
-pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -> Result<Origin> {
+pub fn debian_origin(
+    package: &BasePackage,
+    release: &str,
+    sources: &[AptSourcePlan],
+) -> Result<SbomOrigin> {
     let arch = package.arch.clone();
     let Some(name) = &package.archive else {
-        return Ok(Origin::Debian { arch, release: release.to_owned() });
+        return Ok(SbomOrigin::Debian { arch, release: release.to_owned() });
     };
     let source = sources.iter().find(|source| source.name == *name).with_context(|| {
         format!(
@@ -137,18 +145,18 @@ pub fn debian_origin(package: &Package, release: &str, sources: &[SourcePlan]) -
             package.name, package.version
         )
     })?;
-    let SourcePlan { suite, address, .. } = source.clone();
-    Ok(Origin::Vendor { arch, vendor: name.clone(), suite, address })
+    let AptSourcePlan { suite, address, .. } = source.clone();
+    Ok(SbomOrigin::Vendor { arch, vendor: name.clone(), suite, address })
 }
 
 /// The package URL type `pypi` requires lower case and `-` for `_`; dots are kept.
 fn wheel_purl(name: &str, version: &str) -> String {
     let name = name.to_ascii_lowercase().replace('_', "-");
-    format!("pkg:pypi/{}@{}", percent(&name), percent(version))
+    format!("pkg:pypi/{}@{}", percent_encode(&name), percent_encode(version))
 }
 
 /// Percent-encodes for package URLs: letters, digits, `.-_~` and `:` are kept.
-fn percent(text: &str) -> String {
+fn percent_encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b".-_~:".contains(&byte) {
@@ -161,14 +169,14 @@ fn percent(text: &str) -> String {
 }
 
 /// The installed wheels as components, with the dependencies from the lock.
-pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Component> {
-    let mut components: Vec<Component> = installed
+pub fn wheel_components(installed: &InstalledWheels, lock: &WheelLock) -> Vec<SbomComponent> {
+    let mut components: Vec<SbomComponent> = installed
         .distributions
         .iter()
-        .map(|d| Component {
+        .map(|d| SbomComponent {
             name: d.name.clone(),
             version: d.version.clone(),
-            origin: Origin::Wheel { file: d.wheel.clone() },
+            origin: SbomOrigin::Wheel { file: d.wheel.clone() },
             sha256: Some(d.sha256.clone()),
             license: d.license.clone(),
             summary: d.summary.clone(),
@@ -179,7 +187,7 @@ pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Componen
     let by_name: BTreeMap<String, (usize, String)> = components
         .iter()
         .enumerate()
-        .map(|(index, component)| (normalise(&component.name), (index, component.purl())))
+        .map(|(index, component)| (normalise_name(&component.name), (index, component.purl())))
         .collect();
     for wheel in &lock.wheels {
         let Some((_, purl)) = by_name.get(&wheel.name) else { continue };
@@ -196,7 +204,7 @@ pub fn wheel_components(installed: &Installed, lock: &WheelLock) -> Vec<Componen
 ///
 /// # Errors
 /// When two components have one package URL, or one needs a component that is not in the list.
-pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
+pub fn to_cyclonedx(components: &[SbomComponent], meta: &SbomSubject) -> Result<Value> {
     let mut sorted = BTreeMap::new();
     for component in components {
         let purl = component.purl();
@@ -214,7 +222,8 @@ pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
         needed.extend(on.iter().copied());
         edges.insert(purl.clone(), on);
     }
-    let root = format!("pkg:generic/{}@{}", percent(&meta.product), percent(&meta.version));
+    let root =
+        format!("pkg:generic/{}@{}", percent_encode(&meta.product), percent_encode(&meta.version));
     if sorted.contains_key(&root) {
         bail!("the component {root} has the name and version of the product itself");
     }
@@ -222,14 +231,14 @@ pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
     edges.insert(root.clone(), sorted.keys().filter(|purl| !needed.contains(purl)).collect());
     let dependencies: Vec<Value> =
         edges.iter().map(|(purl, on)| json!({ "ref": purl, "dependsOn": on })).collect();
-    let listed: Vec<Value> = sorted.iter().map(|(purl, c)| describe(purl, c)).collect();
+    let listed: Vec<Value> = sorted.iter().map(|(purl, c)| describe_component(purl, c)).collect();
     let mut document = json!({
         "$schema": "http://cyclonedx.org/schema/bom-1.6.schema.json",
         "bomFormat": "CycloneDX",
         "specVersion": "1.6",
         "version": 1,
         "metadata": {
-            "timestamp": timestamp(meta.epoch),
+            "timestamp": format_timestamp(meta.epoch),
             "tools": { "components": [{
                 "type": "application",
                 "name": "slipway",
@@ -261,8 +270,8 @@ pub fn cyclonedx(components: &[Component], meta: &Meta) -> Result<Value> {
 ///
 /// # Errors
 /// As `cyclonedx`, or when the file cannot be written.
-pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<()> {
-    let document = cyclonedx(components, meta)?;
+pub fn write_sbom(path: &Utf8Path, components: &[SbomComponent], meta: &SbomSubject) -> Result<()> {
+    let document = to_cyclonedx(components, meta)?;
     write_atomically(path, |out| {
         serde_json::to_writer_pretty(&mut *out, &document)
             .with_context(|| format!("writing {path}"))?;
@@ -270,10 +279,12 @@ pub fn write(path: &Utf8Path, components: &[Component], meta: &Meta) -> Result<(
     })
 }
 
-fn describe(purl: &str, component: &Component) -> Value {
+fn describe_component(purl: &str, component: &SbomComponent) -> Value {
     let kind = match component.origin {
-        Origin::Wheel { .. } | Origin::Crate => "library",
-        Origin::Debian { .. } | Origin::Vendor { .. } | Origin::Generic => "application",
+        SbomOrigin::Wheel { .. } | SbomOrigin::Crate => "library",
+        SbomOrigin::Debian { .. } | SbomOrigin::Vendor { .. } | SbomOrigin::Generic => {
+            "application"
+        }
     };
     let mut value = json!({
         "type": kind,
@@ -311,11 +322,11 @@ mod tests {
     /// types/deb-definition.json.
     #[test]
     fn a_package_of_a_further_archive_is_not_debians() {
-        let mut package = Package {
+        let mut package = BasePackage {
             name: "linux-image-rpi-v8".into(),
             version: "1:6.12-1+rpt1~bookworm".into(),
             arch: "arm64".into(),
-            role: crate::rootfs::Role::Extra,
+            role: crate::rootfs::PackageRole::Extra,
             source: "linux".into(),
             source_version: "1".into(),
             archive: None,
@@ -329,7 +340,7 @@ mod tests {
             cpe: None,
             needs: vec![],
         };
-        let source = SourcePlan {
+        let source = AptSourcePlan {
             name: "acme-one".into(),
             address: "https://archive.acme.example/debian".into(),
             suite: "stable".into(),
@@ -337,9 +348,9 @@ mod tests {
             key: "acme.asc".into(),
             packages: vec!["linux-*".into()],
         };
-        let purl = |package: &Package| {
+        let purl = |package: &BasePackage| {
             let origin = debian_origin(package, "bookworm", std::slice::from_ref(&source))?;
-            let component = Component {
+            let component = SbomComponent {
                 name: package.name.clone(),
                 version: package.version.clone(),
                 origin,
@@ -365,10 +376,10 @@ mod tests {
 
     #[test]
     fn package_urls_encode_what_they_must() {
-        let component = Component {
+        let component = SbomComponent {
             name: "libstdc++6".into(),
             version: "2:12.2.0-14+deb12u1~x".into(),
-            origin: Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+            origin: SbomOrigin::Debian { arch: "arm64".into(), release: "bookworm".into() },
             sha256: None,
             license: None,
             summary: None,
@@ -379,12 +390,13 @@ mod tests {
             component.purl(),
             "pkg:deb/debian/libstdc%2B%2B6@2:12.2.0-14%2Bdeb12u1~x?arch=arm64&distro=bookworm"
         );
-        let meta = Meta { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
-        let twice = cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
+        let meta =
+            SbomSubject { product: "p".into(), version: "1".into(), board: "b".into(), epoch: 0 };
+        let twice = to_cyclonedx(&[component.clone(), component.clone()], &meta).unwrap_err();
         assert!(twice.to_string().ends_with("is in the list of components twice"), "{twice}");
         let mut lonely = component;
         lonely.depends_on = vec!["pkg:pypi/x@1".into()];
-        let missing = cyclonedx(&[lonely], &meta).unwrap_err().to_string();
+        let missing = to_cyclonedx(&[lonely], &meta).unwrap_err().to_string();
         assert!(missing.contains("needs pkg:pypi/x@1, which is not among"), "{missing}");
     }
 }

@@ -8,7 +8,7 @@ use camino::Utf8PathBuf;
 use crate::artifact::hash_bytes;
 
 /// A name that no other process uses at the same time.
-pub(crate) fn unique() -> String {
+pub(crate) fn unique_name() -> String {
     use std::sync::atomic::{AtomicU64, Ordering};
     static COUNT: AtomicU64 = AtomicU64::new(0);
     let nanoseconds = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |d| d.as_nanos());
@@ -25,7 +25,7 @@ pub(crate) fn unique() -> String {
 ///
 /// # Errors
 /// When no temporary directory can be made.
-pub(crate) fn scratch() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
+pub(crate) fn create_scratch_dir() -> Result<(tempfile::TempDir, Utf8PathBuf)> {
     let dir = tempfile::tempdir().context("making a temporary directory")?;
     let path = Utf8PathBuf::try_from(dir.path().to_owned()).context("the temporary directory")?;
     Ok((dir, path))

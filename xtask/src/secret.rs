@@ -28,7 +28,7 @@ const MINISIGN_LENGTH: usize = 212;
 ///
 /// A program that contains these markers has them among other bytes; a key has them at the
 /// beginning of a line, and key data in the next.
-pub fn found(file: &[u8]) -> Option<&'static str> {
+pub fn find_secret(file: &[u8]) -> Option<&'static str> {
     // In UTF-16, every other byte of ASCII text is zero.
     let wide = file.starts_with(&[0xff, 0xfe]) || file.starts_with(&[0xfe, 0xff]);
     let narrow: Vec<u8>;
@@ -40,11 +40,12 @@ pub fn found(file: &[u8]) -> Option<&'static str> {
     };
     let mut lines = file.split(|byte| matches!(byte, b'\n' | b'\r'));
     while let Some(line) = lines.next() {
-        let line = start(line);
+        let line = trim_line_start(line);
         for Form { begin, with, name } in &FORMS {
             let rest = line.strip_prefix(begin.as_bytes());
-            if rest.is_some_and(|rest| holds(rest.get(..80).unwrap_or(rest), with.as_bytes()))
-                && followed(&mut lines.clone(), name)
+            if rest
+                .is_some_and(|rest| contains_word(rest.get(..80).unwrap_or(rest), with.as_bytes()))
+                && is_followed_by_key(&mut lines.clone(), name)
             {
                 return Some(name);
             }
@@ -58,24 +59,24 @@ pub fn found(file: &[u8]) -> Option<&'static str> {
 }
 
 /// A line without a byte order mark and indentation.
-fn start(line: &[u8]) -> &[u8] {
+fn trim_line_start(line: &[u8]) -> &[u8] {
     let line = line.strip_prefix(&[0xef, 0xbb, 0xbf]).unwrap_or(line);
     let line =
         line.strip_prefix(&[0xff, 0xfe]).or(line.strip_prefix(&[0xfe, 0xff])).unwrap_or(line);
     line.trim_ascii_start()
 }
 
-fn holds(line: &[u8], word: &[u8]) -> bool {
+fn contains_word(line: &[u8], word: &[u8]) -> bool {
     word.is_empty() || line.windows(word.len()).any(|window| window == word)
 }
 
 /// Whether the lines after the first one belong to a key: a header ("Proc-Type:", "Encryption:") or
 /// base64. Formats with an unambiguous first line need no further check.
-fn followed(lines: &mut dyn Iterator<Item = &[u8]>, name: &str) -> bool {
+fn is_followed_by_key(lines: &mut dyn Iterator<Item = &[u8]>, name: &str) -> bool {
     if matches!(name, "SSH 1" | "age") {
         return true;
     }
-    let Some(next) = lines.map(start).find(|line| !line.is_empty()) else { return false };
+    let Some(next) = lines.map(trim_line_start).find(|line| !line.is_empty()) else { return false };
     let header = next.iter().take_while(|b| b.is_ascii_alphanumeric() || **b == b'-').count();
     base64_length(next) >= 16 || next.get(header..).is_some_and(|rest| rest.starts_with(b":"))
 }
@@ -109,16 +110,19 @@ mod tests {
             format!("untrusted comment: minisign secret key\n{minisign}\n"),
         ];
         for text in &texts {
-            assert!(found(text.as_bytes()).is_some(), "{text}");
-            assert!(found(text.replace('\n', "\r\n").as_bytes()).is_some(), "CRLF: {text}");
-            assert!(found(format!("ssh-ed25519 AAAA me\n  {text}").as_bytes()).is_some(), "{text}");
-            assert!(found(format!("\u{feff}{text}").as_bytes()).is_some(), "BOM: {text}");
+            assert!(find_secret(text.as_bytes()).is_some(), "{text}");
+            assert!(find_secret(text.replace('\n', "\r\n").as_bytes()).is_some(), "CRLF: {text}");
+            assert!(
+                find_secret(format!("ssh-ed25519 AAAA me\n  {text}").as_bytes()).is_some(),
+                "{text}"
+            );
+            assert!(find_secret(format!("\u{feff}{text}").as_bytes()).is_some(), "BOM: {text}");
             let wide: Vec<u8> = [0xfeff]
                 .into_iter()
                 .chain(text.encode_utf16())
                 .flat_map(u16::to_le_bytes)
                 .collect();
-            assert!(found(&wide).is_some(), "UTF-16: {text}");
+            assert!(find_secret(&wide).is_some(), "UTF-16: {text}");
         }
     }
 
@@ -135,7 +139,7 @@ mod tests {
             public.as_str(),
             "",
         ] {
-            assert_eq!(found(text.as_bytes()), None, "{text:?}");
+            assert_eq!(find_secret(text.as_bytes()), None, "{text:?}");
         }
     }
 }

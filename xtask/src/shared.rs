@@ -18,12 +18,12 @@ use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{Artifact, hash_file, hex};
-use crate::cache::{self, Cache, Made, RemoteDownloads, RemoteStages};
-use crate::keys::{self, Keys, Signer};
-use crate::progress::{Step, Unit, bytes, say, warn};
-use crate::store::client::Patience;
-use crate::store::{BadObject, Files, Options, Secret, open_files};
-use record::{Compression, Packed, Portable, Record, StoredFile};
+use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
+use crate::keys::{self, KeyDirectory, SigningKey};
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
+use crate::store::client::ServerTimeouts;
+use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
+use record::{ObjectCompression, PackedObject, PortableValue, StageFile, StageRecord};
 
 /// The address of the shared cache.
 const ADDRESS: &str = "SLIPWAY_SHARED_CACHE";
@@ -37,7 +37,7 @@ const AUTHORIZATION: &str = "SLIPWAY_SHARED_CACHE_AUTHORIZATION";
 pub const STAGES: [&str; 4] = ["root", "base", "api", "agent"];
 
 /// A cache must save time: one attempt, and no long waits.
-const PATIENCE: Patience = Patience {
+const TIMEOUTS: ServerTimeouts = ServerTimeouts {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(15),
     attempts: 1,
@@ -53,8 +53,8 @@ const PAYS: u64 = 95;
 const UNKNOWN_LIMIT: u64 = 4 << 30;
 
 /// A store as the cache of a team. It is not used any more after a failure.
-pub struct Remote {
-    files: Box<dyn Files + Send + Sync>,
+pub struct RemoteStore {
+    files: Box<dyn FileStore + Send + Sync>,
     /// Whether reading has failed.
     down: AtomicBool,
     /// Whether it may be written, and writing has not failed.
@@ -63,15 +63,15 @@ pub struct Remote {
     bad: Mutex<BTreeSet<String>>,
 }
 
-impl std::fmt::Debug for Remote {
+impl std::fmt::Debug for RemoteStore {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        f.debug_struct("Remote").field("name", &self.files.name()).finish_non_exhaustive()
+        f.debug_struct("RemoteStore").field("name", &self.files.name()).finish_non_exhaustive()
     }
 }
 
-impl Remote {
+impl RemoteStore {
     /// Wraps a store; does not access it.
-    pub fn new(files: Box<dyn Files + Send + Sync>, writes: bool) -> Self {
+    pub fn new(files: Box<dyn FileStore + Send + Sync>, writes: bool) -> Self {
         let (down, writes) = (AtomicBool::new(false), AtomicBool::new(writes));
         Self { files, down, writes, bad: Mutex::default() }
     }
@@ -90,7 +90,7 @@ impl Remote {
                 bail!("{WRITE} is `{other}`, expected 1 or 0\nhelp: 1 allows this machine to write")
             }
         };
-        let authorization = variable(AUTHORIZATION).map(Secret::new);
+        let authorization = variable(AUTHORIZATION).map(SecretText::new);
         Self::open(&address, authorization, writes).map(Some)
     }
 
@@ -98,8 +98,8 @@ impl Remote {
     ///
     /// # Errors
     /// When the address is invalid, or there are no credentials.
-    pub fn open(address: &str, authorization: Option<Secret>, writes: bool) -> Result<Self> {
-        let options = Options { patience: PATIENCE, authorization, ..Options::default() };
+    pub fn open(address: &str, authorization: Option<SecretText>, writes: bool) -> Result<Self> {
+        let options = StoreOptions { timeouts: TIMEOUTS, authorization, ..StoreOptions::default() };
         let files =
             open_files(address, &options).with_context(|| format!("opening the {ADDRESS}"))?;
         Ok(Self::new(files, writes))
@@ -115,7 +115,7 @@ impl Remote {
     }
 
     /// Reads, unless it has failed before. The first failure is reported and disables it.
-    fn ask<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
+    fn try_read<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if self.down.load(Ordering::Relaxed) {
             return None;
         }
@@ -123,10 +123,10 @@ impl Remote {
             Ok(answer) => return Some(answer),
             Err(error) => error,
         };
-        match error.downcast_ref::<BadObject>() {
+        match error.downcast_ref::<ObjectError>() {
             // Not an error: the object was never stored, or has expired.
-            Some(BadObject::Missing(_)) => {}
-            Some(BadObject::Damaged(_)) => {
+            Some(ObjectError::Missing(_)) => {}
+            Some(ObjectError::Damaged(_)) => {
                 warn(format!("ignoring an object of the shared cache: {error:#}"));
             }
             None if self.down.swap(true, Ordering::Relaxed) => {}
@@ -136,7 +136,7 @@ impl Remote {
     }
 
     /// Writes, unless it has failed before. The first failure is reported and disables writing.
-    fn tell<T>(&self, with: impl FnOnce(&dyn Files) -> Result<T>) -> Option<T> {
+    fn try_write<T>(&self, with: impl FnOnce(&dyn FileStore) -> Result<T>) -> Option<T> {
         if !self.writes() {
             return None;
         }
@@ -150,7 +150,7 @@ impl Remote {
     }
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> bool {
-        let got = self.ask(|files| files.get(sha256, limit, into, received)).is_some();
+        let got = self.try_read(|files| files.get(sha256, limit, into, received)).is_some();
         if !got {
             // A cache that is down is not written either, so only damaged objects are stored again.
             self.bad().insert(sha256.to_owned());
@@ -159,7 +159,7 @@ impl Remote {
     }
 }
 
-impl RemoteDownloads for Remote {
+impl RemoteDownloads for RemoteStore {
     fn download(
         &self,
         sha256: &str,
@@ -173,7 +173,7 @@ impl RemoteDownloads for Remote {
     fn offer(&self, what: &str, downloads: &[Artifact]) {
         let named: Vec<(String, u64)> =
             downloads.iter().map(|artifact| (artifact.sha256.clone(), artifact.size)).collect();
-        let Some(present) = self.tell(|files| files.present(&named)) else { return };
+        let Some(present) = self.try_write(|files| files.present(&named)) else { return };
         let lacking: Vec<&Artifact> = downloads
             .iter()
             .filter(|a| !present.contains(&a.sha256) || self.bad().contains(&a.sha256))
@@ -182,25 +182,29 @@ impl RemoteDownloads for Remote {
             return;
         }
         let total = lacking.iter().map(|artifact| artifact.size).sum();
-        let step = Step::new("shared", format!("storing {what}"), total, Unit::Bytes);
+        let step =
+            ProgressStep::new("shared", format!("storing {what}"), total, ProgressUnit::Bytes);
         for artifact in &lacking {
-            if self.tell(|files| files.put(&artifact.sha256, &artifact.path)).is_none() {
+            if self.try_write(|files| files.put(&artifact.sha256, &artifact.path)).is_none() {
                 return;
             }
             self.bad().remove(&artifact.sha256);
             step.advance(artifact.size);
         }
         drop(step);
-        say("shared", format!("{what} stored: {} in {} objects", bytes(total), lacking.len()));
+        say(
+            "shared",
+            format!("{what} stored: {} in {} objects", format_bytes(total), lacking.len()),
+        );
     }
 }
 
 /// A shared cache, with the keys that may sign a stage's result.
 #[derive(Debug)]
-pub struct Shared {
-    remote: Arc<Remote>,
+pub struct SharedCache {
+    remote: Arc<RemoteStore>,
     keys: KeySet,
-    signer: Signer,
+    signer: SigningKey,
 }
 
 /// Opens the shared cache in the environment for a build, with the trusted keys for a product of
@@ -209,9 +213,14 @@ pub struct Shared {
 ///
 /// # Errors
 /// When the address in the environment is invalid, or a key cannot be read.
-pub fn attach(cache: Cache, kind: BuildKind, signer: &Signer, offline: bool) -> Result<Cache> {
-    let keys = trusted(&keys::directory()?, kind)?;
-    let remote = match Remote::from_environment()? {
+pub fn attach_shared_cache(
+    cache: Cache,
+    kind: BuildKind,
+    signer: &SigningKey,
+    offline: bool,
+) -> Result<Cache> {
+    let keys = trusted_keys(&keys::key_directory()?, kind)?;
+    let remote = match RemoteStore::from_environment()? {
         Some(remote) if offline => {
             say("shared", format!("{} is not used because of --offline", remote.files.name()));
             None
@@ -224,10 +233,10 @@ pub fn attach(cache: Cache, kind: BuildKind, signer: &Signer, offline: bool) -> 
         None => None,
     };
     let shared = remote.map(|remote| {
-        let shared = Shared::new(Arc::new(remote), keys.clone(), signer.clone());
+        let shared = SharedCache::new(Arc::new(remote), keys.clone(), signer.clone());
         Arc::new(shared) as Arc<dyn RemoteStages>
     });
-    Ok(cache.sharing(shared, &keys))
+    Ok(cache.with_shared(shared, &keys))
 }
 
 /// The keys whose records are trusted: for a release only release keys of the key set, else the
@@ -235,8 +244,8 @@ pub fn attach(cache: Cache, kind: BuildKind, signer: &Signer, offline: bool) -> 
 ///
 /// # Errors
 /// When the key directory cannot be read.
-pub fn trusted(dir: &Utf8Path, kind: BuildKind) -> Result<KeySet> {
-    let mut set = Keys::open(dir)?.set_for(kind);
+pub fn trusted_keys(dir: &Utf8Path, kind: BuildKind) -> Result<KeySet> {
+    let mut set = KeyDirectory::open(dir)?.set_for(kind);
     if kind == BuildKind::Development {
         for key in keys::cache_signers(dir)? {
             // A key in the set keeps its state in the set: it may be revoked.
@@ -248,28 +257,28 @@ pub fn trusted(dir: &Utf8Path, kind: BuildKind) -> Result<KeySet> {
     Ok(set)
 }
 
-impl Shared {
+impl SharedCache {
     /// Wraps a store with the trusted keys.
-    pub fn new(remote: Arc<Remote>, keys: KeySet, signer: Signer) -> Self {
+    pub fn new(remote: Arc<RemoteStore>, keys: KeySet, signer: SigningKey) -> Self {
         Self { remote, keys, signer }
     }
 }
 
-impl RemoteStages for Shared {
+impl RemoteStages for SharedCache {
     fn downloads(&self) -> Arc<dyn RemoteDownloads> {
         Arc::clone(&self.remote) as Arc<dyn RemoteDownloads>
     }
 
-    fn take(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
+    fn restore_stage(&self, stage: &str, key: &str, dir: &Utf8Path) -> Option<(Value, String)> {
         if !STAGES.contains(&stage) {
             return None;
         }
         let mut ids: Vec<_> = self.keys.keys.iter().filter(|key| !key.revoked).collect();
         ids.sort_by_key(|key| std::cmp::Reverse(key.epoch));
         for signer in ids {
-            let path = record::path(key, &signer.id);
-            let Some(file) = self.remote.ask(|files| files.read(&path))? else { continue };
-            let opened = Record::open(&file, &self.keys, stage, key);
+            let path = record::record_path(key, &signer.id);
+            let Some(file) = self.remote.try_read(|files| files.read(&path))? else { continue };
+            let opened = StageRecord::open(&file, &self.keys, stage, key);
             let fetched = opened.and_then(|(record, signed)| {
                 self.fetch(&record, dir)?;
                 Ok((record.value_in(dir)?, signed.id))
@@ -280,14 +289,14 @@ impl RemoteStages for Shared {
                     warn(format!(
                         "not using {stage} from the shared cache: reading {path}: {error:#}"
                     ));
-                    cache::clear(dir).ok()?;
+                    cache::clear_stage_dir(dir).ok()?;
                 }
             }
         }
         None
     }
 
-    fn give(&self, cache: &Utf8Path, made: &Made<'_>) {
+    fn upload_stage(&self, cache: &Utf8Path, made: &FinishedStage<'_>) {
         if !STAGES.contains(&made.stage) || !self.remote.writes() {
             return;
         }
@@ -297,10 +306,11 @@ impl RemoteStages for Shared {
     }
 }
 
-impl Shared {
-    fn fetch(&self, record: &Record, dir: &Utf8Path) -> Result<()> {
+impl SharedCache {
+    fn fetch(&self, record: &StageRecord, dir: &Utf8Path) -> Result<()> {
         let total = record.files.iter().map(|file| file.object.size).sum();
-        let step = Step::new(&record.stage, "from the shared cache", total, Unit::Bytes);
+        let step =
+            ProgressStep::new(&record.stage, "from the shared cache", total, ProgressUnit::Bytes);
         let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
         let error = Mutex::new(None);
         std::thread::scope(|scope| {
@@ -326,23 +336,23 @@ impl Shared {
 
     fn fetch_file(
         &self,
-        file: &StoredFile,
+        file: &StageFile,
         index: usize,
         dir: &Utf8Path,
-        step: &Step,
+        step: &ProgressStep,
     ) -> Result<()> {
         // Paths in a record never begin with a dot.
         let packed = dir.join(format!(".{index}.object.partial"));
-        let Packed { sha256, size, compression } = &file.object;
+        let PackedObject { sha256, size, compression } = &file.object;
         ensure!(
             self.remote.get(sha256, *size, &packed, &|n| step.advance(n)),
             "the object {sha256} is not available"
         );
         let plain = match compression {
-            Compression::None => packed,
-            Compression::Zstd => {
+            ObjectCompression::None => packed,
+            ObjectCompression::Zstd => {
                 let plain = dir.join(format!(".{index}.partial"));
-                unpack(&packed, &plain, file)?;
+                unpack_object(&packed, &plain, file)?;
                 fs::remove_file(&packed).with_context(|| format!("removing {packed}"))?;
                 plain
             }
@@ -357,17 +367,17 @@ impl Shared {
             .with_context(|| format!("writing {target}"))
     }
 
-    fn store(&self, cache: &Utf8Path, made: &Made<'_>) -> Result<()> {
-        let &Made { stage, key, dir, .. } = made;
-        let path = record::path(key, &self.signer.key().id);
-        let Some(there) = self.remote.ask(|files| files.read(&path)) else { return Ok(()) };
+    fn store(&self, cache: &Utf8Path, made: &FinishedStage<'_>) -> Result<()> {
+        let &FinishedStage { stage, key, dir, .. } = made;
+        let path = record::record_path(key, &self.signer.key().id);
+        let Some(there) = self.remote.try_read(|files| files.read(&path)) else { return Ok(()) };
         if let Some(file) = there
-            && let Ok((record, _)) = Record::open(&file, &self.keys, stage, key)
+            && let Ok((record, _)) = StageRecord::open(&file, &self.keys, stage, key)
         {
             let objects: BTreeSet<(String, u64)> =
                 record.files.into_iter().map(|f| (f.object.sha256, f.object.size)).collect();
             let objects: Vec<_> = objects.into_iter().collect();
-            let Some(present) = self.remote.tell(|files| files.present(&objects)) else {
+            let Some(present) = self.remote.try_write(|files| files.present(&objects)) else {
                 return Ok(());
             };
             let bad = self.remote.bad();
@@ -375,13 +385,13 @@ impl Shared {
                 return Ok(());
             }
         }
-        let mut portable = Portable::of(made.value.clone(), dir, cache)?;
+        let mut portable = PortableValue::from_value(made.value.clone(), dir, cache)?;
         for output in &made.outputs {
             let inside = output.strip_prefix(dir);
             let inside = inside.with_context(|| format!("{output} is not in its own directory"))?;
             portable.files.insert(inside.to_owned());
         }
-        let step = Step::new("shared", format!("storing {stage}"), 0, Unit::Bytes);
+        let step = ProgressStep::new("shared", format!("storing {stage}"), 0, ProgressUnit::Bytes);
         let (mut files, mut sent, mut size) = (Vec::new(), 0, 0);
         for path in portable.files {
             step.note(path.as_str());
@@ -393,7 +403,7 @@ impl Shared {
             }
             files.push(file);
         }
-        let record = Record {
+        let record = StageRecord {
             format: record::FORMAT,
             stage: stage.to_owned(),
             key: key.to_owned(),
@@ -405,15 +415,15 @@ impl Shared {
         let signed = record.sign(&self.signer)?;
         drop(step);
         // Store the record last: its objects exist when it is found.
-        if self.remote.tell(|files| files.write(&path, &signed)).is_some() {
-            say("shared", format!("{stage} stored: {} in {sent} objects", bytes(size)));
+        if self.remote.try_write(|files| files.write(&path, &signed)).is_some() {
+            say("shared", format!("{stage} stored: {} in {sent} objects", format_bytes(size)));
         }
         Ok(())
     }
 
     /// Packs a file and stores the result: returns how it was stored, and whether it was sent.
     /// `None` when the store does not accept it.
-    fn store_file(&self, dir: &Utf8Path, path: Utf8PathBuf) -> Result<Option<(StoredFile, bool)>> {
+    fn store_file(&self, dir: &Utf8Path, path: Utf8PathBuf) -> Result<Option<(StageFile, bool)>> {
         let from = dir.join(&path);
         let metadata = fs::symlink_metadata(&from)
             .with_context(|| format!("reading the metadata of {from}"))?;
@@ -424,33 +434,33 @@ impl Shared {
             .tempfile_in(dir)
             .with_context(|| format!("making a file in {dir}"))?;
         let packed = Utf8Path::from_path(scratch.path()).context("the cache's path")?;
-        let (size, sha256) = pack(&from, scratch.as_file())?;
+        let (size, sha256) = pack_file(&from, scratch.as_file())?;
         let (packed_size, packed_sha256) = hash_file(packed)?;
         let pays = packed_size.saturating_mul(100) <= size.saturating_mul(PAYS) && size > 0;
         let (object, source) = if pays {
             let (sha256, size) = (packed_sha256, packed_size);
-            (Packed { sha256, size, compression: Compression::Zstd }, packed)
+            (PackedObject { sha256, size, compression: ObjectCompression::Zstd }, packed)
         } else {
             let sha256 = sha256.clone();
-            (Packed { sha256, size, compression: Compression::None }, from.as_path())
+            (PackedObject { sha256, size, compression: ObjectCompression::None }, from.as_path())
         };
         let named = [(object.sha256.clone(), object.size)];
-        let present = self.remote.tell(|files| files.present(&named));
+        let present = self.remote.try_write(|files| files.present(&named));
         let Some(present) = present else { return Ok(None) };
         let new = present.is_empty() || self.remote.bad().contains(&object.sha256);
-        if new && self.remote.tell(|files| files.put(&object.sha256, source)).is_none() {
+        if new && self.remote.try_write(|files| files.put(&object.sha256, source)).is_none() {
             return Ok(None);
         }
         self.remote.bad().remove(&object.sha256);
-        Ok(Some((StoredFile { path, size, sha256, executable, object }, new)))
+        Ok(Some((StageFile { path, size, sha256, executable, object }, new)))
     }
 }
 
 /// Compresses a file: returns its own size and SHA-256.
-fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
+fn pack_file(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     let work = || {
         let mut encoder = zstd::Encoder::new(into, LEVEL)?;
-        let plain = copy(&mut File::open(from)?, &mut encoder)?;
+        let plain = copy_and_hash(&mut File::open(from)?, &mut encoder)?;
         encoder.finish()?;
         Ok::<_, std::io::Error>(plain)
     };
@@ -458,18 +468,18 @@ fn pack(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
 }
 
 /// Unpacks an object, at most the size in the record, and verifies the result.
-fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
-    let doing = || format!("unpacking {}", file.path);
+fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result<()> {
+    let context = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
         // One additional byte is enough to detect a wrong object.
-        copy(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
+        copy_and_hash(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
     };
-    let (size, found) = work().with_context(doing)?;
+    let (size, found) = work().with_context(context)?;
     ensure!(
         size == file.size && found == file.sha256,
         "{}: expected {} bytes with SHA-256 {}, found at least {size} with {found}",
-        doing(),
+        context(),
         file.size,
         file.sha256
     );
@@ -477,7 +487,7 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path, file: &StoredFile) -> Result<()> {
 }
 
 /// Copies to the end: returns the number of bytes and their SHA-256.
-fn copy(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
+fn copy_and_hash(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
     let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
     loop {
         match from.read(&mut buffer)? {

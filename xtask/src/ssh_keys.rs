@@ -14,7 +14,7 @@ use crate::secret;
 /// Why a file is not a list of public keys. Does not contain any of its content, which may be
 /// secret.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct BadKeys {
+pub struct PublicKeysError {
     /// The line, from 1; `None` for the file as a whole.
     pub line: Option<usize>,
     /// What was expected and what was found.
@@ -23,13 +23,13 @@ pub struct BadKeys {
     pub help: String,
 }
 
-impl BadKeys {
-    fn whole(message: impl Into<String>, help: impl Into<String>) -> Self {
+impl PublicKeysError {
+    fn for_file(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { line: None, message: message.into(), help: help.into() }
     }
 
     /// The reason as an error about this file.
-    pub fn about(self, path: &Utf8Path) -> anyhow::Error {
+    pub fn into_error(self, path: &Utf8Path) -> anyhow::Error {
         let line = self.line.map_or(String::new(), |line| format!(":{line}"));
         anyhow::anyhow!("{path}{line}: {}\nhelp: {}", self.message, self.help)
     }
@@ -37,7 +37,7 @@ impl BadKeys {
 
 /// A public key.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct PublicKey {
+pub struct SshPublicKey {
     /// The line for sshd, without its end.
     pub text: String,
     /// Whether options precede the key.
@@ -87,13 +87,16 @@ const VALUES: [&str; 8] = [
 ///
 /// # Errors
 /// When it contains a secret key, another format of keys, something else, or no key.
-pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
-    if let Some(kind) = secret::found(file) {
-        return Err(BadKeys::whole(format!("the file is a secret key ({kind})"), SECRET_HELP));
+pub fn parse_keys(file: &[u8]) -> Result<Vec<SshPublicKey>, PublicKeysError> {
+    if let Some(kind) = secret::find_secret(file) {
+        return Err(PublicKeysError::for_file(
+            format!("the file is a secret key ({kind})"),
+            SECRET_HELP,
+        ));
     }
     let Ok(text) = std::str::from_utf8(file) else {
         let help = "save the file as UTF-8 or ASCII; PowerShell's `>` writes UTF-16";
-        return Err(BadKeys::whole("the file is not a UTF-8 text", help));
+        return Err(PublicKeysError::for_file("the file is not a UTF-8 text", help));
     };
     // Editors on Windows put a byte order mark before the first line, which would become part of
     // it.
@@ -106,15 +109,15 @@ pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
         if line.is_empty() || line.starts_with('#') {
             continue;
         }
-        let has_options = check(line).map_err(|(message, help)| BadKeys {
+        let has_options = check_line(line).map_err(|(message, help)| PublicKeysError {
             line: Some(number),
             message,
             help: help.to_owned(),
         })?;
-        keys.push(PublicKey { text: line.to_owned(), has_options });
+        keys.push(SshPublicKey { text: line.to_owned(), has_options });
     }
     if keys.is_empty() {
-        Err(BadKeys::whole("the file contains no SSH key", HELP))
+        Err(PublicKeysError::for_file("the file contains no SSH key", HELP))
     } else {
         Ok(keys)
     }
@@ -123,9 +126,9 @@ pub fn parse(file: &[u8]) -> Result<Vec<PublicKey>, BadKeys> {
 /// The keys as text for sshd: one line for each, all terminated.
 ///
 /// # Errors
-/// As [`parse`].
-pub fn lines(file: &[u8]) -> Result<String, BadKeys> {
-    Ok(parse(file)?.into_iter().map(|key| key.text + "\n").collect())
+/// As [`parse_keys`].
+pub fn keys_as_lines(file: &[u8]) -> Result<String, PublicKeysError> {
+    Ok(parse_keys(file)?.into_iter().map(|key| key.text + "\n").collect())
 }
 
 /// Whether a file with that path on a robot contains such keys for sshd.
@@ -138,7 +141,7 @@ pub fn is_list(target: &Utf8Path) -> bool {
 }
 
 /// Public keys in the formats of other programs, which sshd does not support here.
-fn other_form(text: &str) -> Option<BadKeys> {
+fn other_form(text: &str) -> Option<PublicKeysError> {
     let begins = |mark: &str| text.lines().any(|line| line.trim_start().starts_with(mark));
     // RFC 4716, section 3.2; what PuTTYgen's "Save public key" writes.
     let (form, flag) = if begins("---- BEGIN SSH2 PUBLIC KEY") {
@@ -148,16 +151,16 @@ fn other_form(text: &str) -> Option<BadKeys> {
     } else if begins("-----BEGIN PUBLIC KEY") {
         ("of PKCS #8", " -m PKCS8")
     } else if begins("-----BEGIN ") {
-        return Some(BadKeys::whole("the file is a PEM file, not an SSH key", HELP));
+        return Some(PublicKeysError::for_file("the file is a PEM file, not an SSH key", HELP));
     } else {
         return None;
     };
     let help = format!("convert the key with `ssh-keygen -i{flag} -f FILE`");
-    Some(BadKeys::whole(format!("the file is a public key in the format {form}"), help))
+    Some(PublicKeysError::for_file(format!("the file is a public key in the format {form}"), help))
 }
 
 /// Whether options precede the key in a line.
-fn check(line: &str) -> Result<bool, (String, &'static str)> {
+fn check_line(line: &str) -> Result<bool, (String, &'static str)> {
     let wrong = |message: &str, help: &'static str| Err((message.to_owned(), help));
     if line.len() > LONGEST_LINE {
         return wrong(
@@ -170,16 +173,16 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
     }
     let blank = [' ', '\t'];
     let first = line.split(blank).next().unwrap_or_default();
-    let (key, has_options) = match Kind::of(first) {
+    let (key, has_options) = match Kind::from_name(first) {
         Some(_) => (line, false),
-        None => match options(line) {
+        None => match skip_options(line) {
             Ok(rest) => (rest, true),
             Err(message) => return Err((message, HELP)),
         },
     };
     let mut words = key.split(blank).filter(|word| !word.is_empty());
     let name = words.next().unwrap_or_default();
-    let Some(kind) = Kind::of(name) else {
+    let Some(kind) = Kind::from_name(name) else {
         return wrong("expected an SSH public key, found something else", HELP);
     };
     match kind {
@@ -200,7 +203,7 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
     let Some(blob) = words.next().and_then(decode_base64) else {
         return wrong("the key is not valid base64: it is damaged or truncated", again);
     };
-    match kind.fits(name, &blob) {
+    match kind.matches_blob(name, &blob) {
         Some(true) => Ok(has_options),
         Some(false) => wrong(
             &format!(
@@ -215,7 +218,7 @@ fn check(line: &str) -> Result<bool, (String, &'static str)> {
 }
 
 /// The text after the options at the beginning of a line.
-fn options(line: &str) -> Result<&str, String> {
+fn skip_options(line: &str) -> Result<&str, String> {
     // Like sshd (auth2-pubkeyfile.c): up to the first blank outside of quotes.
     let (mut quoted, mut escaped) = (false, false);
     let mut end = None;
@@ -239,7 +242,7 @@ fn options(line: &str) -> Result<&str, String> {
     let nothing = || "expected an SSH public key, found something else".to_owned();
     let end = end.ok_or_else(nothing)?;
     let rest = line[end..].trim_start();
-    if Kind::of(rest.split([' ', '\t']).next().unwrap_or_default()).is_none() {
+    if Kind::from_name(rest.split([' ', '\t']).next().unwrap_or_default()).is_none() {
         return Err(nothing());
     }
     for (n, start) in starts.iter().enumerate() {
@@ -276,7 +279,7 @@ enum Kind {
 }
 
 impl Kind {
-    fn of(name: &str) -> Option<Self> {
+    fn from_name(name: &str) -> Option<Self> {
         Some(match name {
             "ssh-rsa" => Self::Rsa,
             "ssh-ed25519" => Self::Ed25519,
@@ -292,7 +295,7 @@ impl Kind {
     }
 
     /// Whether the bytes are a complete key of this type; false for a key that is too weak.
-    fn fits(self, name: &str, blob: &[u8]) -> Option<bool> {
+    fn matches_blob(self, name: &str, blob: &[u8]) -> Option<bool> {
         let mut blob = Blob(blob);
         (blob.next()? == name.as_bytes()).then_some(())?;
         let mut strong = true;
@@ -300,7 +303,7 @@ impl Kind {
             Self::Rsa => {
                 let (exponent, modulus) = (blob.next()?, blob.next()?);
                 (!exponent.is_empty()).then_some(())?;
-                strong = bits(modulus) >= SMALLEST_RSA_BITS;
+                strong = bit_length(modulus) >= SMALLEST_RSA_BITS;
             }
             Self::Ed25519 => (blob.next()?.len() == 32).then_some(())?,
             Self::Ecdsa(curve, length) => blob.point(curve, length)?,
@@ -339,7 +342,7 @@ impl<'a> Blob<'a> {
 }
 
 /// The number of bits of a big-endian number.
-fn bits(number: &[u8]) -> usize {
+fn bit_length(number: &[u8]) -> usize {
     let zeros = number.iter().take_while(|byte| **byte == 0).count();
     let first = number.get(zeros).map_or(0, |byte| byte.leading_zeros() as usize);
     (number.len() - zeros) * 8 - first

@@ -18,7 +18,7 @@ const MODEL_VERSION: u32 = 3;
 /// How one model boots.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Start {
+pub struct ModelBoot {
     /// The model: a string of the board's `compatible`.
     pub model: String,
     /// Human-readable name.
@@ -33,9 +33,9 @@ pub struct Start {
 /// The facts about a card.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Starts {
+pub struct BootCheck {
     /// The boot chain of each model.
-    pub models: Vec<Start>,
+    pub models: Vec<ModelBoot>,
     /// Problems that prevent a model from booting, trying an update or rolling back, with help.
     pub stops: Vec<String>,
     /// Problems of a model that boots nevertheless, with help.
@@ -43,18 +43,18 @@ pub struct Starts {
 }
 
 /// What the result depends on besides the card, for a stage's key.
-pub fn version() -> (u32, [&'static str; 4]) {
+pub fn model_version() -> (u32, [&'static str; 4]) {
     (MODEL_VERSION, chain::facts::TEXTS)
 }
 
 /// The sources of a card: the workspace's root, and the plan.
-pub type Origin<'a> = (&'a Utf8Path, &'a Plan);
+pub type CardOrigin<'a> = (&'a Utf8Path, &'a Plan);
 
 /// Checks a card image. With its origin the findings name the workspace's files.
 ///
 /// # Errors
 /// An image that was not built by Slipway, or is damaged.
-pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
+pub fn check_card(image: &Utf8Path, origin: Option<CardOrigin<'_>>) -> Result<BootCheck> {
     let facts = BootFacts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let card =
@@ -62,15 +62,15 @@ pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
     let verdict = chain::check(&card, &facts);
     let told = |level: Severity| {
         let some = verdict.findings.iter().filter(move |finding| finding.level == level);
-        some.map(|finding| tell(finding, &card, origin)).collect()
+        some.map(|finding| describe_finding(finding, &card, origin)).collect()
     };
-    Ok(Starts {
+    Ok(BootCheck {
         stops: told(Severity::Stops),
         degrades: told(Severity::Degrades),
         models: verdict
             .chains
             .into_iter()
-            .map(|chain| Start {
+            .map(|chain| ModelBoot {
                 model: chain.model,
                 title: chain.title,
                 starts: chain.starts,
@@ -84,7 +84,7 @@ pub fn look(image: &Utf8Path, origin: Option<Origin<'_>>) -> Result<Starts> {
 ///
 /// # Errors
 /// All problems that prevent any of them from booting.
-pub fn require(starts: &Starts, board: &str) -> Result<()> {
+pub fn require_bootable(starts: &BootCheck, board: &str) -> Result<()> {
     if starts.stops.is_empty() {
         return Ok(());
     }
@@ -98,16 +98,21 @@ pub fn require(starts: &Starts, board: &str) -> Result<()> {
 }
 
 /// A finding, with the source file in the workspace, and the line in it.
-fn tell(finding: &BootFinding, card: &CardContent, origin: Option<Origin<'_>>) -> String {
-    let source = origin.and_then(|(root, plan)| Some((root, source(&finding.place, plan)?)));
+fn describe_finding(
+    finding: &BootFinding,
+    card: &CardContent,
+    origin: Option<CardOrigin<'_>>,
+) -> String {
+    let source =
+        origin.and_then(|(root, plan)| Some((root, source_of_file(&finding.place, plan)?)));
     let Some((root, source)) = source else { return finding.to_string() };
-    let line = line(&finding.place, card, &root.join(&source));
+    let line = line_in_source(&finding.place, card, &root.join(&source));
     let line = line.map(|line| format!(":{line}")).unwrap_or_default();
     format!("{source}{line}: on the card {finding}")
 }
 
 /// The source file in the workspace of a file on the card.
-fn source(place: &CardLocation, plan: &Plan) -> Option<Utf8PathBuf> {
+fn source_of_file(place: &CardLocation, plan: &Plan) -> Option<Utf8PathBuf> {
     let (number, file) = (place.partition?, place.file.as_deref()?);
     let role = &plan.disk.partitions.iter().find(|placed| placed.number == number)?.name;
     let boot = plan.boot_files.iter().find(|boot| boot.partition == *role && boot.path == file);
@@ -120,7 +125,7 @@ fn source(place: &CardLocation, plan: &Plan) -> Option<Utf8PathBuf> {
 
 /// The only line of the workspace's file with the text of the card's line, if any: the line numbers
 /// of a template and of its result differ.
-fn line(place: &CardLocation, card: &CardContent, source: &Utf8Path) -> Option<usize> {
+fn line_in_source(place: &CardLocation, card: &CardContent, source: &Utf8Path) -> Option<usize> {
     let (number, file, at) = (place.partition?, place.file.as_deref()?, place.line?);
     let volume = card.volumes.iter().find(|volume| volume.number == number);
     let slot = card.slots.iter().find(|slot| slot.number == number);
@@ -136,7 +141,7 @@ fn line(place: &CardLocation, card: &CardContent, source: &Utf8Path) -> Option<u
 }
 
 /// The chains as text, one step a line.
-pub fn lines(starts: &Starts) -> Vec<String> {
+pub fn describe_chains(starts: &BootCheck) -> Vec<String> {
     let mut lines = Vec::new();
     for model in &starts.models {
         let verdict = if model.starts { "starts" } else { "DOES NOT START" };

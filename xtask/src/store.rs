@@ -14,11 +14,15 @@ use std::collections::BTreeSet;
 use anyhow::{Result, bail, ensure};
 use camino::Utf8Path;
 
+use crate::store::directory::DirectoryStore;
+use crate::store::http::HttpStore;
+use crate::store::s3::S3Store;
+use crate::store::ssh::SshStore;
 use format::Channel;
 
-/// The version of a channel's file when it was read; [`Store::swap`] replaces only this version.
+/// The version of a channel's file when it was read; [`ReleaseStore::swap`] replaces only this version.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Token {
+pub enum ChannelToken {
     /// The file did not exist.
     Absent,
     /// The store's own identifier of the version that was read.
@@ -27,25 +31,25 @@ pub enum Token {
 
 /// An error of one object in a working store.
 #[derive(Debug)]
-pub enum BadObject {
+pub enum ObjectError {
     /// The object does not exist.
     Missing(String),
     /// Its content does not match its name.
     Damaged(String),
 }
 
-impl std::fmt::Display for BadObject {
+impl std::fmt::Display for ObjectError {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let (Self::Missing(what) | Self::Damaged(what)) = self;
         f.write_str(what)
     }
 }
 
-impl std::error::Error for BadObject {}
+impl std::error::Error for ObjectError {}
 
 /// Storage for files, each written once and never changed; a file gets its name when it is
 /// complete.
-pub trait Files {
+pub trait FileStore {
     /// The human-readable name of the storage.
     fn name(&self) -> String;
 
@@ -71,7 +75,7 @@ pub trait Files {
     /// called with the number of new bytes.
     ///
     /// # Errors
-    /// [`BadObject`] when it does not exist or has other content; other errors when it cannot be
+    /// [`ObjectError`] when it does not exist or has other content; other errors when it cannot be
     /// fetched.
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()>;
 
@@ -83,7 +87,7 @@ pub trait Files {
 }
 
 /// A place for releases. Paths are those of `docs/reference/release-store.md`. Only a channel's file ever changes.
-pub trait Store: Files {
+pub trait ReleaseStore: FileStore {
     /// The store's canonical address, under which it is remembered.
     ///
     /// # Errors
@@ -101,25 +105,31 @@ pub trait Store: Files {
     ///
     /// # Errors
     /// When the store cannot be accessed.
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)>;
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)>;
 
     /// Replaces the channel's file if its version is still that of the token. `false`: another
     /// publisher has changed it, and nothing was written.
     ///
     /// # Errors
     /// When it cannot be written.
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool>;
+    fn swap(
+        &self,
+        channel: Channel,
+        token: &ChannelToken,
+        serial: u64,
+        content: &[u8],
+    ) -> Result<bool>;
 
     /// Makes the newest file visible to readers, in case an interrupted publisher has not done so.
     ///
     /// # Errors
     /// When it cannot be written.
-    fn settle(&self, channel: Channel) -> Result<()>;
+    fn make_visible(&self, channel: Channel) -> Result<()>;
 }
 
 /// Options of a store's address.
 #[derive(Debug, Clone, Default)]
-pub struct Options {
+pub struct StoreOptions {
     /// The S3 service, such as `https://s3.example.org`.
     pub endpoint: Option<String>,
     /// The S3 region.
@@ -127,16 +137,16 @@ pub struct Options {
     /// Options of ssh_config(5), `KEY=VALUE`.
     pub ssh: Vec<String>,
     /// The timeouts for a server.
-    pub patience: client::Patience,
+    pub timeouts: client::ServerTimeouts,
     /// The value of the header `Authorization`, for other HTTP servers.
-    pub authorization: Option<Secret>,
+    pub authorization: Option<SecretText>,
 }
 
 /// A secret text that is never printed.
 #[derive(Clone)]
-pub struct Secret(String);
+pub struct SecretText(String);
 
-impl Secret {
+impl SecretText {
     /// Wraps the text.
     pub fn new(text: String) -> Self {
         Self(text)
@@ -148,7 +158,7 @@ impl Secret {
     }
 }
 
-impl std::fmt::Debug for Secret {
+impl std::fmt::Debug for SecretText {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.write_str("Secret")
     }
@@ -159,31 +169,34 @@ impl std::fmt::Debug for Secret {
 ///
 /// # Errors
 /// When the address is not valid.
-pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Send + Sync>> {
+pub fn open_files(
+    address: &str,
+    options: &StoreOptions,
+) -> Result<Box<dyn FileStore + Send + Sync>> {
     if let Some(rest) = address.strip_prefix("s3://") {
-        return Ok(Box::new(s3::Bucket::new(rest, options)?));
+        return Ok(Box::new(S3Store::new(rest, options)?));
     }
     if address.starts_with("https://") || address.starts_with("http://") {
-        return Ok(Box::new(http::Server::new(address, options)?));
+        return Ok(Box::new(HttpStore::new(address, options)?));
     }
     ensure!(
         Utf8Path::new(address).is_absolute(),
         "invalid address of a shared cache: `{address}`\n\
          help: https://HOST[/PATH], s3://BUCKET[/PREFIX], or the full path of a directory"
     );
-    Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
+    Ok(Box::new(DirectoryStore::new(Utf8Path::new(address))))
 }
 
 /// Opens a store by its address: a directory, `ssh://…` or `s3://…`. This writes nothing.
 ///
 /// # Errors
 /// When the address is not valid.
-pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
+pub fn open_store(address: &str, options: &StoreOptions) -> Result<Box<dyn ReleaseStore>> {
     if let Some(rest) = address.strip_prefix("s3://") {
-        return Ok(Box::new(s3::Bucket::new(rest, options)?));
+        return Ok(Box::new(S3Store::new(rest, options)?));
     }
     if let Some(rest) = address.strip_prefix("ssh://") {
-        return Ok(Box::new(ssh::Host::new(rest, &options.ssh)?));
+        return Ok(Box::new(SshStore::new(rest, &options.ssh)?));
     }
     ensure!(
         !address.contains("://"),
@@ -198,5 +211,5 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
             path.trim_start_matches('/')
         );
     }
-    Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
+    Ok(Box::new(DirectoryStore::new(Utf8Path::new(address))))
 }

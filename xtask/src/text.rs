@@ -16,7 +16,7 @@ fn is_harmful(c: char) -> bool {
         || matches!(c, '\u{61c}' | '\u{200e}'..='\u{200f}' | '\u{2028}'..='\u{202e}' | '\u{2066}'..='\u{2069}')
 }
 
-fn escaped(text: &str, kept: &[char]) -> String {
+fn escape(text: &str, kept: &[char]) -> String {
     let mut shown = String::with_capacity(text.len());
     for c in text.chars() {
         if is_harmful(c) && !kept.contains(&c) {
@@ -30,19 +30,19 @@ fn escaped(text: &str, kept: &[char]) -> String {
 
 /// One line, with control characters escaped as in Rust, such as `\u{1b}` and `\n`.
 pub fn printable(text: &str) -> String {
-    escaped(text, &[])
+    escape(text, &[])
 }
 
 /// Several lines: like [`printable`], but keeps line ends and tabs.
 pub fn printable_lines(text: &str) -> String {
-    escaped(text, &['\n', '\t'])
+    escape(text, &['\n', '\t'])
 }
 
 /// A value as readable JSON. Characters that [`printable`] would escape are escaped in JSON's form.
 ///
 /// # Errors
 /// When the value has no JSON form.
-pub fn json(value: &impl Serialize) -> Result<String> {
+pub fn to_json(value: &impl Serialize) -> Result<String> {
     Ok(printable_json(&serde_json::to_string_pretty(value).context("writing JSON")?))
 }
 
@@ -108,14 +108,14 @@ macro_rules! err {
 
 /// A human-readable error: what was being done and why it failed in one sentence, then all help
 /// lines of the chain of causes.
-pub fn sentence(error: &anyhow::Error) -> String {
+pub fn describe_error(error: &anyhow::Error) -> String {
     let (mut causes, mut help) = (Vec::<String>::new(), String::new());
     for cause in error.chain() {
         let cause = cause.to_string();
         let at = cause.find("\nhelp: ").unwrap_or(cause.len());
-        let (said, rest) = cause.split_at(at);
-        if !causes.last().is_some_and(|last| last.starts_with(said)) {
-            causes.push(said.to_owned());
+        let (message, rest) = cause.split_at(at);
+        if !causes.last().is_some_and(|last| last.starts_with(message)) {
+            causes.push(message.to_owned());
         }
         help.push_str(rest);
     }
@@ -134,7 +134,7 @@ mod tests {
             "a\\u{1b}]0;owned\\u{7}\\r\\u{9b}31m\\u{7f}\\u{202e}\\u{2066}é\\tb\\n"
         );
         assert!(printable_lines(bad).ends_with("é\tb\n"));
-        let json = json(&bad).expect("JSON");
+        let json = to_json(&bad).expect("JSON");
         assert!(!json.chars().any(is_harmful), "{json}");
         assert_eq!(serde_json::from_str::<String>(&json).expect("the same"), bad);
     }
@@ -143,7 +143,7 @@ mod tests {
     fn help_comes_last() {
         let error = anyhow::anyhow!("no such file").context("reading a\nhelp: build it");
         assert_eq!(
-            sentence(&error.context("doing b")),
+            describe_error(&error.context("doing b")),
             "doing b: reading a: no such file\nhelp: build it"
         );
     }
@@ -152,7 +152,7 @@ mod tests {
     fn a_cause_is_said_once() {
         let error = anyhow::anyhow!("no such file").context("no such file (io)\nhelp: build it");
         assert_eq!(
-            sentence(&error.context("reading a")),
+            describe_error(&error.context("reading a")),
             "reading a: no such file (io)\nhelp: build it"
         );
     }

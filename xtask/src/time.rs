@@ -15,7 +15,7 @@ pub fn now() -> Result<u64> {
 
 /// Seconds since 1970 as RFC 3339 in UTC. The date is computed with Howard Hinnant's
 /// `civil_from_days`.
-pub(crate) fn timestamp(epoch: u64) -> String {
+pub(crate) fn format_timestamp(epoch: u64) -> String {
     let (days, second) = (epoch / 86_400, epoch % 86_400);
     let z = days + 719_468;
     let (era, day_of_era) = (z / 146_097, z % 146_097);
@@ -37,9 +37,9 @@ mod tests {
     #[test]
     fn timestamps_are_those_of_date() {
         // `date -u -d @N +%FT%TZ`
-        assert_eq!(timestamp(0), "1970-01-01T00:00:00Z");
-        assert_eq!(timestamp(951_782_399), "2000-02-28T23:59:59Z");
-        assert_eq!(timestamp(951_782_400), "2000-02-29T00:00:00Z");
-        assert_eq!(timestamp(1_795_222_196), "2026-11-21T00:49:56Z");
+        assert_eq!(format_timestamp(0), "1970-01-01T00:00:00Z");
+        assert_eq!(format_timestamp(951_782_399), "2000-02-28T23:59:59Z");
+        assert_eq!(format_timestamp(951_782_400), "2000-02-29T00:00:00Z");
+        assert_eq!(format_timestamp(1_795_222_196), "2026-11-21T00:49:56Z");
     }
 }

@@ -12,7 +12,7 @@ const AUTHORITIES: [&str; 3] =
     ["/etc/ssl/certs/ca-certificates.crt", "/etc/pki/tls/certs/ca-bundle.crt", "/etc/ssl/cert.pem"];
 
 /// The machine's certificate authorities (a company's own included), else Mozilla's.
-pub(crate) fn authorities() -> Result<RootCerts> {
+pub(crate) fn load_authorities() -> Result<RootCerts> {
     let named = std::env::var("SSL_CERT_FILE").ok().filter(|v| !v.is_empty());
     let candidates = named.iter().map(String::as_str).chain(AUTHORITIES);
     let Some(path) = candidates.into_iter().find(|path| Utf8Path::new(path).is_file()) else {

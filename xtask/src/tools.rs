@@ -4,13 +4,13 @@
 use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
-use crate::exec::{Tool, find};
+use crate::exec::{Tool, find_program};
 use crate::progress::{say, warn};
 
 /// The purpose of a tool.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Purpose {
+pub enum ToolPurpose {
     /// `build-image` and `lock`.
     Build,
     /// The engine `debian`.
@@ -34,7 +34,7 @@ pub enum Purpose {
 /// One requirement.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Requirement {
+pub struct ToolRequirement {
     /// The program, or a file if it is not a program.
     pub program: &'static str,
     /// The Debian package.
@@ -42,126 +42,161 @@ pub struct Requirement {
     /// What it is used for.
     pub why: &'static str,
     /// Its purpose.
-    pub purpose: Purpose,
+    pub purpose: ToolPurpose,
 }
 
-const fn tool(
-    purpose: Purpose,
+const fn requirement(
+    purpose: ToolPurpose,
     program: &'static str,
     package: &'static str,
     why: &'static str,
-) -> Requirement {
-    Requirement { program, package, why, purpose }
+) -> ToolRequirement {
+    ToolRequirement { program, package, why, purpose }
 }
 
 /// Everything, in the order in which it is listed.
-const REQUIREMENTS: &[Requirement] = &[
-    tool(Purpose::Build, "git", "git", "names the commit that is built"),
-    tool(Purpose::Debian, "apt-get", "apt", "resolves the package lock"),
-    tool(Purpose::Debian, "dpkg-deb", "dpkg", "unpacks packages"),
-    tool(Purpose::Debian, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
-    tool(Purpose::Debian, "arch-test", "arch-test", "lets mmdebstrap check foreign binaries"),
-    tool(
-        Purpose::Build,
+const REQUIREMENTS: &[ToolRequirement] = &[
+    requirement(ToolPurpose::Build, "git", "git", "names the commit that is built"),
+    requirement(ToolPurpose::Debian, "apt-get", "apt", "resolves the package lock"),
+    requirement(ToolPurpose::Debian, "dpkg-deb", "dpkg", "unpacks packages"),
+    requirement(ToolPurpose::Debian, "mmdebstrap", "mmdebstrap", "makes the Debian base system"),
+    requirement(
+        ToolPurpose::Debian,
+        "arch-test",
+        "arch-test",
+        "lets mmdebstrap check foreign binaries",
+    ),
+    requirement(
+        ToolPurpose::Build,
         "qemu-aarch64-static",
         "qemu-user-static",
         "runs the base system's maintainer scripts and its Python",
     ),
-    tool(
-        Purpose::Debian,
+    requirement(
+        ToolPurpose::Debian,
         "/usr/share/keyrings/debian-archive-keyring.gpg",
         "debian-archive-keyring",
         "checks the archive's signatures",
     ),
-    tool(Purpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
-    tool(Purpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
-    tool(Purpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
+    requirement(ToolPurpose::Debian, "gpgv", "gpgv", "checks the archive's signatures"),
+    requirement(ToolPurpose::Debian, "depmod", "kmod", "lists the kernel modules' dependencies"),
+    requirement(ToolPurpose::Build, "mkimage", "u-boot-tools", "wraps the boot script for U-Boot"),
     // Links the agent's static binary, and includes that architecture's C library.
-    tool(Purpose::Build, "@cross-gcc", "gcc-aarch64-linux-gnu", "links the robot's agent"),
-    tool(
-        Purpose::Build,
+    requirement(
+        ToolPurpose::Build,
+        "@cross-gcc",
+        "gcc-aarch64-linux-gnu",
+        "links the robot's agent",
+    ),
+    requirement(
+        ToolPurpose::Build,
         "@cross-libc",
         "libc6-dev-arm64-cross",
         "is linked into the robot's agent",
     ),
-    tool(Purpose::Build, "python3", "python3", "runs pip"),
-    tool(Purpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
-    tool(Purpose::Debian, "unshare", "util-linux", "makes the base system without root"),
-    tool(Purpose::Debian, "@newuidmap", "uidmap", "makes the base system without root"),
-    tool(
-        Purpose::Build,
+    requirement(ToolPurpose::Build, "python3", "python3", "runs pip"),
+    requirement(ToolPurpose::Build, "@pip", "python3-pip", "resolves and downloads the API wheels"),
+    requirement(ToolPurpose::Debian, "unshare", "util-linux", "makes the base system without root"),
+    requirement(ToolPurpose::Debian, "@newuidmap", "uidmap", "makes the base system without root"),
+    requirement(
+        ToolPurpose::Build,
         "/etc/ssl/certs/ca-certificates.crt",
         "ca-certificates",
         "lets pip check its index",
     ),
-    tool(Purpose::Buildroot, "make", "make", "runs Buildroot"),
-    tool(Purpose::Buildroot, "gcc", "gcc", "builds Buildroot's own tools"),
-    tool(Purpose::Buildroot, "g++", "g++", "builds Buildroot's own tools"),
-    tool(Purpose::Buildroot, "perl", "perl", "runs packages' configure scripts"),
-    tool(Purpose::Buildroot, "patch", "patch", "applies Buildroot's patches"),
-    tool(Purpose::Buildroot, "tar", "tar", "unpacks sources"),
-    tool(Purpose::Buildroot, "bzip2", "bzip2", "unpacks sources"),
-    tool(Purpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
-    tool(Purpose::Buildroot, "unzip", "unzip", "unpacks sources"),
-    tool(Purpose::Buildroot, "cpio", "cpio", "packs archives"),
-    tool(Purpose::Buildroot, "rsync", "rsync", "joins the packages' directories"),
-    tool(Purpose::Buildroot, "bc", "bc", "builds the kernel"),
-    tool(Purpose::Buildroot, "file", "file", "inspects built programs"),
-    tool(Purpose::Buildroot, "wget", "wget", "downloads sources"),
-    tool(Purpose::Buildroot, "flock", "util-linux", "downloads each source once"),
-    tool(Purpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
-    tool(Purpose::Buildroot, "@curses", "libncurses-dev", "shows menuconfig"),
-    tool(Purpose::Buildroot, "@flake8", "python3-flake8", "serves Buildroot's check-package"),
-    tool(Purpose::Buildroot, "@magic", "python3-magic", "serves Buildroot's check-package"),
-    tool(Purpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
-    tool(Purpose::Run, "qemu-img", "qemu-utils", "keeps the image unchanged while it runs"),
-    tool(Purpose::Run, "dtc", "device-tree-compiler", "changes a device tree for QEMU"),
-    tool(Purpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
-    tool(Purpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
-    tool(Purpose::Local, "ip", "iproute2", "starts the network in them"),
-    tool(Purpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
-    tool(Purpose::Test, "strace", "strace", "kills the agent at any of its changes"),
-    tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
-    tool(Purpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
-    tool(Purpose::Test, "mdir", "mtools", "reads our FAT"),
-    tool(Purpose::Test, "e2fsck", "e2fsprogs", "reads our ext4"),
-    tool(Purpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
-    tool(Purpose::Test, "zstd", "zstd", "reads our frames"),
-    tool(Purpose::Test, "minisign", "minisign", "checks our signatures"),
-    tool(Purpose::Run, "qemu-io", "qemu-utils", "writes a boot state into a card"),
-    tool(
-        Purpose::Test,
+    requirement(ToolPurpose::Buildroot, "make", "make", "runs Buildroot"),
+    requirement(ToolPurpose::Buildroot, "gcc", "gcc", "builds Buildroot's own tools"),
+    requirement(ToolPurpose::Buildroot, "g++", "g++", "builds Buildroot's own tools"),
+    requirement(ToolPurpose::Buildroot, "perl", "perl", "runs packages' configure scripts"),
+    requirement(ToolPurpose::Buildroot, "patch", "patch", "applies Buildroot's patches"),
+    requirement(ToolPurpose::Buildroot, "tar", "tar", "unpacks sources"),
+    requirement(ToolPurpose::Buildroot, "bzip2", "bzip2", "unpacks sources"),
+    requirement(ToolPurpose::Buildroot, "xz", "xz-utils", "unpacks sources"),
+    requirement(ToolPurpose::Buildroot, "unzip", "unzip", "unpacks sources"),
+    requirement(ToolPurpose::Buildroot, "cpio", "cpio", "packs archives"),
+    requirement(ToolPurpose::Buildroot, "rsync", "rsync", "joins the packages' directories"),
+    requirement(ToolPurpose::Buildroot, "bc", "bc", "builds the kernel"),
+    requirement(ToolPurpose::Buildroot, "file", "file", "inspects built programs"),
+    requirement(ToolPurpose::Buildroot, "wget", "wget", "downloads sources"),
+    requirement(ToolPurpose::Buildroot, "flock", "util-linux", "downloads each source once"),
+    requirement(ToolPurpose::Buildroot, "which", "debianutils", "lets Buildroot find its tools"),
+    requirement(ToolPurpose::Buildroot, "@curses", "libncurses-dev", "shows menuconfig"),
+    requirement(
+        ToolPurpose::Buildroot,
+        "@flake8",
+        "python3-flake8",
+        "serves Buildroot's check-package",
+    ),
+    requirement(
+        ToolPurpose::Buildroot,
+        "@magic",
+        "python3-magic",
+        "serves Buildroot's check-package",
+    ),
+    requirement(ToolPurpose::Run, "qemu-system-aarch64", "qemu-system-arm", "boots the image"),
+    requirement(
+        ToolPurpose::Run,
+        "qemu-img",
+        "qemu-utils",
+        "keeps the image unchanged while it runs",
+    ),
+    requirement(ToolPurpose::Run, "dtc", "device-tree-compiler", "changes a device tree for QEMU"),
+    requirement(ToolPurpose::Run, "setpriv", "util-linux", "ends a machine with what drives it"),
+    requirement(ToolPurpose::Local, "unshare", "util-linux", "makes namespaces for a local system"),
+    requirement(ToolPurpose::Local, "ip", "iproute2", "starts the network in them"),
+    requirement(ToolPurpose::Test, "sfdisk", "fdisk", "reads our partition tables"),
+    requirement(ToolPurpose::Test, "strace", "strace", "kills the agent at any of its changes"),
+    requirement(ToolPurpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+    requirement(ToolPurpose::Test, "fsck.fat", "dosfstools", "reads our FAT"),
+    requirement(ToolPurpose::Test, "mdir", "mtools", "reads our FAT"),
+    requirement(ToolPurpose::Test, "e2fsck", "e2fsprogs", "reads our ext4"),
+    requirement(ToolPurpose::Test, "bmaptool", "bmap-tools", "reads our block map"),
+    requirement(ToolPurpose::Test, "zstd", "zstd", "reads our frames"),
+    requirement(ToolPurpose::Test, "minisign", "minisign", "checks our signatures"),
+    requirement(ToolPurpose::Run, "qemu-io", "qemu-utils", "writes a boot state into a card"),
+    requirement(
+        ToolPurpose::Test,
         "aarch64-linux-gnu-gcc",
         "gcc-aarch64-linux-gnu",
         "makes the kernels that try the boot script",
     ),
-    tool(Purpose::Test, "cpio", "cpio", "reads our initrd"),
-    tool(Purpose::Test, "xz", "xz-utils", "packs the images that are flashed"),
-    tool(Purpose::Test, "losetup", "mount", "attaches the devices that are flashed"),
-    tool(Purpose::Test, "addpart", "util-linux", "gives them partitions"),
-    tool(Purpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
-    tool(Purpose::Test, "sshd", "openssh-server", "replaces a robot's sshd"),
-    tool(Purpose::Test, "systemd-analyze", "systemd", "reads our units"),
-    tool(Purpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
-    tool(Purpose::Test, "sftp", "openssh-client", "publishes releases to a store on a host"),
-    tool(Purpose::Test, "nginx", "nginx-light", "serves a store to readers, and as on a robot"),
-    tool(Purpose::Test, "busybox", "busybox-static", "runs the initrd's script"),
-    tool(Purpose::Test, "openssl", "openssl", "makes certificates of web servers"),
-    tool(Purpose::Test, "curl", "curl", "reads a store"),
-    tool(Purpose::Test, "jq", "jq", "reads a store's files"),
-    tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
-    tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
-    tool(
-        Purpose::TestAll,
+    requirement(ToolPurpose::Test, "cpio", "cpio", "reads our initrd"),
+    requirement(ToolPurpose::Test, "xz", "xz-utils", "packs the images that are flashed"),
+    requirement(ToolPurpose::Test, "losetup", "mount", "attaches the devices that are flashed"),
+    requirement(ToolPurpose::Test, "addpart", "util-linux", "gives them partitions"),
+    requirement(ToolPurpose::Test, "gpg", "gnupg", "signs the tests' own archive"),
+    requirement(ToolPurpose::Test, "sshd", "openssh-server", "replaces a robot's sshd"),
+    requirement(ToolPurpose::Test, "systemd-analyze", "systemd", "reads our units"),
+    requirement(ToolPurpose::Test, "shellcheck", "shellcheck", "checks our shell scripts"),
+    requirement(
+        ToolPurpose::Test,
+        "sftp",
+        "openssh-client",
+        "publishes releases to a store on a host",
+    ),
+    requirement(
+        ToolPurpose::Test,
+        "nginx",
+        "nginx-light",
+        "serves a store to readers, and as on a robot",
+    ),
+    requirement(ToolPurpose::Test, "busybox", "busybox-static", "runs the initrd's script"),
+    requirement(ToolPurpose::Test, "openssl", "openssl", "makes certificates of web servers"),
+    requirement(ToolPurpose::Test, "curl", "curl", "reads a store"),
+    requirement(ToolPurpose::Test, "jq", "jq", "reads a store's files"),
+    requirement(ToolPurpose::Push, "ssh", "openssh-client", "reaches robots"),
+    requirement(ToolPurpose::TestAll, "chromium", "chromium", "renders the report"),
+    requirement(
+        ToolPurpose::TestAll,
         "@venv",
         "python3-venv",
         "contains the validator of our bill of materials",
     ),
-    tool(Purpose::Bench, "genimage", "genimage", "assembles images"),
-    tool(Purpose::Bench, "rauc", "rauc", "makes bundles"),
-    tool(Purpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
-    tool(Purpose::Bench, "zip", "zip", "packs"),
-    tool(Purpose::Bench, "swupdate", "swupdate", "installs bundles"),
+    requirement(ToolPurpose::Bench, "genimage", "genimage", "assembles images"),
+    requirement(ToolPurpose::Bench, "rauc", "rauc", "makes bundles"),
+    requirement(ToolPurpose::Bench, "mksquashfs", "squashfs-tools", "serves rauc"),
+    requirement(ToolPurpose::Bench, "zip", "zip", "packs"),
+    requirement(ToolPurpose::Bench, "swupdate", "swupdate", "installs bundles"),
 ];
 
 /// Whether this machine has the robot's architecture.
@@ -169,7 +204,7 @@ const ARM64: bool = cfg!(target_arch = "aarch64");
 /// The static C library for the robot.
 const CROSS_LIBC: &str = "/usr/aarch64-linux-gnu/lib/libc.a";
 
-impl Requirement {
+impl ToolRequirement {
     fn is_met(&self) -> bool {
         match self.program {
             "@pip" => python_with_pip().is_some(),
@@ -178,12 +213,14 @@ impl Requirement {
             "@curses" => std::path::Path::new("/usr/include/ncurses.h").exists(),
             "@venv" => Tool::new("python3").args(["-c", "import ensurepip"]).read().is_ok(),
             // Root does not need a range of subordinate ids.
-            "@newuidmap" => rustix::process::getuid().is_root() || find("newuidmap").is_some(),
+            "@newuidmap" => {
+                rustix::process::getuid().is_root() || find_program("newuidmap").is_some()
+            }
             // An arm64 machine uses its own linker.
-            "@cross-gcc" => ARM64 || find("aarch64-linux-gnu-gcc").is_some(),
+            "@cross-gcc" => ARM64 || find_program("aarch64-linux-gnu-gcc").is_some(),
             "@cross-libc" => ARM64 || std::path::Path::new(CROSS_LIBC).exists(),
             path if path.starts_with('/') => std::path::Path::new(path).exists(),
-            program => find(program).is_some(),
+            program => find_program(program).is_some(),
         }
     }
 }
@@ -205,34 +242,36 @@ fn python_has(module: &str) -> bool {
 }
 
 /// Everything that is needed for these purposes.
-pub fn requirements(purposes: &[Purpose]) -> impl Iterator<Item = &'static Requirement> {
+pub fn requirements_for(
+    purposes: &[ToolPurpose],
+) -> impl Iterator<Item = &'static ToolRequirement> {
     REQUIREMENTS.iter().filter(|r| purposes.contains(&r.purpose))
 }
 
 /// What this machine lacks for these purposes.
-pub fn missing(purposes: &[Purpose]) -> Vec<Requirement> {
-    requirements(purposes).filter(|r| !r.is_met()).cloned().collect()
+pub fn missing_tools(purposes: &[ToolPurpose]) -> Vec<ToolRequirement> {
+    requirements_for(purposes).filter(|r| !r.is_met()).cloned().collect()
 }
 
 /// Makes sure that nothing is missing: installs it, or prints how.
 ///
 /// # Errors
 /// When a missing tool may not be or cannot be installed.
-pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
-    let lacking = missing(purposes);
+pub fn require_tools(purposes: &[ToolPurpose], install: bool) -> Result<()> {
+    let lacking = missing_tools(purposes);
     if lacking.is_empty() {
         return Ok(());
     }
-    if !install || find("apt-get").is_none() {
-        bail!("{}", describe(&lacking));
+    if !install || find_program("apt-get").is_none() {
+        bail!("{}", describe_missing(&lacking));
     }
-    self::install(&lacking)?;
-    let still = missing(purposes);
-    if still.is_empty() { Ok(()) } else { bail!("after installing: {}", describe(&still)) }
+    self::install_packages(&lacking)?;
+    let still = missing_tools(purposes);
+    if still.is_empty() { Ok(()) } else { bail!("after installing: {}", describe_missing(&still)) }
 }
 
 /// The missing tools in human-readable form.
-pub fn describe(lacking: &[Requirement]) -> String {
+pub fn describe_missing(lacking: &[ToolRequirement]) -> String {
     let mut text = String::from("this machine lacks:");
     for r in lacking {
         let name = r.program.trim_start_matches('@');
@@ -240,12 +279,12 @@ pub fn describe(lacking: &[Requirement]) -> String {
     }
     text.push_str(&format!(
         "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
-        packages(lacking).join(" ")
+        packages_of(lacking).join(" ")
     ));
     text
 }
 
-fn packages(lacking: &[Requirement]) -> Vec<&'static str> {
+fn packages_of(lacking: &[ToolRequirement]) -> Vec<&'static str> {
     let mut packages: Vec<_> = lacking.iter().map(|r| r.package).collect();
     packages.sort_unstable();
     packages.dedup();
@@ -256,18 +295,23 @@ fn packages(lacking: &[Requirement]) -> Vec<&'static str> {
 ///
 /// # Errors
 /// When apt cannot install them.
-pub fn install(lacking: &[Requirement]) -> Result<()> {
-    let packages = packages(lacking);
+pub fn install_packages(lacking: &[ToolRequirement]) -> Result<()> {
+    let packages = packages_of(lacking);
     say("setup", format!("installing {}", packages.join(" ")));
-    let update = || apt(&["update", "--quiet"]).run();
+    let update = || apt_get(&["update", "--quiet"]).run();
     // Never remove the user's packages for this.
     let options = ["--yes", "--quiet", "--no-install-recommends", "--no-remove"];
-    let simulated = apt(&["install", "--simulate"]).args(options).args(&packages).read();
+    let simulated = apt_get(&["install", "--simulate"]).args(options).args(&packages).read();
     // A fresh machine has no package lists, and old lists contain packages that no longer exist.
     update().context("refreshing the package lists")?;
-    let step = crate::progress::Step::new("setup", "apt-get", 0, crate::progress::Unit::Items);
+    let step = crate::progress::ProgressStep::new(
+        "setup",
+        "apt-get",
+        0,
+        crate::progress::ProgressUnit::Items,
+    );
     if simulated.is_ok() {
-        return apt(&["install"])
+        return apt_get(&["install"])
             .args(options)
             .args(&packages)
             .run_lines(|line| step.note(line))
@@ -276,8 +320,8 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
     // If parts of QEMU were installed from backports, the rest must come from there, too.
     let backports = Backports::prepare().context("checking backports for the packages")?;
     warn("the packages conflict with this release; installing them from its backports");
-    apt(&["update", "--quiet"]).args(&backports.options).run()?;
-    apt(&["install"])
+    apt_get(&["update", "--quiet"]).args(&backports.options).run()?;
+    apt_get(&["install"])
         .args(&backports.options)
         .args(["-t", &backports.suite])
         .args(options)
@@ -286,7 +330,7 @@ pub fn install(lacking: &[Requirement]) -> Result<()> {
         .context("installing tools")
 }
 
-fn apt(arguments: &[&str]) -> Tool {
+fn apt_get(arguments: &[&str]) -> Tool {
     let tool = if rustix::process::getuid().is_root() {
         Tool::new("apt-get")
     } else {
@@ -346,10 +390,10 @@ mod tests {
     #[test]
     fn the_description_names_each_program_with_its_package() {
         let lacking = vec![
-            tool(Purpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
-            tool(Purpose::Test, "@pip", "python3-pip", "resolves wheels"),
+            requirement(ToolPurpose::Test, "sgdisk", "gdisk", "reads our partition tables"),
+            requirement(ToolPurpose::Test, "@pip", "python3-pip", "resolves wheels"),
         ];
-        let text = describe(&lacking);
+        let text = describe_missing(&lacking);
         assert!(text.contains("sgdisk") && text.contains("gdisk"), "{text}");
         assert!(text.ends_with("sudo apt-get install gdisk python3-pip"), "{text}");
     }

@@ -20,9 +20,9 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{self, Artifact};
-use crate::keys::Signer;
-use crate::progress::{Step, Unit};
-use crate::wheel::component::Trees;
+use crate::keys::SigningKey;
+use crate::progress::{ProgressStep, ProgressUnit};
+use crate::wheel::component::WheelTrees;
 
 /// The maximum number of bytes of a manifest that is read without verification: more than any has.
 const LARGEST_MANIFEST: u64 = 1 << 20;
@@ -73,7 +73,7 @@ pub struct PackRequest<'a> {
     /// depend on it.
     pub workers: Option<usize>,
     /// The keys that sign, at least one.
-    pub signers: &'a [Signer],
+    pub signers: &'a [SigningKey],
 }
 
 /// How one payload was packed.
@@ -175,7 +175,7 @@ impl Write for Hashing<'_> {
 }
 
 /// Runs `write` on a [`Hashing`] writer; returns size and SHA-256 of what it wrote.
-fn hashed(
+fn write_hashed(
     out: &mut dyn Write,
     write: impl FnOnce(&mut Hashing<'_>) -> Result<()>,
 ) -> Result<(u64, String)> {
@@ -198,7 +198,7 @@ fn hashed(
 }
 
 /// Converts the hint of a bundle error to the help of a message.
-fn explain(error: bundle::Error) -> anyhow::Error {
+fn explain_bundle_error(error: bundle::Error) -> anyhow::Error {
     let hint = match &error {
         bundle::Error::Io(cause) if cause.kind() == io::ErrorKind::StorageFull => {
             "the disk is full; free some space, `cargo xtask clean --dry-run` shows what it would remove"
@@ -211,12 +211,12 @@ fn explain(error: bundle::Error) -> anyhow::Error {
 
 /// Packs the bundle `out`. The file gets its name only when it is complete and has been read back:
 /// archive, signatures and indices are verified, frames are not decompressed again. This does not
-/// sync the file: use [`artifact::flush`].
+/// sync the file: use [`artifact::flush_file`].
 ///
 /// # Errors
 /// When a payload cannot be read, a release would be signed by a development key alone, or writing
 /// fails. No file has the final name then.
-pub fn pack(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
+pub fn pack_bundle(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     pack_in(request, out).with_context(|| format!("making the bundle {out}"))
 }
 
@@ -229,7 +229,7 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
     // file first.
     let mut spool =
         tempfile::tempfile_in(dir).with_context(|| format!("creating a file in {dir}"))?;
-    let (manifest, packed, indices) = compress(request, key_epoch, &mut spool)?;
+    let (manifest, packed, indices) = compress_payloads(request, key_epoch, &mut spool)?;
     let mut payloads = Vec::new();
     let mut at = 0;
     for (index, packed) in indices.iter().zip(&packed) {
@@ -248,12 +248,13 @@ fn pack_in(request: &PackRequest<'_>, out: &Utf8Path) -> Result<PackReport> {
             .iter_mut()
             .map(|(index, data)| (index.as_slice(), data as &mut dyn io::Read))
             .collect();
-        let (size, sha256) = hashed(file, |file| {
-            bundle::write_archive(file, &manifest, &mut sign, &mut parts).map_err(explain)?;
+        let (size, sha256) = write_hashed(file, |file| {
+            bundle::write_archive(file, &manifest, &mut sign, &mut parts)
+                .map_err(explain_bundle_error)?;
             file.flush().context("writing")
         })?;
         let artifact = Artifact { path: out.to_owned(), size, sha256 };
-        let signed_by = read_back(&artifact::partial(out), request)?;
+        let signed_by = read_back(&artifact::partial_path(out), request)?;
         result = Some((artifact, signed_by));
         Ok(())
     })?;
@@ -283,7 +284,7 @@ fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
             "no signing key: the bundle would be unsigned\nhelp: `cargo xtask keys new` makes a key"
         )
     };
-    for key in request.signers.iter().map(Signer::key) {
+    for key in request.signers.iter().map(SigningKey::key) {
         ensure!(
             request.kind == BuildKind::Development || key.kind == BuildKind::Release,
             "`{}` is a release, but the key {} is a development key\n\
@@ -296,7 +297,7 @@ fn check_signers(request: &PackRequest<'_>) -> Result<u32> {
 }
 
 /// Compresses all payloads into `spool`, one after the other.
-fn compress(
+fn compress_payloads(
     request: &PackRequest<'_>,
     key_epoch: u32,
     spool: &mut File,
@@ -309,10 +310,10 @@ fn compress(
         for payload in &component.payloads {
             let source = Sparse::open(&payload.path)?;
             let what = format!("compressing {}/{}", component.name, payload.role);
-            let step = Step::new("bundle", &what, source.size, Unit::Bytes);
+            let step = ProgressStep::new("bundle", &what, source.size, ProgressUnit::Bytes);
             let done =
                 bundle::compress(&source, request.level, workers, spool, &mut |n| step.advance(n))
-                    .map_err(explain)
+                    .map_err(explain_bundle_error)
                     .with_context(|| format!("compressing {}", payload.path))?;
             described.push(done.describe(&payload.role));
             packed.push(PackedPayload {
@@ -360,13 +361,13 @@ fn read_back(path: &Utf8Path, request: &PackRequest<'_>) -> Result<Vec<SignedBy>
         }
         Ok(reader.signed_by().to_vec())
     };
-    walk().map_err(explain).with_context(|| format!("reading {path} back"))
+    walk().map_err(explain_bundle_error).with_context(|| format!("reading {path} back"))
 }
 
 /// A bundle that was verified to its last block.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Verified {
+pub struct VerifiedBundle {
     /// The manifest.
     pub manifest: BundleManifest,
     /// SHA-256 of `manifest.json`.
@@ -380,7 +381,7 @@ pub struct Verified {
 ///
 /// # Errors
 /// When the file is not a bundle.
-pub fn unverified(path: &Utf8Path) -> Result<(BundleManifest, String)> {
+pub fn read_unverified(path: &Utf8Path) -> Result<(BundleManifest, String)> {
     let read = || -> Result<(BundleManifest, String)> {
         let mut archive = tar::Archive::new(File::open(path)?);
         let entry = archive.entries()?.next().context("the file is empty")?;
@@ -400,14 +401,19 @@ pub fn unverified(path: &Utf8Path) -> Result<(BundleManifest, String)> {
 ///
 /// # Errors
 /// The first error. The chain holds a [`bundle::Error`] with its stable code.
-pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &BundlePolicy<'_>) -> Result<Verified> {
+pub fn verify_bundle(
+    path: &Utf8Path,
+    keys: &KeySet,
+    policy: &BundlePolicy<'_>,
+) -> Result<VerifiedBundle> {
     let file = File::open(path).with_context(|| format!("opening {path}"))?;
-    let walk = || -> bundle::Result<Verified> {
+    let walk = || -> bundle::Result<VerifiedBundle> {
         let mut reader =
             BundleReader::open(StreamInput(BufReader::with_capacity(1 << 18, file)), keys)?;
         reader.check(policy)?;
         let sizes = reader.manifest().components.iter().flat_map(|c| &c.payloads).map(|p| p.size);
-        let step = Step::new("verify", "checking every block", sizes.sum(), Unit::Bytes);
+        let step =
+            ProgressStep::new("verify", "checking every block", sizes.sum(), ProgressUnit::Bytes);
         let components = reader.manifest().components.clone();
         let mut api = Api::default();
         while let Some(payload) = reader.next_payload()? {
@@ -425,20 +431,20 @@ pub fn verify(path: &Utf8Path, keys: &KeySet, policy: &BundlePolicy<'_>) -> Resu
                 None => read.and(rest.map(drop).map_err(bundle::Error::from))?,
             }
         }
-        Ok(Verified {
+        Ok(VerifiedBundle {
             manifest: reader.manifest().clone(),
             manifest_sha256: reader.manifest_sha256().to_owned(),
             signed_by: reader.signed_by().to_vec(),
         })
     };
-    walk().map_err(explain).with_context(|| format!("verifying {path}"))
+    walk().map_err(explain_bundle_error).with_context(|| format!("verifying {path}"))
 }
 
-/// A component `api` on its way through [`verify`].
+/// A component `api` on its way through [`verify_bundle`].
 #[derive(Default)]
 struct Api {
     lock: Option<ComponentLock>,
-    trees: Trees,
+    trees: WheelTrees,
 }
 
 impl Api {
@@ -466,7 +472,7 @@ struct Content<'r, 's, I> {
     ready: Vec<u8>,
     at: usize,
     error: Option<bundle::Error>,
-    step: &'s Step,
+    step: &'s ProgressStep,
 }
 
 impl<I: bundle::BundleInput> Read for Content<'_, '_, I> {

@@ -7,8 +7,8 @@ use camino::Utf8Path;
 use serde_json::json;
 
 use crate::disk::{bmap, read};
-use crate::keys::{Keys, directory};
-use crate::progress::bytes;
+use crate::keys::{KeyDirectory, key_directory};
+use crate::progress::format_bytes;
 use crate::update;
 
 /// Checks a bundle against the keys in a file, else against one's own key set: the result as JSON and as a sentence.
@@ -22,14 +22,14 @@ pub(crate) fn verify_bundle(
     // A public key file does not state the kind and the epoch of the key.
     let (keys, alone) = match keys {
         Some(path) => read_keys(path)?,
-        None => (Keys::open(&directory()?)?.set().clone(), false),
+        None => (KeyDirectory::open(&key_directory()?)?.set().clone(), false),
     };
     ensure!(
         !keys.keys.is_empty(),
         "no trusted keys\nhelp: name a key set or a minisign public key with --keys"
     );
     let policy = BundlePolicy { product: None, board: None, floor: None, key_epoch: 0 };
-    let verified = update::verify(bundle, &keys, &policy)?;
+    let verified = update::verify_bundle(bundle, &keys, &policy)?;
     let manifest = &verified.manifest;
     let named = |kind: BuildKind, id: &str| match alone {
         true => format!("the key {id}"),
@@ -91,15 +91,15 @@ pub(crate) fn verify_image(image: &Utf8Path) -> Result<(serde_json::Value, Strin
         map_path.is_file(),
         "the block map {map_path} does not exist\nhelp: keep the block map beside the image"
     );
-    let tables = read::tables(image)?;
+    let tables = read::read_tables(image)?;
     if !tables.findings.is_empty() {
         bail!("the partition table of {image} is damaged:\n  - {}", tables.findings.join("\n  - "));
     }
-    let map = bmap::check(image, &map_path)?;
+    let map = bmap::check_image(image, &map_path)?;
     let mapped = map.mapped_blocks() * map.block_size;
     let text = format!(
         "good: {} in {} ranges match the block map, {} partitions (block maps are not signed)",
-        bytes(mapped),
+        format_bytes(mapped),
         map.ranges.len(),
         tables.partitions.len()
     );

@@ -10,13 +10,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 use workspace::{copy_to, workspace};
 use xtask::build::environment;
 use xtask::config;
-use xtask::config::board::BootFlow;
+use xtask::config::board::BootFlowKind;
 use xtask::disk::{TableKind, layout::Filesystem};
 use xtask::plan::{BootSourcePlan, Plan};
-use xtask::render::{OverlayContent, Rendered, render};
-use xtask::rootfs::Role;
+use xtask::render::{OverlayContent, RenderedFiles, render};
+use xtask::rootfs::PackageRole;
 use xtask::rootfs::debian::PackagesLock;
-use xtask::workspace::{Selection, resolve};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 /// Seconds that the hardware of a Raspberry Pi counts when it is given `seconds`: 20 bits of 1/65,536 s
 /// (`bcm2835_wdt_start` in Linux, drivers/watchdog/bcm2835_wdt.c).
@@ -33,10 +33,10 @@ fn holds(seconds: u64) -> bool {
 }
 
 /// Every product for every board of its list.
-fn builds() -> Result<Vec<(Plan, Rendered)>> {
+fn builds() -> Result<Vec<(Plan, RenderedFiles)>> {
     let root = workspace();
     let mut builds = Vec::new();
-    for product in config::products(&root)? {
+    for product in config::list_products(&root)? {
         for board in &config::read_product(&root, &product)?.boards {
             builds.push(build(&product, &board.value.0)?);
         }
@@ -44,14 +44,15 @@ fn builds() -> Result<Vec<(Plan, Rendered)>> {
     Ok(builds)
 }
 
-fn build(product: &str, board: &str) -> Result<(Plan, Rendered)> {
-    let target = Selection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
-    let (config, _, plan) = resolve(&target)?;
+fn build(product: &str, board: &str) -> Result<(Plan, RenderedFiles)> {
+    let target =
+        BuildSelection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
+    let (config, _, plan) = resolve_plan(&target)?;
     let rendered = render(&config.root, &plan)?;
     Ok((plan, rendered))
 }
 
-fn text(rendered: &Rendered, role: &str, path: &str) -> Option<String> {
+fn text(rendered: &RenderedFiles, role: &str, path: &str) -> Option<String> {
     let bytes = rendered.boot.get(&(role.to_owned(), path.to_owned()))?;
     Some(String::from_utf8_lossy(bytes).into_owned())
 }
@@ -159,7 +160,7 @@ fn cards_have_a_table_that_old_firmware_reads() -> Result<()> {
             !plan.board.cmdline.contains(&"gpt".to_owned()),
             "{name}: a GPT left on the card counts"
         );
-        if plan.board.boot_flow == BootFlow::Tryboot {
+        if plan.board.boot_flow == BootFlowKind::Tryboot {
             let boot = plan.boot_files.iter().filter(|file| file.partition == "boot");
             let only: Vec<&str> = boot.map(|file| file.path.as_str()).collect();
             ensure!(only == ["autoboot.txt"], "{name}: `boot` holds {only:?}");
@@ -190,14 +191,14 @@ fn earlier_cards_are_listed_as_they_were_flashed() -> Result<()> {
         // From the images of that time, by sfdisk.
         let states = cards[0]["boot-state"]["sectors"].as_array().context("sectors")?.len();
         match plan.board.boot_flow {
-            BootFlow::Uboot => {
+            BootFlowKind::Uboot => {
                 ensure!(at("boot") == (1, 8192, 131_072), "{name}: {:?}", at("boot"));
                 ensure!(at("root-a") == (2, 139_264, 2_097_152), "{name}: {:?}", at("root-a"));
                 ensure!(at("root-b") == (3, 2_236_416, 2_097_152), "{name}: {:?}", at("root-b"));
                 ensure!(at("data") == (4, 4_333_568, 524_288), "{name}: {:?}", at("data"));
                 ensure!(states == 2, "{name}");
             }
-            BootFlow::Tryboot => {
+            BootFlowKind::Tryboot => {
                 ensure!(at("boot") == (1, 8192, 32_768), "{name}: {:?}", at("boot"));
                 ensure!(at("boot-a") == (2, 40_960, 196_608), "{name}: {:?}", at("boot-a"));
                 ensure!(at("boot-b") == (3, 237_568, 196_608), "{name}: {:?}", at("boot-b"));
@@ -247,7 +248,7 @@ fn u_boot_starts_our_script_and_nothing_else() -> Result<()> {
         let head = "setenv stdin nulldev; setenv devtype mmc; setenv devnum 0; mmc dev 0; ";
         let same = compiled.strip_prefix(head).context("another head")?;
         ensure!(boot.strip_prefix("mmc dev 0; ") == Some(same), "{name}: {boot}\n{compiled}");
-        let packed = environment::pack(text.as_bytes())?;
+        let packed = environment::pack_environment(text.as_bytes())?;
         ensure!(packed.len() == 0x4000, "{} bytes", packed.len());
     }
     ensure!(read == 2, "{read} boards of Debian's U-Boot");
@@ -258,7 +259,7 @@ fn u_boot_starts_our_script_and_nothing_else() -> Result<()> {
 #[test]
 fn a_trial_starts_the_watchdog_before_the_kernel() -> Result<()> {
     for (plan, rendered) in builds()?.iter().filter(|(plan, _)| is_pi(plan)) {
-        if plan.board.boot_flow != BootFlow::Uboot {
+        if plan.board.boot_flow != BootFlowKind::Uboot {
             continue;
         }
         let name = plan.stem();
@@ -302,9 +303,10 @@ fn a_product_without_a_console_is_silent_on_the_serial_line() -> Result<()> {
         for (product, board) in boards {
             let mut config = config::load(&root, Some(product), Some(board))?;
             let place = config.product.place.clone();
-            let value = config::product::Terminal(device.map(str::to_owned));
+            let value = config::product::ConsoleDevice(device.map(str::to_owned));
             config.product.console = Some(config::reader::Located { value, place });
-            let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+            let facts =
+                xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
             let plan = xtask::plan::resolve(&config, &facts)?;
             let rendered = render(&root, &plan)?;
             for (file, bytes) in &rendered.boot {
@@ -331,10 +333,10 @@ fn the_radios_country_and_another_console_reach_the_kernel() -> Result<()> {
     let root = workspace();
     let mut config = config::load(&root, Some("robot-dev"), Some("pi3"))?;
     let place = config.product.place.clone();
-    let other = config::product::Terminal(Some("ttyUSB0".to_owned()));
+    let other = config::product::ConsoleDevice(Some("ttyUSB0".to_owned()));
     config.product.console = Some(config::reader::Located { value: other, place });
     config.product.network.country = Some("DE".to_owned());
-    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+    let facts = xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
     let plan = xtask::plan::resolve(&config, &facts)?;
     let script = text(&render(&root, &plan)?, "boot", "boot.scr").context("a script")?;
     let words = " console=tty0 console=ttyUSB0,115200 cfg80211.ieee80211_regdom=DE ";
@@ -380,11 +382,14 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
     let folder = tempfile::tempdir()?;
     let root = Utf8Path::from_path(folder.path()).context("UTF-8")?;
     copy_to(root)?;
-    let examples = config::examples(root)?;
+    let examples = config::list_examples(root)?;
     ensure!(!examples.is_empty(), "no examples");
-    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+    let facts = xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
     for name in &examples {
-        ensure!(!config::products(root)?.contains(name), "{name} would be built with all others");
+        ensure!(
+            !config::list_products(root)?.contains(name),
+            "{name} would be built with all others"
+        );
         let config = config::load(root, Some(name), None)?;
         let rootfs = &config.product.rootfs;
         let lock = rootfs.lock.as_ref().context("a lock")?.value.clone();
@@ -413,10 +418,10 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
         if keys.is_empty() {
             continue;
         }
-        let shown = xtask::cmd::plan::describe(&plan);
+        let shown = xtask::cmd::plan::describe_plan(&plan);
         for source in &plan.rootfs.sources {
             ensure!(shown.contains(&format!("{}, {}", source.name, source.address)), "{shown}");
-            let listed = xtask::rootfs::glob::compile(&source.packages)?;
+            let listed = xtask::rootfs::glob::compile_globs(&source.packages)?;
             let kernel = |name: &&String| name.starts_with("linux-image-");
             let asked = plan.rootfs.extra_packages.iter().find(kernel).context("a kernel")?;
             ensure!(listed.is_match(asked) && !listed.is_match("libc6"), "{:?}", source.packages);
@@ -433,7 +438,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
 fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
     let root = workspace();
     let mut complete = 0;
-    for name in config::examples(&root)? {
+    for name in config::list_examples(&root)? {
         let config = config::load(&root, Some(&name), None)?;
         if !config.product.rootfs.sources.is_empty() {
             continue;
@@ -444,12 +449,14 @@ fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
         lock.check_request(&xtask::build::package_spec(&config), &name).context(name.clone())?;
         // Whatever release the robot has: the machine that builds may have an older one.
         for arch in ["amd64", "arm64"] {
-            let tool = lock.of_role(Role::Host).any(|p| p.name == "e2fsprogs" && p.arch == arch);
+            let tool =
+                lock.of_role(PackageRole::Host).any(|p| p.name == "e2fsprogs" && p.arch == arch);
             ensure!(tool, "{name}: no file systems can be made on {arch}");
         }
         for board in &config.product.boards {
             let config = config::load(&root, Some(&name), Some(&board.value.0))?;
-            let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+            let facts =
+                xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
             render(&root, &xtask::plan::resolve(&config, &facts)?)?;
         }
     }

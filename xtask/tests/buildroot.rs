@@ -8,10 +8,10 @@ use xtask::cmd::doctor;
 use xtask::exec::Tool;
 use xtask::plan::fragment::Defconfig;
 use xtask::plan::{BuildrootPlan, Plan};
-use xtask::rootfs::buildroot::failure::{self, Failure};
-use xtask::rootfs::buildroot::info::Info;
-use xtask::rootfs::buildroot::rebuild::{Rebuild, State, compare};
-use xtask::rootfs::buildroot::tree::{self, Choice};
+use xtask::rootfs::buildroot::failure::{self, BuildrootFailure};
+use xtask::rootfs::buildroot::info::BuildrootInfo;
+use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
+use xtask::rootfs::buildroot::tree::{self, TreeChoice};
 use xtask::{config, plan, render, tools};
 
 fn root() -> Utf8PathBuf {
@@ -23,13 +23,13 @@ fn recorded(name: &str) -> String {
     std::fs::read_to_string(&path).expect("a recorded text")
 }
 
-fn info() -> Info {
-    Info::parse(&recorded("show-info.json")).expect("a list of packages")
+fn info() -> BuildrootInfo {
+    BuildrootInfo::parse(&recorded("show-info.json")).expect("a list of packages")
 }
 
 fn resolved(board: &str) -> Plan {
     let config = config::load(&root(), Some("robot"), Some(board)).expect("the product");
-    let facts = xtask::plan::Facts { commit: None, modified: false, epoch: 0 };
+    let facts = xtask::plan::CheckoutFacts { commit: None, modified: false, epoch: 0 };
     plan::resolve(&config, &facts).expect("a plan")
 }
 
@@ -38,7 +38,7 @@ fn the_defconfig_of_each_board_is_the_golden_one() {
     for board in ["pi3", "pi4", "pi5", "qemu-arm64"] {
         let plan = resolved(board);
         let pinned = plan.rootfs.buildroot.as_ref().expect("a pinned release");
-        let text = pinned.defconfig.render(&render::title(&plan));
+        let text = pinned.defconfig.render(&render::defconfig_title(&plan));
         let golden = root().join(format!("xtask/tests/golden/buildroot/{board}.defconfig"));
         if std::env::var("SLIPWAY_BLESS").is_ok_and(|v| v == "1") {
             std::fs::write(&golden, &text).expect("written");
@@ -57,9 +57,9 @@ fn a_download_that_failed_is_named_with_its_addresses_and_alternatives() {
     blake3.dl_dir = "blake3".into();
     blake3.downloads[0].source = "blake3-1.5.4.tar.gz".into();
     info.0.insert("host-blake3".into(), blake3);
-    let failure = failure::find(&recorded("no-network.log"), &info);
+    let failure = failure::find_failure(&recorded("no-network.log"), &info);
     let text = failure.to_string();
-    assert!(matches!(failure, Failure::Download { .. }), "{failure:#?}");
+    assert!(matches!(failure, BuildrootFailure::Download { .. }), "{failure:#?}");
     for words in [
         "host-blake3 1.5.4: a source is missing",
         "https://sources.buildroot.net/busybox/blake3-1.5.4.tar.gz",
@@ -73,8 +73,8 @@ fn a_download_that_failed_is_named_with_its_addresses_and_alternatives() {
 
 #[test]
 fn a_source_with_another_hash_is_not_called_a_failed_download() {
-    let failure = failure::find(&recorded("wrong-hash.log"), &info());
-    let Failure::Hash { package, lines } = &failure else { panic!("{failure:#?}") };
+    let failure = failure::find_failure(&recorded("wrong-hash.log"), &info());
+    let BuildrootFailure::Hash { package, lines } = &failure else { panic!("{failure:#?}") };
     assert_eq!(package, "busybox 1.37.0");
     assert!(lines.iter().any(|l| l.contains("has wrong sha256 hash")), "{lines:?}");
 }
@@ -87,12 +87,12 @@ fn a_step_that_failed_shows_the_lines_of_its_own_package() {
                make[1]: *** [Makefile:9: all] Error 1\n\
                make: *** [package/pkg-generic.mk:273: /o/build/kmod-33/.stamp_configured] Error 2\n\
                make: *** Waiting for unfinished jobs....\n";
-    let failure = failure::find(log, &info());
-    let Failure::Step { package, step, lines } = &failure else { panic!("{failure:#?}") };
+    let failure = failure::find_failure(log, &info());
+    let BuildrootFailure::Step { package, step, lines } = &failure else { panic!("{failure:#?}") };
     assert_eq!((package.as_str(), step.as_str()), ("kmod 33", "configured"));
     assert_eq!(lines.first().map(String::as_str), Some(">>> kmod 33 Configuring"));
     assert!(!failure.to_string().contains("a.c"), "{failure}");
-    let other = failure::find("make: *** No rule to make target 'x'.  Stop.\n", &info());
+    let other = failure::find_failure("make: *** No rule to make target 'x'.  Stop.\n", &info());
     assert!(other.to_string().contains("No rule to make target"), "{other}");
 }
 
@@ -109,11 +109,11 @@ fn the_list_of_packages_says_what_is_in_the_image() {
 }
 
 /// A state with a configuration and one external file.
-fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> State {
+fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> OutputState {
     let pairs = |list: &[(&str, &str)]| {
         list.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect::<Vec<_>>()
     };
-    State {
+    OutputState {
         tree: "commit".into(),
         config: pairs(config).into_iter().collect(),
         dependencies: info()
@@ -125,18 +125,18 @@ fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> State {
     }
 }
 
-fn targets(old: &State, new: &State) -> Vec<String> {
-    match compare(old, new, &info()) {
-        Rebuild::Targets(targets) => targets.into_keys().collect(),
-        Rebuild::Nothing => Vec::new(),
-        Rebuild::Everything(why) => vec![format!("everything: {why}")],
+fn targets(old: &OutputState, new: &OutputState) -> Vec<String> {
+    match compare_states(old, new, &info()) {
+        RebuildAction::Targets(targets) => targets.into_keys().collect(),
+        RebuildAction::Nothing => Vec::new(),
+        RebuildAction::Everything(why) => vec![format!("everything: {why}")],
     }
 }
 
 #[test]
 fn exactly_what_a_change_reaches_is_built_again() {
     let base = || state(&[("BR2_JLEVEL", "0")], &[("package/slipway-base/slipway-base.mk", "1")]);
-    assert_eq!(compare(&base(), &base(), &info()), Rebuild::Nothing);
+    assert_eq!(compare_states(&base(), &base(), &info()), RebuildAction::Nothing);
 
     // A package's own option: the package, and what holds a copy of its files.
     let mut new = base();
@@ -241,41 +241,43 @@ fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
         libc: "glibc 2.40".into(),
         defconfig: Defconfig::default(),
     };
-    let choice = Choice::default();
+    let choice = TreeChoice::default();
 
-    let offline = Choice { offline: true, ..Choice::default() };
-    let error = tree::obtain(&plan, &cache, &offline).expect_err("no network").to_string();
+    let offline = TreeChoice { offline: true, ..TreeChoice::default() };
+    let error = tree::obtain_tree(&plan, &cache, &offline).expect_err("no network").to_string();
     assert!(error.contains("--offline forbids downloads"), "{error}");
 
-    let error = tree::obtain(&plan, &cache, &choice).expect_err("another commit").to_string();
+    let error = tree::obtain_tree(&plan, &cache, &choice).expect_err("another commit").to_string();
     assert!(error.contains(&commit) && error.contains(&plan.commit), "{error}");
     let path = tree::pinned_path(&cache, &plan.release);
     assert!(!path.exists() && !Utf8PathBuf::from(format!("{path}.partial")).exists());
 
     plan.commit.clone_from(&commit);
-    let made = tree::obtain(&plan, &cache, &choice).expect("cloned");
+    let made = tree::obtain_tree(&plan, &cache, &choice).expect("cloned");
     assert_eq!((made.commit, made.changes), (commit, String::new()));
-    tree::obtain(&plan, &cache, &offline).expect("needs no network any more");
+    tree::obtain_tree(&plan, &cache, &offline).expect("needs no network any more");
 
     std::fs::write(path.join("Makefile"), "changed:\n").expect("written");
-    let error = tree::obtain(&plan, &cache, &choice).expect_err("changed").to_string();
+    let error = tree::obtain_tree(&plan, &cache, &choice).expect_err("changed").to_string();
     assert!(error.contains("has local changes") && error.contains("M Makefile"), "{error}");
-    let own = Choice { own: Some(path.clone()), ..Choice::default() };
-    tree::obtain(&plan, &cache, &own).expect_err("one's own must be clean, too");
-    let own = Choice { allow_changes: true, ..own };
-    let one = tree::obtain(&plan, &cache, &own).expect("told otherwise").changes;
+    let own = TreeChoice { own: Some(path.clone()), ..TreeChoice::default() };
+    tree::obtain_tree(&plan, &cache, &own).expect_err("one's own must be clean, too");
+    let own = TreeChoice { allow_changes: true, ..own };
+    let one = tree::obtain_tree(&plan, &cache, &own).expect("told otherwise").changes;
     std::fs::write(path.join("new-file"), "x").expect("written");
-    let two = tree::obtain(&plan, &cache, &own).expect("told otherwise").changes;
+    let two = tree::obtain_tree(&plan, &cache, &own).expect("told otherwise").changes;
     assert!(!one.is_empty() && one != two, "changes are part of the key");
 
     plan.url = format!("file://{dir}/nowhere");
     plan.release = "2025.02.98".into();
-    let error = format!("{:#}", tree::obtain(&plan, &cache, &choice).expect_err("no such place"));
+    let error =
+        format!("{:#}", tree::obtain_tree(&plan, &cache, &choice).expect_err("no such place"));
     assert!(
         error.contains("cloning Buildroot 2025.02.98") && error.contains("--buildroot"),
         "{error}"
     );
-    let error = tree::obtain(&plan, &cache, &Choice { own: Some(dir), ..Choice::default() });
+    let error =
+        tree::obtain_tree(&plan, &cache, &TreeChoice { own: Some(dir), ..TreeChoice::default() });
     let error = error.expect_err("no tree").to_string();
     assert!(error.contains("is not a Buildroot tree"), "{error}");
 }
@@ -292,7 +294,7 @@ fn the_container_has_exactly_what_doctor_asks_for() {
         .take_while(|w| *w != "rm")
         .collect();
     let mut expected: Vec<&str> =
-        tools::requirements(&doctor::purposes(true)).map(|r| r.package).collect();
+        tools::requirements_for(&doctor::required_purposes(true)).map(|r| r.package).collect();
     expected.sort_unstable();
     expected.dedup();
     assert_eq!(packages, expected, "left: ci/Containerfile; right: tools.rs");

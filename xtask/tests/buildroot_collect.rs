@@ -5,9 +5,9 @@ use std::io::Write as _;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::rootfs::BaseSystem;
-use xtask::rootfs::buildroot::collect::{Wants, collect_base};
-use xtask::rootfs::buildroot::info::Info;
-use xtask::rootfs::buildroot::make::Setup;
+use xtask::rootfs::buildroot::collect::{CollectRequest, collect_base};
+use xtask::rootfs::buildroot::info::BuildrootInfo;
+use xtask::rootfs::buildroot::make::BuildrootSetup;
 use xtask::rootfs::debian::PruneRules;
 
 /// Seconds since 1970; all files of the base carry it.
@@ -16,8 +16,8 @@ const EPOCH: u64 = 1_700_000_000;
 struct Made {
     _guard: tempfile::TempDir,
     dir: Utf8PathBuf,
-    setup: Setup,
-    info: Info,
+    setup: BuildrootSetup,
+    info: BuildrootInfo,
 }
 
 /// A 64-bit little-endian ELF with one program header of this type.
@@ -61,8 +61,9 @@ fn made() -> Made {
     let dir = Utf8PathBuf::try_from(guard.path().canonicalize().expect("a path")).expect("UTF-8");
     let here = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/buildroot");
     let recorded = std::fs::read_to_string(here.join("show-info.json")).expect("recorded");
-    let mut info = Info::parse(&recorded).expect("a list of packages");
-    let setup = Setup::new(&dir, &dir.join("tree"), &dir.join("ours"), "out").expect("folders");
+    let mut info = BuildrootInfo::parse(&recorded).expect("a list of packages");
+    let setup =
+        BuildrootSetup::new(&dir, &dir.join("tree"), &dir.join("ours"), "out").expect("folders");
     for entry in info.0.values_mut() {
         // One hash file for each package, with a line for each of its sources.
         entry.hashes = vec![format!("package/{0}/{0}.hash", entry.name).into()];
@@ -94,7 +95,7 @@ fn made() -> Made {
 
 fn take(made: &Made, trees: &[&str]) -> anyhow::Result<BaseSystem> {
     let trees: Vec<String> = trees.iter().map(|t| (*t).to_owned()).collect();
-    let wants = Wants {
+    let wants = CollectRequest {
         device_trees: &trees,
         firmware: &["rpi-firmware/start.elf".to_owned()],
         bootloader: Some("u-boot.bin"),

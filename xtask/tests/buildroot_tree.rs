@@ -9,12 +9,12 @@ use std::time::Instant;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::cache::Cache;
 use xtask::exec::Tool;
-use xtask::plan::Facts;
+use xtask::plan::CheckoutFacts;
 use xtask::plan::fragment;
-use xtask::rootfs::buildroot::check::{self, Class, Loss};
-use xtask::rootfs::buildroot::expr::Values;
-use xtask::rootfs::buildroot::info::Info;
-use xtask::rootfs::buildroot::make::{Setup, Site};
+use xtask::rootfs::buildroot::check::{self, LossReason, LostRequest};
+use xtask::rootfs::buildroot::expr::KconfigValues;
+use xtask::rootfs::buildroot::info::BuildrootInfo;
+use xtask::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use xtask::rootfs::buildroot::tree::pinned_path;
 use xtask::rootfs::buildroot::{engine, menus};
 use xtask::{config, plan};
@@ -45,22 +45,22 @@ fn tree(test: &str) -> Option<Utf8PathBuf> {
 }
 
 /// A setup in a directory of its own.
-fn setup(tree: &Utf8Path, output: &tempfile::TempDir) -> Setup {
+fn setup(tree: &Utf8Path, output: &tempfile::TempDir) -> BuildrootSetup {
     let output = Utf8PathBuf::try_from(output.path().to_owned()).expect("UTF-8");
-    let mut setup = Setup::new(&output, tree, &root(), "out").expect("folders");
+    let mut setup = BuildrootSetup::new(&output, tree, &root(), "out").expect("folders");
     setup.output = output;
     setup
 }
 
 /// What Kconfig makes of lines that are added to an architecture.
-fn losses(setup: &Setup, lines: &str) -> Vec<Loss> {
+fn losses(setup: &BuildrootSetup, lines: &str) -> Vec<LostRequest> {
     let fragments = [
         (Utf8Path::new("arch.fragment"), "BR2_aarch64=y\n"),
         (Utf8Path::new("case.fragment"), lines),
     ];
-    let (defconfig, findings) = fragment::merge(fragments);
+    let (defconfig, findings) = fragment::merge_fragments(fragments);
     assert!(findings.is_empty(), "{lines}: {findings:?}");
-    check::check(setup, &defconfig, "a case").expect(lines).losses
+    check::check_defconfig(setup, &defconfig, "a case").expect(lines).losses
 }
 
 /// A request that Kconfig loses without failing: its line, class, words of cause and help; and
@@ -68,7 +68,7 @@ fn losses(setup: &Setup, lines: &str) -> Vec<Loss> {
 struct Case {
     lost: &'static str,
     line: usize,
-    class: Class,
+    class: LossReason,
     says: &'static [&'static str],
     legitimate: &'static str,
 }
@@ -77,21 +77,21 @@ const CASES: &[Case] = &[
     Case {
         lost: "BR2_PACKAGE_PYHTON3=y",
         line: 1,
-        class: Class::Unknown,
+        class: LossReason::Unknown,
         says: &["has no symbol BR2_PACKAGE_PYHTON3", "did you mean BR2_PACKAGE_PYTHON3?"],
         legitimate: "BR2_PACKAGE_PYTHON3=y",
     },
     Case {
         lost: "BR2_CCACHE=y\nBR2_PACKAGE_SYSTEMD_NETWORKD=y",
         line: 2,
-        class: Class::Unmet,
+        class: LossReason::Unmet,
         says: &["depends on `BR2_PACKAGE_SYSTEMD`", "BR2_PACKAGE_SYSTEMD = n"],
         legitimate: "BR2_INIT_SYSTEMD=y\nBR2_PACKAGE_SYSTEMD_NETWORKD=y",
     },
     Case {
         lost: "BR2_PACKAGE_BOOST=y",
         line: 1,
-        class: Class::Unmet,
+        class: LossReason::Unmet,
         says: &[
             "BR2_INSTALL_LIBSTDCPP = n",
             "BR2_INSTALL_LIBSTDCPP is set by BR2_TOOLCHAIN_BUILDROOT_CXX",
@@ -101,70 +101,70 @@ const CASES: &[Case] = &[
     Case {
         lost: "BR2_INIT_BUSYBOX=y\nBR2_INIT_SYSTEMD=y",
         line: 1,
-        class: Class::Choice,
+        class: LossReason::Choice,
         says: &["BR2_INIT_SYSTEMD won the choice", "system/Config.in", "case.fragment:2"],
         legitimate: "# BR2_INIT_BUSYBOX is not set\nBR2_INIT_SYSTEMD=y",
     },
     Case {
         lost: "# BR2_INIT_BUSYBOX is not set",
         line: 1,
-        class: Class::Choice,
+        class: LossReason::Choice,
         says: &["needs one winner", "request another member: ", "BR2_INIT_SYSTEMD"],
         legitimate: "BR2_INIT_NONE=y",
     },
     Case {
         lost: "BR2_PACKAGE_PYTHON3=y\n# BR2_PACKAGE_LIBFFI is not set",
         line: 2,
-        class: Class::Selected,
+        class: LossReason::Selected,
         says: &["selected by BR2_PACKAGE_PYTHON3 (package/python3/Config.in:"],
         legitimate: "# BR2_PACKAGE_LIBFFI is not set",
     },
     Case {
         lost: "BR2_PACKAGE_DVDRW_TOOLS=y",
         line: 1,
-        class: Class::Retired,
+        class: LossReason::Retired,
         says: &["is retired: dvdrw-tools removed (Config.in.legacy:", "remove the line"],
         legitimate: "# BR2_PACKAGE_DVDRW_TOOLS is not set",
     },
     Case {
         lost: "BR2_PACKAGE_ERLANG_P1_YAML=y",
         line: 1,
-        class: Class::Retired,
+        class: LossReason::Retired,
         says: &["has been renamed", "replace it by BR2_PACKAGE_ERLANG_FAST_YAML"],
         legitimate: "BR2_PACKAGE_ERLANG=y\nBR2_PACKAGE_ERLANG_FAST_YAML=y",
     },
     Case {
         lost: "BR2_PACKAGE_QEMU_CUSTOM_TARGETS=\"x86_64-softmmu\"",
         line: 1,
-        class: Class::Retired,
+        class: LossReason::Retired,
         says: &["option has been removed", "list of individual targets"],
         legitimate: "BR2_PACKAGE_QEMU_CUSTOM_TARGETS=\"\"",
     },
     Case {
         lost: "BR2_JLEVEL=\"4\"",
         line: 1,
-        class: Class::Malformed,
+        class: LossReason::Malformed,
         says: &["of the type int (Config.in:", "write BR2_JLEVEL=4"],
         legitimate: "BR2_JLEVEL=4",
     },
     Case {
         lost: "BR2_CCACHE=\"y\"",
         line: 1,
-        class: Class::Malformed,
+        class: LossReason::Malformed,
         says: &["of the type bool", "write BR2_CCACHE=y"],
         legitimate: "BR2_CCACHE=y",
     },
     Case {
         lost: "BR2_TARGET_GENERIC_HOSTNAME=7",
         line: 1,
-        class: Class::Malformed,
+        class: LossReason::Malformed,
         says: &["of the type string", "write BR2_TARGET_GENERIC_HOSTNAME=\"7\""],
         legitimate: "BR2_TARGET_GENERIC_HOSTNAME=\"7 \\\"of\\\" 9\"",
     },
     Case {
         lost: "BR2_INSTALL_LIBSTDCPP=y",
         line: 1,
-        class: Class::Computed,
+        class: LossReason::Computed,
         says: &["has no prompt", "is set by ", "BR2_TOOLCHAIN_BUILDROOT_CXX"],
         legitimate: "BR2_TOOLCHAIN_BUILDROOT_CXX=y\nBR2_INSTALL_LIBSTDCPP=y",
     },
@@ -172,7 +172,7 @@ const CASES: &[Case] = &[
         lost: "BR2_TARGET_ROOTFS_EROFS=y\nBR2_TARGET_ROOTFS_EROFS_LZ4HC=y\n\
                BR2_TARGET_ROOTFS_EROFS_LZ4HC_LEVEL=99",
         line: 3,
-        class: Class::Malformed,
+        class: LossReason::Malformed,
         says: &["accepts 1 to 12 (fs/erofs/Config.in:"],
         legitimate: "BR2_TARGET_ROOTFS_EROFS=y\nBR2_TARGET_ROOTFS_EROFS_LZ4HC=y\n\
                      BR2_TARGET_ROOTFS_EROFS_LZ4HC_LEVEL=12",
@@ -230,7 +230,7 @@ fn what_kconfig_drops_for_its_form_is_refused_before_it_runs() {
     let setup = setup(&tree, &output);
     for (lost, says, written) in FORMS {
         let file = Utf8Path::new("case.fragment");
-        let (_, findings) = fragment::merge([(file, *lost)]);
+        let (_, findings) = fragment::merge_fragments([(file, *lost)]);
         let [finding] = findings.as_slice() else { panic!("{lost}: {findings:?}") };
         assert_eq!(finding.place.line, lost.lines().count(), "{finding:?}");
         assert!(finding.help.contains(says), "{lost}: {finding:?}");
@@ -255,17 +255,17 @@ fn kconfig_takes_every_line_of_every_board_in_time() {
     for board in ["pi3", "pi4", "pi5", "qemu-arm64"] {
         let started = Instant::now();
         let config = config::load(&root(), Some("robot"), Some(board)).expect("the product");
-        let facts = Facts { commit: None, modified: false, epoch: 0 };
+        let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
         let plan = plan::resolve(&config, &facts).expect("a plan");
         let pinned = plan.rootfs.buildroot.expect("a pinned release");
-        let verdict = check::check(&setup, &pinned.defconfig, board).expect(board);
+        let verdict = check::check_defconfig(&setup, &pinned.defconfig, board).expect(board);
         verdict.require().expect(board);
         let seconds = started.elapsed().as_secs();
         println!("{board}: {} symbols, {seconds} s", verdict.compared);
         assert!(seconds < 30, "{board}: {seconds} s");
         assert!(verdict.compared > 40, "{board}: only {} symbols compared", verdict.compared);
         // Asks with Buildroot's check of dependencies that are used and not selected.
-        let info = Info::ask(&setup, &Site::default()).expect(board);
+        let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect(board);
         engine::require_hashes(&info, &tree).expect(board);
         assert!(info.packages().count() > 80, "{board}: few packages");
         assert_eq!(info.0["python3"].version.split('.').take(2).collect::<Vec<_>>(), ["3", "12"]);
@@ -286,7 +286,7 @@ fn a_source_without_a_hash_is_found_before_it_is_downloaded() {
          BR2_PACKAGE_HOST_LINUX_HEADERS_CUSTOM_6_6=y\nBR2_KERNEL_HEADERS_AS_KERNEL=y",
     );
     assert!(lost.is_empty(), "{lost:#?}");
-    let info = Info::ask(&setup, &Site::default()).expect("packages");
+    let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect("packages");
     let error = engine::require_hashes(&info, &tree).expect_err("no hash").to_string();
     assert!(error.contains("\n  linux: linux-6.6.1.tar.xz, looked in linux/linux.hash"), "{error}");
     assert!(error.contains("external/patches/<package>/<package>.hash"), "{error}");
@@ -321,22 +321,22 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
     };
     let output = tempfile::tempdir().expect("a directory");
     let setup = setup(&tree, &output);
-    let merge = |text: &str| fragment::merge([(Utf8Path::new("a.fragment"), text)]).0;
+    let merge = |text: &str| fragment::merge_fragments([(Utf8Path::new("a.fragment"), text)]).0;
     let defconfig = merge("BR2_aarch64=y\nBR2_JLEVEL=2\n");
     // Kconfig's own tool in the menu's stead: it changes two symbols of the copy.
-    let edit = |setup: &Setup| {
+    let edit = |setup: &BuildrootSetup| {
         let file = setup.output.join("edited");
         std::fs::write(&file, "BR2_aarch64=y\nBR2_CCACHE=y\n")?;
         let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={file}"));
         make.arg("defconfig").run()
     };
-    let found = menus::edit(&setup, &defconfig, "a test", edit).expect("edited");
+    let found = menus::edit_menu(&setup, &defconfig, "a test", edit).expect("edited");
     let shown: Vec<_> = found.iter().map(|c| (c.symbol.as_str(), c.line.as_deref())).collect();
     assert_eq!(shown, [("BR2_CCACHE", Some("BR2_CCACHE=y")), ("BR2_JLEVEL", None)]);
     // The menu is opened again and closed: what waited is still there.
-    let again = menus::edit(&setup, &defconfig, "a test", |_| Ok(())).expect("opened again");
+    let again = menus::edit_menu(&setup, &defconfig, "a test", |_| Ok(())).expect("opened again");
     assert!(again.iter().any(|c| c.symbol == "BR2_CCACHE"), "{again:?}");
     let done = merge("BR2_aarch64=y\nBR2_CCACHE=y\n");
-    let config = check::check(&setup, &done, "a test").expect("resolved").config;
-    assert!(menus::advise(&found, &done, &Values::parse(&config)).is_empty());
+    let config = check::check_defconfig(&setup, &done, "a test").expect("resolved").config;
+    assert!(menus::advise_changes(&found, &done, &KconfigValues::parse(&config)).is_empty());
 }

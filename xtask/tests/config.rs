@@ -8,7 +8,7 @@ use std::process::Command;
 
 use fixture_support::{Workspace, copy, locks};
 use xtask::config;
-use xtask::plan::Facts;
+use xtask::plan::CheckoutFacts;
 use xtask::{plan, render};
 
 const PRODUCT: &str = "configs/shop.toml";
@@ -293,7 +293,7 @@ fn here() -> Utf8PathBuf {
 
 fn resolve(root: &Utf8Path) -> anyhow::Result<()> {
     let config = config::load(root, Some("shop"), None)?;
-    let facts = Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+    let facts = CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
     let plan = plan::resolve(&config, &facts)?;
     render::render(root, &plan)?;
     Ok(())

@@ -11,14 +11,14 @@ use archive::{Fault, Server, index, new_key, sign};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec::Tool;
-use xtask::fetch::{Download, Fetcher, Outcome};
-use xtask::rootfs::Role;
+use xtask::fetch::{Download, DownloadOutcome, Downloader};
+use xtask::rootfs::PackageRole;
 use xtask::rootfs::debian::{
-    Archive, DebianSpec, Fetched, LockedPackage, Mirrors, PackagesLock, Policy, SourceMirror,
-    SourceSpec, fetch_lock, lock,
+    AptMirrors, AptSourceMirror, AptSourceSpec, ArchiveName, DebianSpec, DownloadedPackages,
+    LockPolicy, LockedPackage, PackagesLock, fetch_lock, lock_packages,
 };
-use xtask::rootfs::initrd::{self, Compression, InitrdRequest};
-use xtask::rootfs::tree::Tree;
+use xtask::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
+use xtask::rootfs::tree::RootTree;
 
 /// What a machine with an old e2fsprogs unpacks to make file systems, and where it comes from.
 const HOST_TOOLS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "libss2"];
@@ -28,7 +28,7 @@ const HOST_LIBRARIES: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "li
 struct World {
     dir: tempfile::TempDir,
     server: Server,
-    mirrors: Mirrors,
+    mirrors: AptMirrors,
 }
 
 impl World {
@@ -38,7 +38,7 @@ impl World {
         new_key(&root, "debian", "keys.gpg")?;
         let keyring = root.join("keys.gpg");
         let server = Server::start(&root)?;
-        let mirrors = Mirrors {
+        let mirrors = AptMirrors {
             archive: format!("{}/debian", server.address),
             security: format!("{}/security", server.address),
             keyring,
@@ -139,7 +139,7 @@ impl World {
         }
         self.sign(folder, "stable", folder, &self.index(folder)?)?;
         let address = format!("{}/{folder}/", self.server.address);
-        self.mirrors.sources.push(SourceMirror::new(folder, &address, self.root().join(file)));
+        self.mirrors.sources.push(AptSourceMirror::new(folder, &address, self.root().join(file)));
         Ok(())
     }
 
@@ -148,12 +148,12 @@ impl World {
     }
 
     fn lock_of(&self, spec: &DebianSpec) -> Result<PackagesLock> {
-        lock(spec, &self.mirrors, &self.root().join("cache"))
+        lock_packages(spec, &self.mirrors, &self.root().join("cache"))
     }
 
-    fn fetch(&self, lock: &PackagesLock, policy: Policy) -> Result<Fetched> {
+    fn fetch(&self, lock: &PackagesLock, policy: LockPolicy) -> Result<DownloadedPackages> {
         let cache = self.root().join("cache");
-        fetch_lock(lock, &Fetcher::new(&cache, false)?, Some(&self.mirrors), policy, &cache)
+        fetch_lock(lock, &Downloader::new(&cache, false)?, Some(&self.mirrors), policy, &cache)
     }
 }
 
@@ -170,7 +170,7 @@ fn spec() -> DebianSpec {
 
 /// A request with further archives, each with what may come from it.
 fn spec_with(sources: &[(&str, &[&str])]) -> DebianSpec {
-    let source = |(name, packages): &(&str, &[&str])| SourceSpec {
+    let source = |(name, packages): &(&str, &[&str])| AptSourceSpec {
         name: (*name).to_owned(),
         suite: "stable".into(),
         components: vec!["main".into()],
@@ -181,8 +181,8 @@ fn spec_with(sources: &[(&str, &[&str])]) -> DebianSpec {
 
 /// Name, version and archive of what a lock has for the image.
 fn chosen(lock: &PackagesLock) -> Vec<(&str, &str, String)> {
-    let shown = |p: &Archive| String::from(p.clone());
-    let image = lock.package.iter().filter(|p| p.role != Role::Host);
+    let shown = |p: &ArchiveName| String::from(p.clone());
+    let image = lock.package.iter().filter(|p| p.role != PackageRole::Host);
     image.map(|p| (p.name.as_str(), p.version.as_str(), shown(&p.archive))).collect()
 }
 
@@ -192,12 +192,12 @@ fn a_lock_has_what_apt_chose_and_no_address() -> Result<()> {
     let lock = world.lock()?;
     let text = lock.to_text()?;
     let named: Vec<_> = lock.package.iter().map(|p| (p.role, p.name.as_str())).collect();
-    let root = |name| (Role::Root, name);
+    let root = |name| (PackageRole::Root, name);
     // The host's tools are the same whatever the image is made of.
     let mut host = [HOST_TOOLS, HOST_LIBRARIES].concat();
     host.sort_unstable();
-    let mut expected = vec![(Role::Extra, "firmware")];
-    expected.extend(host.into_iter().map(|name| (Role::Host, name)));
+    let mut expected = vec![(PackageRole::Extra, "firmware")];
+    expected.extend(host.into_iter().map(|name| (PackageRole::Host, name)));
     expected.extend([root("app"), root("base"), root("lib")]);
     assert_eq!(named, expected);
     ensure!(!text.contains("127.0.0.1") && !text.contains("http"), "{text}");
@@ -281,16 +281,16 @@ fn a_vanished_version_is_replaced_alone_or_refused() -> Result<()> {
     world.package("lib", "2", "Depends: base")?;
     world.package("app", "2", "Depends: lib")?;
     world.publish()?;
-    let error = format!("{:#}", world.fetch(&old, Policy::Locked).unwrap_err());
+    let error = format!("{:#}", world.fetch(&old, LockPolicy::Locked).unwrap_err());
     assert!(error.contains("no longer has 1 of the locked packages: lib 1.0+x~1"), "{error}");
     assert!(error.contains("help: build without --locked"), "{error}");
-    let fetched = world.fetch(&old, Policy::Replace)?;
+    let fetched = world.fetch(&old, LockPolicy::Replace)?;
     let replaced: Vec<_> =
         fetched.replaced.iter().map(|r| (r.name.as_str(), r.new.as_deref())).collect();
     assert_eq!(replaced, [("lib", Some("2"))]);
     let app = fetched.lock.package.iter().find(|p| p.name == "app").context("app")?;
     assert_eq!(app.version, "1");
-    assert_eq!(world.fetch(&fetched.lock, Policy::Locked)?.replaced, []);
+    assert_eq!(world.fetch(&fetched.lock, LockPolicy::Locked)?.replaced, []);
     Ok(())
 }
 
@@ -301,22 +301,23 @@ fn broken_downloads_are_resumed_and_wrong_ones_refused() -> Result<()> {
     let path = "/debian/pool/main/app/app_1_arm64.deb";
     world.server.fault(path, Fault::Truncate, 1);
     world.server.fault("/debian/pool/main/base/base_1_arm64.deb", Fault::Busy, 1);
-    world.fetch(&lock, Policy::Locked)?;
+    world.fetch(&lock, LockPolicy::Locked)?;
     let log = world.server.log();
     let resumed = log.iter().any(|l| l.starts_with(path) && !l.ends_with("from 0"));
     assert!(resumed, "{log:?}");
 
     let other = world.root().join("other");
-    let offline = Fetcher::new(&other, true)?;
-    let error = fetch_lock(&lock, &offline, None, Policy::Locked, &other).unwrap_err().to_string();
+    let offline = Downloader::new(&other, true)?;
+    let error =
+        fetch_lock(&lock, &offline, None, LockPolicy::Locked, &other).unwrap_err().to_string();
     assert!(error.contains("4 of 4 downloads") && error.contains("lib 1.0+x~1"), "{error}");
 
     let deb = world.root().join("debian/pool/main/app/app_1_arm64.deb");
     let mut bytes = fs::read(&deb)?;
     bytes[100] ^= 1;
     fs::write(&deb, bytes)?;
-    let fetcher = Fetcher::new(&other, false)?;
-    let result = fetch_lock(&lock, &fetcher, Some(&world.mirrors), Policy::Replace, &other);
+    let downloader = Downloader::new(&other, false)?;
+    let result = fetch_lock(&lock, &downloader, Some(&world.mirrors), LockPolicy::Replace, &other);
     let error = format!("{:#}", result.unwrap_err());
     assert!(error.contains("fetching app 1") && error.contains("sent other bytes"), "{error}");
     let hash = &lock.package.iter().find(|p| p.name == "app").context("app")?.sha256;
@@ -352,19 +353,20 @@ fn only_listed_packages_come_from_a_further_archive() -> Result<()> {
     assert!(error.contains("only in it: extra package linux-image-acme, source vendor: package"));
 
     // Each file is its own archive's, although apt takes both `app` for the same.
-    let fetched = world.fetch(&lock, Policy::Locked)?;
+    let fetched = world.fetch(&lock, LockPolicy::Locked)?;
     for deb in &fetched.debs {
         let LockedPackage { archive, filename, sha256, .. } = &deb.package;
         let folder = world.root().join(String::from(archive.clone()));
         assert_eq!(hash_file(&folder.join(filename))?.1, *sha256, "{filename}");
     }
     let cache = world.root().join("cache");
-    let offline = fetch_lock(&lock, &Fetcher::new(&cache, true)?, None, Policy::Locked, &cache)?;
+    let offline =
+        fetch_lock(&lock, &Downloader::new(&cache, true)?, None, LockPolicy::Locked, &cache)?;
     assert_eq!(offline.debs, fetched.debs);
 
     // The same archive without its list: nothing of it.
     let plain = world.lock()?;
-    ensure!(plain.package.iter().all(|p| p.archive == Archive::Debian), "{:?}", chosen(&plain));
+    ensure!(plain.package.iter().all(|p| p.archive == ArchiveName::Debian), "{:?}", chosen(&plain));
     Ok(())
 }
 
@@ -377,8 +379,8 @@ fn the_newest_of_two_further_archives_counts_and_of_equals_the_first_named() -> 
     for (first, second) in [("vendor", "other"), ("other", "vendor")] {
         let lock = world.lock_of(&spec_with(&[(first, listed), (second, listed)]))?;
         let of = |name: &str| lock.package.iter().find(|p| p.name == name).context("locked");
-        assert_eq!(of("firmware")?.archive, Archive::Source("other".into()));
-        assert_eq!(of("app")?.archive, Archive::Source(first.into()));
+        assert_eq!(of("firmware")?.archive, ArchiveName::Source("other".into()));
+        assert_eq!(of("app")?.archive, ArchiveName::Source(first.into()));
         let file = world.root().join(first).join(&of("app")?.filename);
         assert_eq!(of("app")?.sha256, hash_file(&file)?.1);
     }
@@ -391,7 +393,7 @@ fn a_further_archive_counts_only_with_its_own_key() -> Result<()> {
     world.vendor("vendor", "0.5")?;
     let spec = spec_with(&[("vendor", &["app"])]);
     let (debian, vendor) = (world.mirrors.keyring.clone(), world.mirrors.sources[0].key.clone());
-    let mut refused = |change: &dyn Fn(&mut Mirrors), words: &[&str]| {
+    let mut refused = |change: &dyn Fn(&mut AptMirrors), words: &[&str]| {
         let mirrors = world.mirrors.clone();
         change(&mut world.mirrors);
         let error = format!("{:#}", world.lock_of(&spec).unwrap_err());
@@ -428,9 +430,9 @@ fn a_package_that_a_further_archive_lacks_or_drops() -> Result<()> {
     world.package_in("vendor", "firmware", "0.7", "Depends: nothing-that-exists")?;
     world.package_in("vendor", "app", "2", "Depends: lib")?;
     world.sign("vendor", "stable", "vendor", &world.index("vendor")?)?;
-    let error = format!("{:#}", world.fetch(&old, Policy::Locked).unwrap_err());
+    let error = format!("{:#}", world.fetch(&old, LockPolicy::Locked).unwrap_err());
     assert!(error.contains("no longer has 1 of the locked packages: firmware 0.5"), "{error}");
-    let fetched = world.fetch(&old, Policy::Replace)?;
+    let fetched = world.fetch(&old, LockPolicy::Replace)?;
     let replaced: Vec<_> =
         fetched.replaced.iter().map(|r| (r.name.as_str(), r.new.as_deref())).collect();
     assert_eq!(replaced, [("firmware", Some("0.7"))]);
@@ -456,11 +458,11 @@ fn a_damaged_file_in_the_store_is_fetched_again() -> Result<()> {
     let (size, sha256) = hash_file(&world.root().join("keys.gpg"))?;
     let url = format!("{}/keys.gpg", world.server.address);
     let wanted = Download { name: "keys".into(), url, size: Some(size), sha256 };
-    let fetcher = Fetcher::new(&world.root().join("cache"), false)?;
-    fs::write(fetcher.path_of(&wanted.sha256), "damaged")?;
-    let outcomes = fetcher.fetch("test", "files", std::slice::from_ref(&wanted))?;
-    assert!(matches!(outcomes.as_slice(), [Outcome::Ready(a)] if a.size == size));
-    assert_eq!(hash_file(&fetcher.path_of(&wanted.sha256))?, (size, wanted.sha256));
+    let downloader = Downloader::new(&world.root().join("cache"), false)?;
+    fs::write(downloader.path_of(&wanted.sha256), "damaged")?;
+    let outcomes = downloader.fetch("test", "files", std::slice::from_ref(&wanted))?;
+    assert!(matches!(outcomes.as_slice(), [DownloadOutcome::Ready(a)] if a.size == size));
+    assert_eq!(hash_file(&downloader.path_of(&wanted.sha256))?, (size, wanted.sha256));
     Ok(())
 }
 
@@ -498,9 +500,11 @@ fn cpio_reads_an_initrd_with_its_modules_in_load_order() -> Result<()> {
             extra: &[],
             compression,
         };
-        initrd::build(&request, &root.join("initrd"))
+        initrd::build_initrd(&request, &root.join("initrd"))
     };
-    for (compression, tool) in [(Compression::Zstd, "zstd"), (Compression::Gzip, "gzip")] {
+    for (compression, tool) in
+        [(InitrdCompression::Zstd, "zstd"), (InitrdCompression::Gzip, "gzip")]
+    {
         let first = build(compression)?;
         assert_eq!(first, build(compression)?);
         let plain = Tool::new(tool).arg("-dc").arg(&first.path).env("LC_ALL", "C");
@@ -550,7 +554,7 @@ fn gnu_tar_reads_a_rewritten_tree_with_links_and_long_names() -> Result<()> {
         .args(["z", "y", "s"])
         .arg(&long[2..])
         .run()?;
-    let tree = Tree::from_tar(&root.join("in.tar"))?;
+    let tree = RootTree::from_tar(&root.join("in.tar"))?;
     let mut bytes = Vec::new();
     tree.write(5, &mut bytes)?;
     fs::write(root.join("out.tar"), bytes)?;

@@ -5,7 +5,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::diff::{Content, Difference, Inventory};
+use xtask::diff::{EntryContent, Inventory, InventoryDifference};
 
 /// Where the filesystem begins in the image.
 const OFFSET: u64 = 3 * 1024 * 1024;
@@ -68,8 +68,8 @@ fn an_inventory_is_what_the_filesystem_holds() {
     let output = Command::new("sha256sum").arg(dir.join("root-1/usr/bin/large")).output().unwrap();
     let expected = String::from_utf8(output.stdout).unwrap()[..64].to_owned();
     assert_eq!((large.mode, large.size), (0o755, 1_200_000));
-    assert_eq!(large.content, Content::Sha256(expected));
-    assert_eq!(found.files["/etc/link"].content, Content::Link("v1".into()));
+    assert_eq!(large.content, EntryContent::Sha256(expected));
+    assert_eq!(found.files["/etc/link"].content, EntryContent::Link("v1".into()));
 }
 
 #[test]
@@ -77,7 +77,7 @@ fn a_difference_names_what_changed() {
     let (_guard, dir) = temporary();
     let old = Inventory::of_ext4(&image(&dir, "1", "1.26.4"), OFFSET).unwrap();
     let new = Inventory::of_ext4(&image(&dir, "22", "1.26.5"), OFFSET).unwrap();
-    let difference = Difference::between(&old, &new);
+    let difference = InventoryDifference::between(&old, &new);
     let mut text = Vec::new();
     difference.render_terminal(&mut text).unwrap();
     assert_eq!(
@@ -99,8 +99,8 @@ files: 2 added, 2 removed, 4 changed, +3 B
 "
     );
     let json = difference.to_json().unwrap();
-    assert_eq!(serde_json::from_str::<Difference>(&json).unwrap(), difference);
-    assert!(Difference::between(&old, &old).is_empty());
+    assert_eq!(serde_json::from_str::<InventoryDifference>(&json).unwrap(), difference);
+    assert!(InventoryDifference::between(&old, &old).is_empty());
 }
 
 #[test]

@@ -10,13 +10,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 use xtask::cache::Cache;
 use xtask::disk::{
-    Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, assemble_checked, bmap, compress, place, read, sum,
+    DiskImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, assemble_checked, bmap, compress,
+    lay_out_disk, read, sum_image,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
-use xtask::fetch::Fetcher;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
+use xtask::fetch::Downloader;
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -36,7 +37,7 @@ impl Folder {
 }
 
 fn tool(name: &str) -> Tool {
-    let path = exec::find(name).unwrap_or_else(|| panic!("this test needs {name}"));
+    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
     Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
 }
 
@@ -48,10 +49,10 @@ fn mke2fs() -> Mke2fs {
         let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
         let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
         let cache = Cache::locate()?.root;
-        let fetcher = Fetcher::new(&cache, false)?;
+        let downloader = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
-        let mirrors = Mirrors::from_host().ok();
-        host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)
+        let mirrors = AptMirrors::from_host().ok();
+        host_e2fs(&lock, &downloader, mirrors.as_ref(), &cache)
     };
     TOOL.get_or_init(|| find().expect("an mke2fs that reads tars")).clone()
 }
@@ -95,8 +96,8 @@ fn request(tar: Option<&Utf8Path>, size: u64) -> Ext4Request<'_> {
 fn filesystems(folder: &Folder) -> (Utf8PathBuf, Utf8PathBuf) {
     let (tar, root, data) = (folder.at("root.tar"), folder.at("root.ext4"), folder.at("data.ext4"));
     rootfs_tar(&tar);
-    ext4::make(&mke2fs(), &request(Some(&tar), 24 * MIB), &root).expect("making root");
-    ext4::make(&mke2fs(), &request(None, 16 * MIB), &data).expect("making data");
+    ext4::make_image(&mke2fs(), &request(Some(&tar), 24 * MIB), &root).expect("making root");
+    ext4::make_image(&mke2fs(), &request(None, 16 * MIB), &data).expect("making data");
     (root, data)
 }
 
@@ -128,7 +129,7 @@ fn disk_request(table: TableKind) -> DiskRequest {
 fn boot_files() -> Vec<FatFile> {
     let file = |path: &str, bytes: Vec<u8>| FatFile {
         path: path.to_owned(),
-        source: Source::Bytes(bytes),
+        source: FileSource::Bytes(bytes),
     };
     let mut files = vec![
         file("config.txt", b"arm_64bit=1\n".to_vec()),
@@ -143,12 +144,16 @@ fn boot_files() -> Vec<FatFile> {
 }
 
 /// The summed image at this path; nothing at an empty one.
-fn filesystem(path: &Utf8Path) -> Content {
-    if path == "" { Content::Empty } else { Content::Image(sum(path).expect("summing")) }
+fn filesystem(path: &Utf8Path) -> PartitionContent {
+    if path == "" {
+        PartitionContent::Empty
+    } else {
+        PartitionContent::Image(sum_image(path).expect("summing"))
+    }
 }
 
 fn spec(table: TableKind, root: &Utf8Path, data: &Utf8Path) -> DiskSpec {
-    let boot = Content::Fat {
+    let boot = PartitionContent::Fat {
         label: "boot".to_owned(),
         volume_id: 0xdead_beef,
         placed: true,
@@ -161,7 +166,7 @@ fn spec(table: TableKind, root: &Utf8Path, data: &Utf8Path) -> DiskSpec {
         size_key: format!("partitions.{n}.size in board/test/board.toml"),
     });
     DiskSpec {
-        layout: place(&disk_request(table)).expect("a good layout"),
+        layout: lay_out_disk(&disk_request(table)).expect("a good layout"),
         disk_guid: Uuid::from_u128(0xd15c),
         mbr_signature: 0x0051_0b1a,
         epoch: EPOCH,
@@ -222,11 +227,12 @@ fn foreign_tools_accept_every_table() {
         }
         golden(&format!("{}.sfdisk", table.name()), &text.replace(path, "card.img"));
 
-        let found = read::tables(&image.path).expect("reading back");
+        let found = read::read_tables(&image.path).expect("reading back");
         assert_eq!(found.findings, [""; 0]);
         assert_eq!(found.table, table);
-        assert_eq!(read::differences(&found, &spec.layout), [""; 0]);
-        let states = read::states(&image.path, &[MIB, 2 * MIB]).expect("reading the state");
+        assert_eq!(read::table_differences(&found, &spec.layout), [""; 0]);
+        let states =
+            read::read_boot_states(&image.path, &[MIB, 2 * MIB]).expect("reading the state");
         assert!(states[0].starts_with(b"seq=1\0") && states[1] == vec![0; 512]);
     }
 }
@@ -276,7 +282,7 @@ fn check_fat(folder: &Folder, image: &DiskImage, spec: &DiskSpec, kind: &str) {
     }
     let config = tool("mtype").args(["-i", out.as_str(), "::config.txt"]).read().expect("mtype");
     assert_eq!(config, "arm_64bit=1\n");
-    let listing = read::fat(&image.path, placed.offset, placed.size).expect("our listing");
+    let listing = read::list_fat(&image.path, placed.offset, placed.size).expect("our listing");
     assert_eq!((listing.label.as_str(), listing.volume_id), ("BOOT", 0xdead_beef));
     let files = listing.entries.iter().filter(|e| !e.folder).count();
     assert_eq!(files, boot_files().len());
@@ -306,11 +312,11 @@ fn a_boot_partition_is_of_a_kind_that_every_reader_agrees_on() {
         request.size = 1024 * MIB;
         request.partitions[0].size = size * MIB;
         let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
-        spec.layout = place(&request).expect("a good layout");
-        spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+        spec.layout = lay_out_disk(&request).expect("a good layout");
+        spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
         let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
         check_fat(&folder, &image, &spec, kind);
-        let found = read::tables(&image.path).expect("reading back");
+        let found = read::read_tables(&image.path).expect("reading back");
         assert_eq!(found.partitions[0].kind, byte, "{size} MiB");
         let out = folder.at("boot.fat");
         let said = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
@@ -333,7 +339,7 @@ fn foreign_tools_accept_logical_partitions() {
     }
     request.size = 256 * MIB;
     let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
-    spec.layout = place(&request).expect("a good layout");
+    spec.layout = lay_out_disk(&request).expect("a good layout");
     for n in 0..6 - spec.partitions.len() {
         let more =
             PartitionSpec { guid: Uuid::from_u128(n as u128 + 99), ..spec.partitions[1].clone() };
@@ -354,18 +360,18 @@ fn foreign_tools_accept_logical_partitions() {
         assert_eq!(found["start"], placed.first_sector, "{}", placed.name);
         assert_eq!(found["size"], placed.sectors, "{}", placed.name);
     }
-    let found = read::tables(&image.path).expect("reading back");
+    let found = read::read_tables(&image.path).expect("reading back");
     assert_eq!(found.findings, [""; 0]);
-    assert_eq!(read::differences(&found, &spec.layout), [""; 0]);
+    assert_eq!(read::table_differences(&found, &spec.layout), [""; 0]);
     // A record that is lost, and one that leads back.
     let (first, _) = spec.layout.extended().expect("an extended partition");
     let file = File::options().read(true).write(true).open(&image.path).expect("opening");
     file.write_all_at(&[0], first + 510).expect("damaging");
-    let findings = read::tables(&image.path).expect("reading").findings;
+    let findings = read::read_tables(&image.path).expect("reading").findings;
     assert!(findings[0].contains("should contain the record of partition 5"), "{findings:?}");
     file.write_all_at(&[0x55], first + 510).expect("healing");
     file.write_all_at(&[0; 4], first + 446 + 16 + 8).expect("damaging");
-    let findings = read::tables(&image.path).expect("reading").findings;
+    let findings = read::read_tables(&image.path).expect("reading").findings;
     assert!(findings.iter().any(|f| f.contains("has no end")), "{findings:?}");
 }
 
@@ -375,7 +381,7 @@ fn the_block_map_is_whole_and_bmaptool_takes_it() {
     let (root, data) = filesystems(&folder);
     let spec = spec(TableKind::Gpt, &root, &data);
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
-    let map = bmap::check(&image.path, &image.bmap.path).expect("checking");
+    let map = bmap::check_image(&image.path, &image.bmap.path).expect("checking");
     assert_eq!(map.mapped_blocks() * 4096, image.mapped);
 
     // A card full of something else: all that matters must be overwritten.
@@ -391,9 +397,9 @@ fn the_block_map_is_whole_and_bmaptool_takes_it() {
         let bytes = (range.first * 4096) as usize..((range.last + 1) * 4096) as usize;
         assert!(wanted[bytes.clone()] == copied[bytes.clone()], "{bytes:?} differ");
     }
-    let tables = read::tables(&card).expect("reading the card");
+    let tables = read::read_tables(&card).expect("reading the card");
     assert_eq!(tables.findings, [""; 0]);
-    assert_eq!(read::states(&card, &[MIB, 2 * MIB]).expect("states")[1], vec![0; 512]);
+    assert_eq!(read::read_boot_states(&card, &[MIB, 2 * MIB]).expect("states")[1], vec![0; 512]);
     let written = DiskImage { path: card, ..image.clone() };
     let slot = folder.at("slot");
     for name in ["root-a", "root-b", "data"] {
@@ -404,7 +410,7 @@ fn the_block_map_is_whole_and_bmaptool_takes_it() {
 
     let file = File::options().write(true).open(path).expect("opening");
     file.write_all_at(b"!", MIB + 100).expect("damaging");
-    let error = bmap::check(&image.path, &image.bmap.path).expect_err("a damaged image");
+    let error = bmap::check_image(&image.path, &image.bmap.path).expect_err("a damaged image");
     let expected = format!(
         "checking {path} against its block map: 1 of {} ranges are damaged\n  bytes 1048576 to 1052671",
         map.ranges.len()
@@ -432,9 +438,9 @@ fn two_runs_are_equal() {
 fn a_compressed_image_is_the_image() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Mbr, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
-    let packed = compress::compress(&image.path, 3).expect("compressing");
+    let packed = compress::compress_image(&image.path, 3).expect("compressing");
     tool("zstd").args(["-t", packed.path.as_str()]).run().expect("zstd -t");
     let unpacked = tool("zstd").args(["-dc", packed.path.as_str()]).read_bytes().expect("zstd -d");
     assert!(unpacked == fs::read(&image.path).expect("image"));
@@ -443,14 +449,14 @@ fn a_compressed_image_is_the_image() {
 /// The message of a disk that `change` has made impossible; the older image stays as it was.
 fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
     let mut bad = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    bad.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    bad.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     change(&mut bad);
     let out = folder.at("bad.img");
     fs::write(&out, "an older image").expect("writing");
     let error = assemble(&bad, &out).expect_err("the bad disk was assembled");
     assert_eq!(fs::read_to_string(&out).expect("the older image"), "an older image");
     assert!(!bmap::path_for(&out).exists());
-    assert!(!xtask::artifact::partial(&out).exists());
+    assert!(!xtask::artifact::partial_path(&out).exists());
     format!("{error:#}").replace(out.as_str(), "OUT").replace(folder.at("").as_str(), "DIR/")
 }
 
@@ -458,7 +464,7 @@ fn failure(folder: &Folder, change: impl FnOnce(&mut DiskSpec)) -> String {
 fn what_is_refused_when_it_is_finished_gets_no_name() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let out = folder.at("card.img");
     let (made, ()) = assemble_checked(&spec, &out, |_| Ok(())).expect("assembling");
     let (image, map) = (fs::read(&made.path).unwrap(), fs::read(&made.bmap.path).unwrap());
@@ -471,7 +477,7 @@ fn what_is_refused_when_it_is_finished_gets_no_name() {
     assert_eq!(error, format!("assembling {out}: no such board starts from it"));
     assert_eq!(seen, spec.layout.size, "it was asked about the finished image");
     assert!(image == fs::read(&out).unwrap() && map == fs::read(&made.bmap.path).unwrap());
-    assert!(!xtask::artifact::partial(&out).exists());
+    assert!(!xtask::artifact::partial_path(&out).exists());
 }
 
 #[test]
@@ -480,8 +486,10 @@ fn each_rule_has_its_message() {
     let large = folder.at("large.img");
     File::create(&large).and_then(|f| f.set_len(25 * MIB)).expect("a large file");
     let add = |spec: &mut DiskSpec, path: &str, bytes: usize| {
-        let Content::Fat { files, .. } = &mut spec.partitions[0].content else { panic!("no FAT") };
-        files.push(FatFile { path: path.to_owned(), source: Source::Bytes(vec![1; bytes]) });
+        let PartitionContent::Fat { files, .. } = &mut spec.partitions[0].content else {
+            panic!("no FAT")
+        };
+        files.push(FatFile { path: path.to_owned(), source: FileSource::Bytes(vec![1; bytes]) });
     };
     let fat = "assembling OUT: making the FAT volume of `boot`";
     assert_eq!(
@@ -503,7 +511,9 @@ fn each_rule_has_its_message() {
     );
     assert_eq!(
         failure(&folder, |s| {
-            let Content::Fat { label, .. } = &mut s.partitions[0].content else { panic!("no FAT") };
+            let PartitionContent::Fat { label, .. } = &mut s.partitions[0].content else {
+                panic!("no FAT")
+            };
             *label = "twelve chars".to_owned();
         }),
         format!(
@@ -545,8 +555,8 @@ fn each_ext4_rule_has_its_message() {
     let (tar, out) = (folder.at("root.tar"), folder.at("root.ext4"));
     rootfs_tar(&tar);
     let failure = |tool: &Mke2fs, request: &Ext4Request<'_>| {
-        let error = ext4::make(tool, request, &out).expect_err("a bad request was taken");
-        assert!(!out.exists() && !xtask::artifact::partial(&out).exists());
+        let error = ext4::make_image(tool, request, &out).expect_err("a bad request was taken");
+        assert!(!out.exists() && !xtask::artifact::partial_path(&out).exists());
         format!("{error:#}").replace(folder.at("").as_str(), "DIR/")
     };
     let tool = mke2fs();
@@ -585,7 +595,7 @@ fn each_ext4_rule_has_its_message() {
 fn damage_is_found() {
     let folder = Folder::new();
     let mut spec = spec(TableKind::Hybrid, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
     let image = assemble(&spec, &folder.at("card.img")).expect("assembling");
     let last = spec.layout.size - 512;
     let cases: [(u64, &[u8], &str); 6] = [
@@ -601,13 +611,13 @@ fn damage_is_found() {
         let mut before = vec![0; bytes.len()];
         file.read_exact_at(&mut before, offset).expect("reading");
         file.write_all_at(bytes, offset).expect("damaging");
-        let findings = read::tables(&image.path).expect("reading").findings;
+        let findings = read::read_tables(&image.path).expect("reading").findings;
         assert!(findings.iter().any(|f| f.starts_with(expected)), "{expected}: {findings:?}");
         file.write_all_at(&before, offset).expect("healing");
     }
-    assert_eq!(read::tables(&image.path).expect("reading").findings, [""; 0]);
+    assert_eq!(read::read_tables(&image.path).expect("reading").findings, [""; 0]);
     file.set_len(spec.layout.size + MIB).expect("growing");
-    let findings = read::tables(&image.path).expect("reading").findings;
+    let findings = read::read_tables(&image.path).expect("reading").findings;
     let expected = "the backup GPT at the end of the disk is damaged: Invalid GPT Signature";
     assert!(findings[0].starts_with(expected), "{findings:?}");
 }
@@ -639,9 +649,11 @@ fn the_part_on_a_full_disk() {
     let Ok(disk) = std::env::var("SLIPWAY_FULL_DISK") else { return };
     let disk = Utf8PathBuf::from(disk);
     let mut spec = spec(TableKind::Gpt, Utf8Path::new(""), Utf8Path::new(""));
-    spec.partitions[1..].iter_mut().for_each(|p| p.content = Content::Empty);
-    let Content::Fat { files, .. } = &mut spec.partitions[0].content else { panic!("no FAT") };
-    files.push(FatFile { path: "big".to_owned(), source: Source::Bytes(vec![1; 10 << 20]) });
+    spec.partitions[1..].iter_mut().for_each(|p| p.content = PartitionContent::Empty);
+    let PartitionContent::Fat { files, .. } = &mut spec.partitions[0].content else {
+        panic!("no FAT")
+    };
+    files.push(FatFile { path: "big".to_owned(), source: FileSource::Bytes(vec![1; 10 << 20]) });
     let error = assemble(&spec, &disk.join("card.img")).expect_err("more than the disk holds");
     let message = format!("{error:#}");
     assert!(message.contains("the disk is full; the image needs up to "), "{message}");

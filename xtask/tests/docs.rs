@@ -9,7 +9,7 @@ use std::process::Command;
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
 use clap::error::ErrorKind;
-use xtask::cli::Cli;
+use xtask::cli::CommandLine;
 
 /// A reader who decides whether to use this reads no further.
 const README_LINES: usize = 150;
@@ -179,7 +179,7 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
             for call in calls(fenced, line).into_iter().filter(|c| !c.contains(['<', '…'])) {
                 checked += 1;
                 let words = std::iter::once("cargo xtask").chain(call.split_whitespace());
-                if let Err(error) = Cli::try_parse_from(words)
+                if let Err(error) = CommandLine::try_parse_from(words)
                     && !matches!(error.kind(), ErrorKind::DisplayHelp | ErrorKind::DisplayVersion)
                 {
                     findings.push(format!("{path}:{number}: cargo xtask {call}\n{error}"));

@@ -7,10 +7,12 @@ use anyhow::{Context, Result, ensure};
 use bootmodel::firmware::{Firmware, PreferredTable, RestartFlags, select};
 use camino::Utf8Path;
 use uuid::Uuid;
-use xtask::disk::{Content, DiskSpec, FatFile, Filesystem, PartitionSpec, Source, assemble};
+use xtask::disk::{
+    DiskSpec, FatFile, FileSource, Filesystem, PartitionContent, PartitionSpec, assemble,
+};
 use xtask::plan::{BootSourcePlan, Plan};
 use xtask::render::render;
-use xtask::workspace::{Selection, resolve};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 /// The files of a boot partition, with a few bytes for what a build would bring.
 fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
@@ -27,26 +29,27 @@ fn files(root: &Utf8Path, plan: &Plan, role: &str) -> Result<Vec<FatFile>> {
             BootSourcePlan::DeviceTrees => ("board.dtb".to_owned(), built),
             _ => (file.path.clone(), built),
         };
-        files.push(FatFile { path, source: Source::Bytes(bytes) });
+        files.push(FatFile { path, source: FileSource::Bytes(bytes) });
     }
     Ok(files)
 }
 
 fn check(product: &str, board: &str, generation: u32) -> Result<()> {
-    let target = Selection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
-    let (config, _, plan) = resolve(&target)?;
+    let target =
+        BuildSelection { product: Some(product.to_owned()), board: Some(board.to_owned()) };
+    let (config, _, plan) = resolve_plan(&target)?;
     let folder = tempfile::tempdir()?;
     let image = Utf8Path::from_path(folder.path()).context("UTF-8")?.join("card.img");
     let mut partitions = Vec::new();
     for (n, placed) in (1u128..).zip(&plan.disk.partitions) {
         let content = match placed.filesystem {
-            Filesystem::Vfat => Content::Fat {
+            Filesystem::Vfat => PartitionContent::Fat {
                 label: placed.name.clone(),
                 volume_id: n as u32,
                 placed: placed.name == "boot",
                 files: files(&config.root, &plan, &placed.name)?,
             },
-            _ => Content::Empty,
+            _ => PartitionContent::Empty,
         };
         let (guid, size_key) = (Uuid::from_u128(n), "this test".to_owned());
         partitions.push(PartitionSpec { guid, content, size_key });

@@ -14,20 +14,20 @@ use camino::Utf8Path;
 use flash_support::*;
 use xtask::disk::{TableKind, bmap, compress, read};
 use xtask::exec::{self, Tool};
-use xtask::flash::card::{Card, Disk};
-use xtask::flash::device::{self, Reason};
-use xtask::flash::source::Source;
-use xtask::flash::{self as flasher, Request};
+use xtask::flash::card::{CardDevice, CardIo};
+use xtask::flash::device::{self, ObjectionKind};
+use xtask::flash::source::ImageSource;
+use xtask::flash::{self as flasher, FlashRequest};
 
 fn tool(name: &str) -> Tool {
-    Tool::new(exec::find(name).unwrap_or_else(|| panic!("this test needs {name}")))
+    Tool::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
 }
 
 #[test]
 fn every_mapped_byte_reaches_a_file_from_every_form() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Hybrid, 1).path;
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     tool("xz").args(["-0", "--keep", image.as_str()]).run().expect("xz");
     let card = folder.at("card");
     for form in ["", ".zst", ".xz"] {
@@ -62,7 +62,7 @@ fn zstd_files_of_every_make_become_the_same_card() {
     let image = image(&folder, TableKind::Gpt, 4).path;
     let (bytes, map) = (fs::read(&image).expect("reading"), bmap::path_for(&image));
     let packed = compress::path_for(&image);
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     let ours = fs::read(&packed).expect("reading");
     let one = tool("zstd").args(["-q", "-c", image.as_str()]).read_bytes().expect("zstd");
     // The length of a pipe is unknown, so no header contains it.
@@ -96,7 +96,7 @@ fn zstd_files_of_every_make_become_the_same_card() {
 fn without_a_map_all_of_the_image_is_written() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Mbr, 2).path;
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     fs::remove_file(bmap::path_for(&image)).expect("removing the map");
     let card = folder.at("card");
     for form in ["", ".zst"] {
@@ -113,7 +113,7 @@ fn a_damaged_image_never_becomes_a_card() {
     let folder = Folder::new();
     let image = image(&folder, TableKind::Gpt, 3).path;
     let card = folder.at("card");
-    compress::compress(&image, 3).expect("compressing");
+    compress::compress_image(&image, 3).expect("compressing");
     let packed = compress::path_for(&image);
     let whole = fs::read(&packed).expect("reading");
     let arguments = [packed.as_str(), card.as_str(), "--yes"];
@@ -180,7 +180,7 @@ impl Faulty {
     }
 }
 
-impl Card for Faulty {
+impl CardIo for Faulty {
     fn size(&self) -> u64 {
         SIZE
     }
@@ -219,15 +219,15 @@ impl Card for Faulty {
     }
 }
 
-fn attempt(source: &Source, card: &Faulty) -> anyhow::Result<flasher::Outcome> {
-    flasher::flash(&Request { source, read_back: true, seed: None }, card)
+fn attempt(source: &ImageSource, card: &Faulty) -> anyhow::Result<flasher::FlashOutcome> {
+    flasher::flash(&FlashRequest { source, read_back: true, seed: None }, card)
 }
 
 #[test]
 fn a_flipped_bit_is_found_and_written_again() {
     let folder = Folder::new();
     let made = image(&folder, TableKind::Hybrid, 5).path;
-    let source = Source::open(&made).expect("the image");
+    let source = ImageSource::open(&made).expect("the image");
     let good = attempt(&source, &Faulty::new()).expect("a good card");
     assert_eq!(good.weak, []);
     // In the boot partition, in a slot, in the backup of the GPT and in the table itself.
@@ -255,7 +255,7 @@ fn a_flipped_bit_is_found_and_written_again() {
 #[test]
 fn a_card_that_fails_in_other_ways_is_found_out() {
     let folder = Folder::new();
-    let source = Source::open(&image(&folder, TableKind::Mbr, 6).path).expect("the image");
+    let source = ImageSource::open(&image(&folder, TableKind::Mbr, 6).path).expect("the image");
     let mut once = Faulty::new();
     once.broken = Some((22 * MIB, AtomicUsize::new(1)));
     assert_eq!(attempt(&source, &once).expect("it comes right").weak.len(), 1);
@@ -355,7 +355,7 @@ fn wrong_targets_are_refused() {
     let message = refused(&[folder.at("robot.txt").as_str(), locked.as_str(), "--yes"]);
     assert!(message.contains("is not a card image"), "{message}");
     // The disk of this system, if it has one.
-    let devices = device::all().expect("lsblk");
+    let devices = device::list_all_devices().expect("lsblk");
     for root in devices.iter().filter(|d| d.mounted.iter().any(|(_, at)| at == "/")) {
         let message = refused(&[made.as_str(), root.path.as_str(), "--yes"]);
         assert!(message.contains("the running system is on it"), "{message}");
@@ -368,8 +368,8 @@ fn wrong_targets_are_refused() {
 #[test]
 fn each_kind_of_disk_is_refused_with_its_reason() {
     let json = include_str!("fixtures/flash/lsblk.json");
-    let devices = device::parse(json, |name| name == "mmcblk1").expect("the output of lsblk");
-    let reasons = |name: &str, allowed: Option<&str>| -> Vec<Reason> {
+    let devices = device::parse_lsblk(json, |name| name == "mmcblk1").expect("the output of lsblk");
+    let reasons = |name: &str, allowed: Option<&str>| -> Vec<ObjectionKind> {
         let device = devices.iter().find(|d| d.name == name).expect(name);
         let objections = device.objections(4 << 30, allowed);
         assert!(objections.iter().all(|o| !o.message.is_empty() && !o.help.is_empty()));
@@ -377,31 +377,41 @@ fn each_kind_of_disk_is_refused_with_its_reason() {
     };
     assert_eq!(
         reasons("nvme0n1", None),
-        [Reason::System, Reason::Held, Reason::NotRemovable],
+        [ObjectionKind::System, ObjectionKind::Held, ObjectionKind::NotRemovable],
         "encrypted, with volumes"
     );
-    assert_eq!(reasons("nvme0n1", Some("nvme0n1")), [Reason::System, Reason::Held]);
-    assert_eq!(reasons("nvme0n1p1", None), [Reason::System, Reason::Partition, Reason::TooSmall]);
-    assert_eq!(reasons("dm-0", None), [Reason::System, Reason::Held, Reason::NotADisk]);
-    assert_eq!(reasons("sda", None), [Reason::NotRemovable], "a USB disk with backups");
-    assert_eq!(reasons("sda", Some("sdb")), [Reason::NotRemovable]);
+    assert_eq!(reasons("nvme0n1", Some("nvme0n1")), [ObjectionKind::System, ObjectionKind::Held]);
+    assert_eq!(
+        reasons("nvme0n1p1", None),
+        [ObjectionKind::System, ObjectionKind::Partition, ObjectionKind::TooSmall]
+    );
+    assert_eq!(
+        reasons("dm-0", None),
+        [ObjectionKind::System, ObjectionKind::Held, ObjectionKind::NotADisk]
+    );
+    assert_eq!(reasons("sda", None), [ObjectionKind::NotRemovable], "a USB disk with backups");
+    assert_eq!(reasons("sda", Some("sdb")), [ObjectionKind::NotRemovable]);
     assert_eq!(reasons("sda", Some("sda")), []);
     assert_eq!(reasons("sdb", None), [], "a card in a reader");
-    assert_eq!(reasons("sdb2", None), [Reason::Partition, Reason::TooSmall]);
-    assert_eq!(reasons("sdc", None), [Reason::Mounted]);
-    assert_eq!(reasons("sdd", None), [Reason::Held, Reason::NotRemovable], "part of an array");
-    assert_eq!(reasons("md0", None), [Reason::NotADisk]);
-    assert_eq!(reasons("sde", None), [Reason::Sectors]);
-    assert_eq!(reasons("sr0", None), [Reason::NotADisk, Reason::TooSmall]);
+    assert_eq!(reasons("sdb2", None), [ObjectionKind::Partition, ObjectionKind::TooSmall]);
+    assert_eq!(reasons("sdc", None), [ObjectionKind::Mounted]);
+    assert_eq!(
+        reasons("sdd", None),
+        [ObjectionKind::Held, ObjectionKind::NotRemovable],
+        "part of an array"
+    );
+    assert_eq!(reasons("md0", None), [ObjectionKind::NotADisk]);
+    assert_eq!(reasons("sde", None), [ObjectionKind::Sectors]);
+    assert_eq!(reasons("sr0", None), [ObjectionKind::NotADisk, ObjectionKind::TooSmall]);
     assert_eq!(reasons("mmcblk0", None), [], "a card in the machine's own slot");
-    assert_eq!(reasons("mmcblk1", None), [Reason::NotRemovable], "soldered");
-    assert_eq!(reasons("mmcblk2", None), [Reason::ReadOnly, Reason::TooSmall]);
+    assert_eq!(reasons("mmcblk1", None), [ObjectionKind::NotRemovable], "soldered");
+    assert_eq!(reasons("mmcblk2", None), [ObjectionKind::ReadOnly, ObjectionKind::TooSmall]);
     let card = devices.iter().find(|d| d.name == "sdb").expect("the card");
     assert_eq!(
         (card.model.as_str(), card.bus.as_str(), card.content.as_str()),
         ("Generic- SD/MMC", "usb", "dos: 64 MiB vfat BOOT, 1.0 GiB ext4 root")
     );
-    assert!(device::parse("{}", |_| false).is_err());
+    assert!(device::parse_lsblk("{}", |_| false).is_err());
     let listed = good(&["--list", "--format", "json"]);
     assert!(serde_json::from_str::<Vec<serde_json::Value>>(&listed).is_ok(), "{listed}");
 }
@@ -466,9 +476,9 @@ fn another_file_of_the_same_size_under_the_same_name_is_refused() {
     let [card, other] = ["card", "other"].map(|name| folder.at(name));
     old_card(&card, SIZE);
     old_card(&other, SIZE);
-    let shown = device::find(&card).expect("it is shown");
+    let shown = device::find_device(&card).expect("it is shown");
     fs::rename(&other, &card).expect("replacing it");
-    let message = format!("{:#}", Disk::open(&shown).expect_err("another file"));
+    let message = format!("{:#}", CardDevice::open(&shown).expect_err("another file"));
     assert!(
         message.contains("the medium has changed since it was examined: this medium has inode"),
         "{message}"

@@ -11,7 +11,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use flash_support::*;
 use xtask::disk::TableKind;
 use xtask::exec::{self, Tool};
-use xtask::flash::card::Disk;
+use xtask::flash::card::CardDevice;
 use xtask::flash::device;
 
 /// One test at a time: a device that a test puts something else into is free for a moment, and another would find it.
@@ -44,7 +44,7 @@ impl Drop for Loop {
 }
 
 fn tool(name: &str) -> Tool {
-    Tool::new(exec::find(name).unwrap_or_else(|| panic!("this test needs {name}")))
+    Tool::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
 }
 
 #[test]
@@ -134,8 +134,8 @@ fn another_card_of_the_same_size_in_the_same_place_is_refused() {
     old_card(&first, SIZE + 8 * MIB);
     old_card(&second, SIZE + 8 * MIB);
     let Some(reader) = Loop::new(test, &first) else { return };
-    let shown = device::find(&reader.0).expect("it is shown");
-    drop(Disk::open(&shown).expect("nothing has happened since"));
+    let shown = device::find_device(&reader.0).expect("it is shown");
+    drop(CardDevice::open(&shown).expect("nothing has happened since"));
     if shown.identity.sequence.is_none() {
         skip(&format!("flash_loop::{test}"), "the kernel numbers no media", "Linux 5.15 or later");
         return;
@@ -143,10 +143,10 @@ fn another_card_of_the_same_size_in_the_same_place_is_refused() {
     // The user replaces the card by another one: the same path, numbers and size.
     tool("losetup").args(["--detach", reader.0.as_str()]).run().expect("taking it out");
     tool("losetup").args([reader.0.as_str(), second.as_str()]).run().expect("putting it in");
-    let now = device::find(&reader.0).expect("it is there");
+    let now = device::find_device(&reader.0).expect("it is there");
     assert_eq!((&now.path, &now.numbers, now.size), (&shown.path, &shown.numbers, shown.size));
-    let message = format!("{:#}", Disk::open(&shown).expect_err("another card"));
+    let message = format!("{:#}", CardDevice::open(&shown).expect_err("another card"));
     assert!(message.contains("the medium has changed since it was examined"), "{message}");
     assert!(message.contains("diskseq"), "{message}");
-    drop(Disk::open(&now).expect("what was looked at again"));
+    drop(CardDevice::open(&now).expect("what was looked at again"));
 }

@@ -210,7 +210,7 @@ fn what_hooks_have_in_their_environment_changes_nothing() {
     assert_eq!(other.git(&["symbolic-ref", "HEAD"]), "refs/heads/main");
     assert!(to.join("configs/shop.toml").is_file());
     assert!(!to.join("configs/more.fragment").exists());
-    assert_eq!(git::changes(&to, &plain.0).expect("compared"), Vec::<String>::new());
+    assert_eq!(git::changed_files(&to, &plain.0).expect("compared"), Vec::<String>::new());
 }
 
 /// Run by the test above, in a process with a hook's variables.
@@ -218,7 +218,7 @@ fn what_hooks_have_in_their_environment_changes_nothing() {
 fn makes_a_second_checkout() {
     let Ok(words) = std::env::var(CHECKOUT) else { return };
     let words: Vec<&str> = words.split(' ').collect();
-    git::checkout(words[0].into(), words[1], words[2].into()).expect("a checkout");
+    git::create_checkout(words[0].into(), words[1], words[2].into()).expect("a checkout");
 }
 
 #[test]
@@ -404,7 +404,7 @@ fn what_a_sparse_checkout_leaves_out_is_no_change_where_no_build_reads_it() {
     for pattern in ["!/overlays/plain/etc/tool", "!/configs/shop.fragment", "!*.j2"] {
         rig.git(&["sparse-checkout", "set", "--no-cone", "/*", "!/docs/", pattern]);
         assert!(!there("docs") && there("overlays/fancy"), "{pattern}");
-        let changed = git::changes(&rig.work(), "HEAD").expect("compared");
+        let changed = git::changed_files(&rig.work(), "HEAD").expect("compared");
         assert!(!changed.is_empty(), "{pattern}: it is called the commit's");
         assert!(!changed.iter().any(|path| path.starts_with("docs")), "{changed:?}");
     }
@@ -472,8 +472,8 @@ fn a_checkout_may_lie_in_a_folder_of_any_name() {
     fs::write(odd.join("overlays/plain/etc/tool"), "").expect("written");
     assert!(rig.plan_in(&odd, &[]).1, "an edited file");
     let to = rig.dir.join("second, it's");
-    git::checkout(&odd, &plain.0, &to).expect("a checkout");
-    assert_eq!(git::changes(&to, &plain.0).expect("compared"), Vec::<String>::new());
+    git::create_checkout(&odd, &plain.0, &to).expect("a checkout");
+    assert_eq!(git::changed_files(&to, &plain.0).expect("compared"), Vec::<String>::new());
 }
 
 #[test]
@@ -494,9 +494,9 @@ fn a_workspace_below_a_repositorys_top_is_compared_there() {
     git(&["commit", "--quiet", "-m", "One"]);
     let commit = git(&["rev-parse", "HEAD"]);
     let root = top.join("robot");
-    assert_eq!(git::changes(&root, &commit).expect("compared"), Vec::<String>::new());
+    assert_eq!(git::changed_files(&root, &commit).expect("compared"), Vec::<String>::new());
     fs::write(root.join("overlays/plain/etc/new"), "x").expect("written");
-    assert_eq!(git::changes(&root, &commit).expect("compared"), ["overlays/plain/etc/new"]);
+    assert_eq!(git::changed_files(&root, &commit).expect("compared"), ["overlays/plain/etc/new"]);
 }
 
 /// A clone on a machine that is set up for Windows has the same bytes.

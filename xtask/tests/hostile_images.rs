@@ -13,7 +13,7 @@ use xtask::exec;
 const MIB: u64 = 1 << 20;
 
 fn tool(name: &str) -> Command {
-    Command::new(exec::find(name).unwrap_or_else(|| panic!("this test needs {name}")))
+    Command::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
 }
 
 fn run(mut command: Command) -> String {

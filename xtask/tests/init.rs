@@ -51,7 +51,8 @@ impl Machine {
         machine.put("root/sbin/init", "");
         fs::set_permissions(machine.at("root/sbin/init"), fs::Permissions::from_mode(0o755))
             .expect("a mode");
-        let busybox = xtask::exec::find("busybox").expect("busybox: cargo xtask doctor --install");
+        let busybox =
+            xtask::exec::find_program("busybox").expect("busybox: cargo xtask doctor --install");
         fs::create_dir_all(machine.at("bin")).expect("made");
         fs::copy(busybox, machine.at("bin/busybox")).expect("copied");
         machine

@@ -6,8 +6,8 @@ use std::process::{Command, Output};
 
 use bundle::KeySet;
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::store::Files;
-use xtask::store::directory::Directory;
+use xtask::store::FileStore;
+use xtask::store::directory::DirectoryStore;
 
 const PASSWORD: &str = "a password of a test";
 
@@ -114,7 +114,9 @@ fn in_a_copy_that_stores() {
     let Ok(store) = std::env::var(STORE) else { return };
     let store = Utf8Path::new(&store);
     let object = store.with_file_name("object");
-    Directory::new(store).put(&xtask::artifact::hash_bytes(b""), &object).expect("it is stored");
+    DirectoryStore::new(store)
+        .put(&xtask::artifact::hash_bytes(b""), &object)
+        .expect("it is stored");
 }
 
 #[test]

@@ -37,7 +37,7 @@ impl Server {
         // below /tmp.
         let settings =
             robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
-        let sshd = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
+        let sshd = xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install");
         let mut more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
         // From OpenSSH 9.8 on, a source whose logins fail is turned away for a while (sshd_config(5)); here they fail on purpose.
         let penalties = "PerSourcePenalties=no";
@@ -121,12 +121,13 @@ fn row(robot: &Robot, plan: &Plan, user: &UserPlan) -> String {
         (false, "locked") => "no",
         (false, _) => "with a password",
     };
-    let output =
-        Command::new(xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install"))
-            .args(["-T", "-C", &format!("user={name},host=laptop,addr=169.254.7.7"), "-f"])
-            .arg(robot.at("sshd_config"))
-            .output()
-            .expect("sshd runs");
+    let output = Command::new(
+        xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install"),
+    )
+    .args(["-T", "-C", &format!("user={name},host=laptop,addr=169.254.7.7"), "-f"])
+    .arg(robot.at("sshd_config"))
+    .output()
+    .expect("sshd runs");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let setting = |key: &str| {

@@ -56,7 +56,7 @@ fn what_is_no_file_is_refused_and_not_opened() {
             .expect("mkfifo")
             .success()
     );
-    assert_eq!(config::products(&workspace.dir).expect("listed"), ["shop"]);
+    assert_eq!(config::list_products(&workspace.dir).expect("listed"), ["shop"]);
 }
 
 #[test]
@@ -118,7 +118,7 @@ fn junk_is_passed_over_and_named() {
     for name in [".#shop.toml", "._shop.toml", "#shop.toml#"] {
         symlink("me@host.12:34", workspace.at(&format!("configs/{name}"))).expect("linked");
     }
-    assert_eq!(config::products(&workspace.dir).expect("listed"), ["shop"]);
+    assert_eq!(config::list_products(&workspace.dir).expect("listed"), ["shop"]);
 }
 
 #[test]

@@ -10,7 +10,7 @@ use std::process::Command;
 use crate::common::skip::skip;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::compose::units::apply_presets;
-use xtask::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
+use xtask::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
 
 /// Cases; the form is told at the head of the file.
 const CORPUS: &str = "tests/presets/corpus.txt";
@@ -33,17 +33,17 @@ struct Case {
 }
 
 impl Case {
-    fn tree(&self) -> Tree {
-        let mut tree = Tree::default();
+    fn tree(&self) -> RootTree {
+        let mut tree = RootTree::default();
         for (path, content) in &self.files {
             let kind = match content.strip_prefix("-> ") {
-                Some(target) => Kind::Symlink(target.trim().to_owned()),
-                None => Kind::File(Data::Bytes(content.clone().into_bytes())),
+                Some(target) => RootEntryKind::Symlink(target.trim().to_owned()),
+                None => RootEntryKind::File(FileData::Bytes(content.clone().into_bytes())),
             };
             // A preset of the base system is one whose name says so.
             let base = path.contains("-base.preset");
-            let origin = if base { Origin::Base } else { Origin::Overlay(path.into()) };
-            tree.insert(path, Entry::new(0o644, kind, origin)).expect("placed");
+            let origin = if base { EntryOrigin::Base } else { EntryOrigin::Overlay(path.into()) };
+            tree.insert(path, RootEntry::new(0o644, kind, origin)).expect("placed");
         }
         tree
     }
@@ -96,9 +96,9 @@ fn corpus() -> (String, Vec<Case>) {
 }
 
 /// The links below `etc/systemd/system`, a tree's own and those that were made alike.
-fn ours(tree: &Tree) -> Links {
+fn ours(tree: &RootTree) -> Links {
     let links = tree.iter().filter_map(|(path, entry)| match &entry.kind {
-        Kind::Symlink(target) if path.starts_with(CONFIG) => {
+        RootEntryKind::Symlink(target) if path.starts_with(CONFIG) => {
             Some((path.to_owned(), target.clone()))
         }
         _ => None,

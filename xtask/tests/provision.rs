@@ -13,9 +13,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
-use xtask::compose::api::describe;
-use xtask::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
-use xtask::wheel::{InstalledDistribution, LockedWheel, Target, Wheel, WheelLock, fetch};
+use xtask::compose::api::describe_api;
+use xtask::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
+use xtask::wheel::{
+    CheckedWheel, InstalledDistribution, LockedWheel, WheelLock, WheelTarget, fetch_wheels,
+};
 
 /// Version, tag, length and SHA-256 of each wheel.
 const WHEELS: &[(&str, &str, u64, &str)] = &[
@@ -84,7 +86,7 @@ fn root() -> &'static Utf8Path {
 }
 
 /// A wheel as the shared cache has it, every file checked against its RECORD.
-fn wheel(version: &str) -> Wheel {
+fn wheel(version: &str) -> CheckedWheel {
     let (_, tag, size, sha256) = WHEELS.iter().find(|w| w.0 == version).unwrap();
     let locked = LockedWheel {
         name: API.to_owned(),
@@ -95,15 +97,15 @@ fn wheel(version: &str) -> Wheel {
         requires_python: None,
         needed_by: vec![],
     };
-    let target = Target {
+    let target = WheelTarget {
         python: "3.11".parse().unwrap(),
         implementation: "cp".into(),
         arch: "aarch64".into(),
         libc: "glibc 2.36".parse().unwrap(),
     };
     let lock = WheelLock::new(&format!("{API}=={version}"), target, vec![locked.clone()]);
-    let fetched = fetch(&lock, &Cache::locate().unwrap(), false).unwrap();
-    Wheel::open(&fetched[0].path, &locked.file, Some(sha256)).unwrap()
+    let fetched = fetch_wheels(&lock, &Cache::locate().unwrap(), false).unwrap();
+    CheckedWheel::open(&fetched[0].path, &locked.file, Some(sha256)).unwrap()
 }
 
 /// A robot of files with the overlay's own environment.
@@ -132,7 +134,7 @@ impl Robot {
 
     /// Installs a wheel into a directory of modules and replaces its content; `modes`: as in the
     /// archive.
-    fn install(&self, wheel: &Wheel, site: &str, modes: bool) {
+    fn install(&self, wheel: &CheckedWheel, site: &str, modes: bool) {
         drop(fs::remove_dir_all(self.dir.join(site)));
         for (path, file) in &wheel.files {
             let path = format!("{site}/{path}");
@@ -150,7 +152,7 @@ impl Robot {
 
     fn describe(&self, version: &str) {
         let tree = tree_of(SITE, &format!("{API}-{version}"), API);
-        let text = describe(&tree, &[distribution(API, version, true)], None, None).unwrap();
+        let text = describe_api(&tree, &[distribution(API, version, true)], None, None).unwrap();
         self.file("usr/lib/slipway/api.toml", text.as_bytes());
     }
 
@@ -201,7 +203,7 @@ impl Robot {
 }
 
 /// What a wheel has as resources, and their hashes.
-fn resources(wheel: &Wheel) -> BTreeMap<String, String> {
+fn resources(wheel: &CheckedWheel) -> BTreeMap<String, String> {
     let prefix = format!("{API}/resources/");
     let files = wheel.files.iter().filter_map(|(path, file)| {
         let name = path.strip_prefix(&prefix)?;
@@ -227,13 +229,16 @@ fn distribution(name: &str, version: &str, top_level: bool) -> InstalledDistribu
     }
 }
 
-fn tree_of(site: &str, info: &str, module: &str) -> Tree {
-    let mut tree = Tree::default();
+fn tree_of(site: &str, info: &str, module: &str) -> RootTree {
+    let mut tree = RootTree::default();
     for (path, kind) in [
-        (format!("{site}/{info}.dist-info/REQUESTED"), Kind::File(Data::Bytes(Vec::new()))),
-        (format!("{site}/{module}"), Kind::Folder),
+        (
+            format!("{site}/{info}.dist-info/REQUESTED"),
+            RootEntryKind::File(FileData::Bytes(Vec::new())),
+        ),
+        (format!("{site}/{module}"), RootEntryKind::Folder),
     ] {
-        tree.insert(&path, Entry::new(0o755, kind, Origin::Api)).unwrap();
+        tree.insert(&path, RootEntry::new(0o755, kind, EntryOrigin::Api)).unwrap();
     }
     tree
 }
@@ -356,7 +361,7 @@ fn compose_describes_what_was_installed() {
     let site = "usr/lib/python3.12/site-packages";
     let all = [distribution("other", "2.0", false), distribution("My-API", "1.5", true)];
     let tree = tree_of(site, "my_api-1.5", "my_api");
-    let text = describe(&tree, &all, Some("1.2"), Some("glibc 2.36")).unwrap();
+    let text = describe_api(&tree, &all, Some("1.2"), Some("glibc 2.36")).unwrap();
     let value: toml::Table = text.parse().unwrap();
     for (key, expected) in [
         ("package", "My-API"),
@@ -375,11 +380,12 @@ fn compose_describes_what_was_installed() {
     assert_eq!(wheels[1]["sha256"].as_str(), Some(all[0].sha256.as_str()));
 
     let elsewhere =
-        describe(&tree_of(site, "my_api-1.5", "another"), &all, None, None).unwrap_err();
+        describe_api(&tree_of(site, "my_api-1.5", "another"), &all, None, None).unwrap_err();
     assert!(elsewhere.to_string().starts_with("My-API installs no module my_api"), "{elsewhere}");
-    let none = describe(&Tree::default(), &all, None, None).unwrap_err();
+    let none = describe_api(&RootTree::default(), &all, None, None).unwrap_err();
     assert_eq!(none.to_string(), "My-API is not in the tree");
-    let version = describe(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
+    let version =
+        describe_api(&tree_of("usr/lib/modules", "my_api-1.5", "my_api"), &all, None, None);
     assert_eq!(
         version.unwrap_err().to_string(),
         "/usr/lib/modules does not contain a version of Python"

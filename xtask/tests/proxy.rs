@@ -63,7 +63,8 @@ impl Proxy {
         fs::create_dir_all(&folder).expect("made");
         let script = "mount -t tmpfs -o \"$1\" bodies \"$2\" && shift 2 && exec unshare --user --map-user=1000 \
                       --map-group=1000 -- \"$@\"";
-        let program = xtask::exec::find("nginx").expect("nginx: cargo xtask doctor --install");
+        let program =
+            xtask::exec::find_program("nginx").expect("nginx: cargo xtask doctor --install");
         let log = fs::File::create(robot.at("nginx.log")).expect("a log");
         // One process, which ends with its parent.
         let nginx = Command::new("unshare")

@@ -18,9 +18,9 @@ use bundle::bootstate::{BootState, Slot};
 use bundle::component::{ComponentLock, ComponentWheel, LOCK_ROLE};
 use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::keys::Keys;
-use xtask::push::{Outcome, Request, Verdict, push};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::keys::KeyDirectory;
+use xtask::push::{PushOutcome, PushRequest, PushVerdict, push_to_robots};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 const MIB: usize = 1 << 20;
 /// A slot with several of the agent's checkpoints, one for each 32 MiB.
@@ -73,8 +73,10 @@ impl Bench {
         own: &str,
         payloads: Vec<PayloadRequest>,
     ) -> Utf8PathBuf {
-        let signers =
-            [Keys::open(&self.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap()];
+        let signers = [KeyDirectory::open(&self.dir.join("keys"))
+            .unwrap()
+            .signer(BuildKind::Development)
+            .unwrap()];
         let version = Version::parse(version).unwrap();
         let own = Version::parse(own).unwrap();
         let component = ComponentRequest { name: component.to_owned(), version: own, payloads };
@@ -92,7 +94,7 @@ impl Bench {
             signers: &signers,
         };
         let out = self.dir.join("a.bundle");
-        pack(&request, &out).unwrap();
+        pack_bundle(&request, &out).unwrap();
         out
     }
 
@@ -101,13 +103,13 @@ impl Bench {
         hosts: Vec<String>,
         bundle: Utf8PathBuf,
         wait: Option<Duration>,
-    ) -> Vec<Outcome> {
+    ) -> Vec<PushOutcome> {
         let ssh_options = vec![
             format!("IdentityFile={}", self.dir.join("user")),
             "IdentitiesOnly=yes".to_owned(),
             format!("UserKnownHostsFile={}", self.dir.join("known_hosts")),
         ];
-        push(&Request { hosts, bundle, ssh_options, wait }).unwrap()
+        push_to_robots(&PushRequest { hosts, bundle, ssh_options, wait }).unwrap()
     }
 }
 
@@ -138,7 +140,12 @@ impl Robot {
         // On a robot the mount point is there whatever became of the partition.
         fs::create_dir_all(root.join("data")).unwrap();
         write("usr/lib/slipway/device.toml", device.as_bytes());
-        drop(Keys::open(&bench.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap());
+        drop(
+            KeyDirectory::open(&bench.dir.join("keys"))
+                .unwrap()
+                .signer(BuildKind::Development)
+                .unwrap(),
+        );
         let keys = fs::read(bench.dir.join("keys/keyset.json")).unwrap();
         write("usr/lib/slipway/keyset.json", &keys);
         write("proc/device-tree/compatible", b"maker,board-one\0");
@@ -250,7 +257,7 @@ fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {
     fs::write(&config, text).unwrap();
     let log = fs::File::create(root.join("sshd.log")).unwrap();
     // It insists on an absolute path of itself.
-    let program = xtask::exec::find("sshd").expect("sshd: cargo xtask doctor --install");
+    let program = xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install");
     let mut sshd = Command::new(program.as_str())
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
@@ -313,7 +320,7 @@ fn two_robots_at_once_and_one_that_is_not_there() {
     let named: Vec<&String> = outcomes.iter().map(|outcome| &outcome.host).collect();
     assert_eq!(named, hosts.iter().collect::<Vec<_>>());
     for (robot, outcome) in [(&one, &outcomes[0]), (&two, &outcomes[2])] {
-        assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}");
+        assert_eq!(outcome.verdict, PushVerdict::Installed, "{outcome:?}");
         assert_eq!(outcome.version, Some(Version::parse("1.1.0").unwrap()));
         assert_eq!(outcome.slot, Some(Slot::B));
         assert_eq!(outcome.breaks, 0);
@@ -321,7 +328,7 @@ fn two_robots_at_once_and_one_that_is_not_there() {
         assert!(!installed.resumed && installed.written >= SMALL as u64, "{installed:?}");
         assert!(robot.slot_b() == bench.content, "slot b has other bytes");
     }
-    assert_eq!(outcomes[1].verdict, Verdict::Failed);
+    assert_eq!(outcomes[1].verdict, PushVerdict::Failed);
     let why = outcomes[1].why.as_deref().unwrap();
     assert!(
         why.contains("Connection refused") && why.contains("check that the robot is on"),
@@ -336,7 +343,7 @@ fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
     let robot = Robot::new(&bench, "robot");
     let through = cutting(robot.port, 75 * MIB);
     let outcome = bench.push(vec![address(through)], bundle, None).remove(0);
-    assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}");
+    assert_eq!(outcome.verdict, PushVerdict::Installed, "{outcome:?}");
     assert_eq!(outcome.breaks, 1);
     let installed = outcome.installed.as_ref().unwrap();
     assert!(installed.resumed, "{installed:?}");
@@ -344,7 +351,7 @@ fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
     assert!(installed.held >= 32 * MIB as u64, "{installed:?}");
     assert!(installed.written <= (LARGE - 32 * MIB) as u64, "{installed:?}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
-    assert!(xtask::push::sentence(&outcome).contains("skipped"), "{outcome:?}");
+    assert!(xtask::push::describe_outcome(&outcome).contains("skipped"), "{outcome:?}");
 }
 
 #[test]
@@ -353,7 +360,7 @@ fn a_refusal_is_shown_with_code_sentence_and_help() {
     let robot = Robot::new(&bench, "robot");
     let before = robot.slot_b();
     let outcome = bench.push(vec![robot.address()], bench.bundle("0.9.0"), None).remove(0);
-    assert_eq!(outcome.verdict, Verdict::Refused, "{outcome:?}");
+    assert_eq!(outcome.verdict, PushVerdict::Refused, "{outcome:?}");
     let refused = outcome.refused.unwrap();
     assert_eq!(refused.code, "below-floor");
     assert!(refused.message.contains("0.9.0") && !refused.help.is_empty(), "{refused:?}");
@@ -463,17 +470,17 @@ fn an_api_alone_is_pushed_to_a_robot_that_goes_on_running() {
     let hosts = || vec![robot.address()];
     let wait = Some(Duration::from_secs(60));
     let outcome = bench.push(hosts(), api_bundle(&bench, "2.0.0", "well"), wait).remove(0);
-    assert_eq!(outcome.verdict, Verdict::Committed, "{outcome:?}");
+    assert_eq!(outcome.verdict, PushVerdict::Committed, "{outcome:?}");
     let api = outcome.api.clone().unwrap();
     assert_eq!((api.version.as_str(), api.before, api.wheels), ("2.0.0", None, 1));
-    let text = xtask::push::sentence(&outcome);
+    let text = xtask::push::describe_outcome(&outcome);
     assert!(text.starts_with("the API 2.0.0 is running, previously the system's own;"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
     // One that is not healthy: the robot itself rolls back to the previous version.
     let outcome = bench.push(hosts(), api_bundle(&bench, "3.0.0", "sick"), wait).remove(0);
-    assert_eq!(outcome.verdict, Verdict::TakenBack, "{outcome:?}");
-    let text = xtask::push::sentence(&outcome);
+    assert_eq!(outcome.verdict, PushVerdict::TakenBack, "{outcome:?}");
+    let text = xtask::push::describe_outcome(&outcome);
     assert!(text.starts_with("rolled back") && text.contains("[api-unhealthy]"), "{text}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "2.0.0");
 
@@ -481,7 +488,7 @@ fn an_api_alone_is_pushed_to_a_robot_that_goes_on_running() {
     let bundle = api_bundle(&bench, "4.0.0", "well");
     let through = cutting(robot.port, MIB / 2);
     let outcome = bench.push(vec![address(through)], bundle, wait).remove(0);
-    assert_eq!((outcome.verdict, outcome.breaks), (Verdict::Committed, 1), "{outcome:?}");
+    assert_eq!((outcome.verdict, outcome.breaks), (PushVerdict::Committed, 1), "{outcome:?}");
     assert_eq!(robot.slotd(&["status"])["api"]["version"], "4.0.0");
     assert!(robot.slot_b() == before, "an API was written into a slot");
     let boot_id = robot.slotd(&["status"])["boot-id"].clone();
@@ -505,11 +512,17 @@ fn a_push_waits_until_the_trial_is_decided() {
         scope.spawn(|| stays.restart(Slot::B, "1.1.0"));
         bench.push(hosts, bundle, Some(Duration::from_secs(40)))
     });
-    let verdicts: Vec<Verdict> = outcomes.iter().map(|outcome| outcome.verdict).collect();
-    let expected = [Verdict::Committed, Verdict::TakenBack, Verdict::Undecided, Verdict::Undecided];
+    let verdicts: Vec<PushVerdict> = outcomes.iter().map(|outcome| outcome.verdict).collect();
+    let expected = [
+        PushVerdict::Committed,
+        PushVerdict::TakenBack,
+        PushVerdict::Undecided,
+        PushVerdict::Undecided,
+    ];
     assert_eq!(verdicts, expected, "{outcomes:#?}");
-    let runs =
-        |outcome: &Outcome| (outcome.slot.unwrap(), outcome.version.as_ref().unwrap().to_string());
+    let runs = |outcome: &PushOutcome| {
+        (outcome.slot.unwrap(), outcome.version.as_ref().unwrap().to_string())
+    };
     assert_eq!(runs(&outcomes[0]), (Slot::B, "1.1.0".to_owned()));
     assert_eq!(runs(&outcomes[1]), (Slot::A, "1.0.0".to_owned()));
     assert_eq!(runs(&outcomes[2]), (Slot::B, "1.1.0".to_owned()));
@@ -620,7 +633,7 @@ fn the_user_update_installs_and_does_nothing_else() {
             "sh",
         ])
         .arg(root.join("etc/passwd"))
-        .arg(xtask::exec::find("sshd").unwrap())
+        .arg(xtask::exec::find_program("sshd").unwrap())
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
         .stderr(fs::File::create(root.join("door.log")).unwrap())
@@ -661,7 +674,7 @@ fn the_user_update_installs_and_does_nothing_else() {
     let log = fs::read_to_string(root.join("door.log")).unwrap();
     sshd.kill().unwrap();
     sshd.wait().unwrap();
-    assert_eq!(outcome.verdict, Verdict::Installed, "{outcome:?}\n{log}");
+    assert_eq!(outcome.verdict, PushVerdict::Installed, "{outcome:?}\n{log}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
 }
 
@@ -679,7 +692,7 @@ fn settings_for_people_do_not_stop_a_push() {
     fs::create_dir(&bin).unwrap();
     let config = bench.dir.join("ssh_config");
     fs::write(&config, FOR_PEOPLE).unwrap();
-    let real = xtask::exec::find("ssh").expect("ssh");
+    let real = xtask::exec::find_program("ssh").expect("ssh");
     fs::write(bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n")).unwrap();
     fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap());

@@ -7,32 +7,33 @@ use std::io::Write as _;
 use std::process::{Command, Stdio};
 
 use xtask::report::{
-    Disk, Kind, Output, Package, PathSize, Product, Region, RegionKind, Replaced, Report, Root,
-    SCHEMA, Signer, Stage, StartedIn, Style, TableKind, Wheel, render_html, render_terminal,
+    BuildReport, CacheUse, PathSize, ReportDisk, ReportKind, ReportOutput, ReportPackage,
+    ReportProduct, ReportRegion, ReportRegionKind, ReportReplacement, ReportRoot, ReportSigner,
+    ReportStage, ReportTableKind, ReportWheel, SCHEMA, TerminalStyle, render_html, render_terminal,
 };
 
 const FIXTURES: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/tests/fixtures/report");
 
-fn realistic() -> Report {
+fn realistic() -> BuildReport {
     let text = std::fs::read_to_string(format!("{FIXTURES}/realistic.json")).unwrap();
-    Report::from_json(&text).unwrap()
+    BuildReport::from_json(&text).unwrap()
 }
 
-fn empty() -> Report {
-    Report {
+fn empty() -> BuildReport {
+    BuildReport {
         schema: SCHEMA,
-        product: Product {
+        product: ReportProduct {
             name: "p".into(),
             title: "P".into(),
             version: "0".into(),
-            kind: Kind::Release,
+            kind: ReportKind::Release,
         },
         board: "b".into(),
         engine: "e".into(),
         suite: None,
         commit: None,
         epoch: 0,
-        started_in: StartedIn::Clean,
+        started_in: CacheUse::Clean,
         seconds: 0.0,
         stages: vec![],
         outputs: vec![],
@@ -51,9 +52,9 @@ fn empty() -> Report {
     }
 }
 
-fn partition(role: &str, start: u64, size: u64) -> Region {
-    Region {
-        kind: RegionKind::Partition,
+fn partition(role: &str, start: u64, size: u64) -> ReportRegion {
+    ReportRegion {
+        kind: ReportRegionKind::Partition,
         number: Some(1),
         role: role.into(),
         start,
@@ -64,12 +65,17 @@ fn partition(role: &str, start: u64, size: u64) -> Region {
 }
 
 /// Every text is an attack, and every list has something in it.
-fn hostile() -> Report {
+fn hostile() -> BuildReport {
     let evil =
         || "</title></style><script>alert(1)</script>\"' onload=x \u{1b}[31m &amp;".to_owned();
     let long = "x".repeat(3000);
-    Report {
-        product: Product { name: evil(), title: long.clone(), version: evil(), ..empty().product },
+    BuildReport {
+        product: ReportProduct {
+            name: evil(),
+            title: long.clone(),
+            version: evil(),
+            ..empty().product
+        },
         board: evil(),
         engine: evil(),
         suite: Some(evil()),
@@ -77,40 +83,42 @@ fn hostile() -> Report {
         epoch: u64::from(u32::MAX) * 4,
         seconds: f64::NAN,
         stages: vec![
-            Stage { name: evil(), seconds: -1.0, cached: false, note: evil() },
-            Stage { name: long.clone(), seconds: 1e300, cached: true, note: evil() },
+            ReportStage { name: evil(), seconds: -1.0, cached: false, note: evil() },
+            ReportStage { name: long.clone(), seconds: 1e300, cached: true, note: evil() },
         ],
-        outputs: vec![Output {
+        outputs: vec![ReportOutput {
             name: evil(),
             path: evil(),
             size: u64::MAX,
             on_disk_size: 0,
             sha256: Some(evil()),
         }],
-        signed_by: Some(Signer { key_id: evil(), kind: Kind::Development }),
-        disk: Some(Disk::new(TableKind::Gpt, 10, vec![partition(&evil(), 0, 10)]).unwrap()),
-        root: Some(Root::new(9, 0, 4000, Some(evil()))),
+        signed_by: Some(ReportSigner { key_id: evil(), kind: ReportKind::Development }),
+        disk: Some(
+            ReportDisk::new(ReportTableKind::Gpt, 10, vec![partition(&evil(), 0, 10)]).unwrap(),
+        ),
+        root: Some(ReportRoot::new(9, 0, 4000, Some(evil()))),
         packages: vec![
-            Package { name: evil(), version: evil(), installed_bytes: 0 },
-            Package { name: long, version: evil(), installed_bytes: 1 << 50 },
+            ReportPackage { name: evil(), version: evil(), installed_bytes: 0 },
+            ReportPackage { name: long, version: evil(), installed_bytes: 1 << 50 },
         ],
-        wheels: vec![Wheel { name: evil(), version: evil(), bytes: 1 << 49 }],
+        wheels: vec![ReportWheel { name: evil(), version: evil(), bytes: 1 << 49 }],
         largest_files: vec![PathSize { path: evil(), bytes: 5 }],
         directories: vec![PathSize { path: evil(), bytes: 0 }],
-        starts: vec![xtask::start::Start {
+        starts: vec![xtask::start::ModelBoot {
             model: evil(),
             title: "x".repeat(3000),
             starts: false,
             steps: vec![(evil(), evil())],
         }],
         warnings: vec![evil(), format!("{}\nhelp: {}", evil(), evil())],
-        replaced_packages: vec![Replaced { name: evil(), old: evil(), new: evil() }],
+        replaced_packages: vec![ReportReplacement { name: evil(), old: evil(), new: evil() }],
         next: vec![evil()],
         ..empty()
     }
 }
 
-fn terminal(report: &Report, style: Style) -> String {
+fn terminal(report: &BuildReport, style: TerminalStyle) -> String {
     let mut out = Vec::new();
     render_terminal(report, &mut out, style).unwrap();
     String::from_utf8(out).unwrap()
@@ -128,15 +136,24 @@ fn golden(name: &str, found: &str) {
 
 #[test]
 fn terminal_goldens() {
-    golden("terminal-wide.txt", &terminal(&realistic(), Style { color: false, width: 110 }));
-    golden("terminal-narrow.txt", &terminal(&realistic(), Style { color: false, width: 60 }));
-    golden("terminal-color.txt", &terminal(&realistic(), Style { color: true, width: 110 }));
-    assert_eq!(terminal(&empty(), Style::plain()), "");
+    golden(
+        "terminal-wide.txt",
+        &terminal(&realistic(), TerminalStyle { color: false, width: 110 }),
+    );
+    golden(
+        "terminal-narrow.txt",
+        &terminal(&realistic(), TerminalStyle { color: false, width: 60 }),
+    );
+    golden(
+        "terminal-color.txt",
+        &terminal(&realistic(), TerminalStyle { color: true, width: 110 }),
+    );
+    assert_eq!(terminal(&empty(), TerminalStyle::plain()), "");
 }
 
 #[test]
 fn a_terminal_gets_no_control_characters_from_names() {
-    let text = terminal(&hostile(), Style::plain());
+    let text = terminal(&hostile(), TerminalStyle::plain());
     assert!(text.chars().all(|c| c == '\n' || !c.is_control()), "{text:?}");
 }
 
@@ -144,12 +161,12 @@ fn a_terminal_gets_no_control_characters_from_names() {
 fn json_round_trip() {
     let report = realistic();
     let json = report.to_json().unwrap();
-    assert_eq!(Report::from_json(&json).unwrap(), report);
+    assert_eq!(BuildReport::from_json(&json).unwrap(), report);
     for key in ["\"started-in\"", "\"on-disk-size\"", "\"largest-files\"", "\"signed-by\""] {
         assert!(json.contains(key), "{key} is missing");
     }
     let other = json.replacen("\"schema\": 1", "\"schema\": 99", 1);
-    let error = Report::from_json(&other).unwrap_err().to_string();
+    let error = BuildReport::from_json(&other).unwrap_err().to_string();
     assert_eq!(
         error,
         "reading a build report: its schema is 99, but this tool reads 1\n\
@@ -293,7 +310,7 @@ fn partitions_are_to_scale() {
             let region = disk.regions.iter().find(|r| r.start as f64 == start).unwrap();
             assert_eq!(region.size as f64, size);
             let (x, width) = (attribute(block, "x"), attribute(block, "width"));
-            let least = if region.kind == RegionKind::Gap { 0.0 } else { 3.0 };
+            let least = if region.kind == ReportRegionKind::Gap { 0.0 } else { 3.0 };
             assert!((x - start * scale).abs() < 0.01, "{region:?} is drawn at {x}");
             assert!((width - (size * scale).max(least)).abs() < 0.01, "{region:?}: {width}");
         }
@@ -302,8 +319,8 @@ fn partitions_are_to_scale() {
 
 #[test]
 fn a_card_has_no_overlaps_and_no_holes() {
-    let disk = Disk::new(
-        TableKind::Mbr,
+    let disk = ReportDisk::new(
+        ReportTableKind::Mbr,
         100,
         vec![partition("root-a", 40, 20), partition("boot", 10, 30)],
     )
@@ -314,12 +331,13 @@ fn a_card_has_no_overlaps_and_no_holes() {
     assert_eq!(found, expected);
 
     let regions = vec![partition("boot", 0, 50), partition("root-a", 49, 10)];
-    let error = Disk::new(TableKind::Mbr, 100, regions).unwrap_err().to_string();
+    let error = ReportDisk::new(ReportTableKind::Mbr, 100, regions).unwrap_err().to_string();
     assert_eq!(
         error,
         "describing the card: `root-a` starts at byte 49, but `boot` ends at byte 50"
     );
-    let error = Disk::new(TableKind::Mbr, 100, vec![partition("data", 90, 11)]).unwrap_err();
+    let error =
+        ReportDisk::new(ReportTableKind::Mbr, 100, vec![partition("data", 90, 11)]).unwrap_err();
     assert_eq!(
         error.to_string(),
         "describing the card: `data` ends at byte 101, but the card has 100 bytes"
@@ -328,7 +346,7 @@ fn a_card_has_no_overlaps_and_no_holes() {
 
 #[test]
 fn fill_is_rounded_up() {
-    assert_eq!(Root::new(1, 1000, 90, None).fill_percent, 1);
-    assert_eq!(Root::new(1001, 1000, 90, None).fill_percent, 101);
-    assert_eq!(Root::new(0, 0, 90, None).fill_percent, 0);
+    assert_eq!(ReportRoot::new(1, 1000, 90, None).fill_percent, 1);
+    assert_eq!(ReportRoot::new(1001, 1000, 90, None).fill_percent, 101);
+    assert_eq!(ReportRoot::new(0, 0, 90, None).fill_percent, 0);
 }

@@ -275,7 +275,7 @@ fn a_local_system_understands_every_unit() {
             robot.put(&format!("etc/systemd/system/multi-user.target.wants/{unit}"), "");
         }
         let overlay = plan.overlay.iter().map(|file| file.target.clone()).collect();
-        let system = units::read(&robot.at(""), &overlay).expect("a system");
+        let system = units::read_services(&robot.at(""), &overlay).expect("a system");
         assert_eq!(system.notes, [""; 0], "{}", plan.product.name);
         let names: Vec<&str> = system.units.iter().map(|unit| unit.name.as_str()).collect();
         let missing: Vec<_> = enabled.iter().filter(|unit| !names.contains(*unit)).collect();
@@ -286,7 +286,7 @@ fn a_local_system_understands_every_unit() {
         // What serves a card, links or wireless devices has none to serve.
         let here = |name: &str| {
             let unit = at(name).and_then(|at| system.units.get(at)).expect("a unit");
-            !unit.conditions.iter().any(|c| c.test == units::Test::Container && c.negated)
+            !unit.conditions.iter().any(|c| c.test == units::ConditionTest::Container && c.negated)
         };
         assert!(["state", "identity", "provision", "links", "api", "proxy"].into_iter().all(here));
         assert!(!["seed", "network", "ssh-keys"].into_iter().any(here));

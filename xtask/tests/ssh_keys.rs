@@ -8,7 +8,7 @@ use std::process::{Command, Output};
 
 use camino::Utf8PathBuf;
 use fixture_support::{Workspace, fixture};
-use xtask::render::Rendered;
+use xtask::render::RenderedFiles;
 use xtask::{flash, keys, ssh_keys};
 
 /// A workspace, and keys that `ssh-keygen` made.
@@ -40,7 +40,7 @@ impl Rig {
     }
 
     /// The workspace with these files as the keys of one account.
-    fn render(&self, files: &[&str]) -> anyhow::Result<Rendered> {
+    fn render(&self, files: &[&str]) -> anyhow::Result<RenderedFiles> {
         let list: Vec<String> = files.iter().map(|file| format!("\"{file}\"")).collect();
         let product = fs::read_to_string(fixture().join("configs/shop.toml"))?;
         let keys = format!("uid = 1000\nauthorized-keys = [{}]", list.join(", "));
@@ -127,7 +127,7 @@ fn what_sshd_reads_is_taken_and_ends_its_lines() {
             .flatten()
             .collect();
         let line = format!("{name} {} me", bundle::keys::encode_base64(&blob));
-        assert_eq!(ssh_keys::lines(line.as_bytes()), Ok(format!("{line}\n")));
+        assert_eq!(ssh_keys::keys_as_lines(line.as_bytes()), Ok(format!("{line}\n")));
     }
 }
 
@@ -165,7 +165,8 @@ fn options_are_those_of_sshd() {
         "cert-authority,principals=\"me\"",
     ] {
         let line = format!("{options} {key}");
-        let keys = ssh_keys::parse(line.as_bytes()).unwrap_or_else(|bad| panic!("{line}: {bad:?}"));
+        let keys =
+            ssh_keys::parse_keys(line.as_bytes()).unwrap_or_else(|bad| panic!("{line}: {bad:?}"));
         assert!(keys[0].has_options && keys[0].text == line, "{line}");
         // They mean nothing to the file of the first boot, and must not get lost.
         let path = rig.at("with-options.pub");
@@ -180,7 +181,7 @@ fn options_are_those_of_sshd() {
         ("command=\"ls", "a quote is not closed"),
         ("restrict, pty", "expected an SSH public key, found something else"),
     ] {
-        let bad = ssh_keys::parse(format!("{options} {key}").as_bytes()).expect_err(options);
+        let bad = ssh_keys::parse_keys(format!("{options} {key}").as_bytes()).expect_err(options);
         assert!(bad.message.contains(expected) && bad.line == Some(1), "{options}: {bad:?}");
     }
 }

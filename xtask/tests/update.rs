@@ -6,8 +6,8 @@ use std::process::Command;
 
 use bundle::{BuildKind, BundlePolicy, CompressionLevel, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::keys::{KEY_SET, Keys, PASSWORD_VARIABLE, Signer};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack, verify};
+use xtask::keys::{KEY_SET, KeyDirectory, PASSWORD_VARIABLE, SigningKey};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle, verify_bundle};
 
 struct Dir(#[allow(dead_code)] tempfile::TempDir, Utf8PathBuf);
 
@@ -28,7 +28,7 @@ fn payload(dir: &Utf8Path) -> Utf8PathBuf {
     path
 }
 
-fn request<'a>(payload: &Utf8Path, kind: BuildKind, signers: &'a [Signer]) -> PackRequest<'a> {
+fn request<'a>(payload: &Utf8Path, kind: BuildKind, signers: &'a [SigningKey]) -> PackRequest<'a> {
     let version = Version::parse("0.1.0").unwrap();
     let payload = PayloadRequest { role: "root".to_owned(), path: payload.to_owned() };
     PackRequest {
@@ -61,21 +61,23 @@ fn run(program: &str, args: &[&str], dir: &Utf8Path) -> Vec<u8> {
 #[test]
 fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let root = payload(&dir);
     let first =
-        pack(&request(&root, BuildKind::Development, &signers), &dir.join("a.bundle")).unwrap();
+        pack_bundle(&request(&root, BuildKind::Development, &signers), &dir.join("a.bundle"))
+            .unwrap();
     let other =
         PackRequest { workers: Some(1), ..request(&root, BuildKind::Development, &signers) };
-    let second = pack(&other, &dir.join("deep/er/b.bundle")).unwrap();
+    let second = pack_bundle(&other, &dir.join("deep/er/b.bundle")).unwrap();
     assert_eq!(first.artifact.sha256, second.artifact.sha256);
-    assert_eq!(xtask::artifact::Artifact::of(dir.join("a.bundle")).unwrap(), first.artifact);
+    assert_eq!(xtask::artifact::Artifact::from_file(dir.join("a.bundle")).unwrap(), first.artifact);
     assert_eq!((first.payloads[0].size, first.payloads[0].used), (40 << 20, 3 * 4096));
     assert_eq!(first.signed_by[0].kind, BuildKind::Development);
     assert!(!dir.join("a.bundle.partial").exists());
 
-    let verified = verify(&dir.join("a.bundle"), keys.set(), &BundlePolicy::default()).unwrap();
+    let verified =
+        verify_bundle(&dir.join("a.bundle"), keys.set(), &BundlePolicy::default()).unwrap();
     assert_eq!(verified.manifest, first.manifest);
     run("tar", &["-xf", "a.bundle"], &dir);
     let public = &keys.list()[0].public_file;
@@ -86,14 +88,14 @@ fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
 #[test]
 fn a_damaged_bundle_is_refused_with_its_code_and_help() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let path = dir.join("a.bundle");
-    pack(&request(&payload(&dir), BuildKind::Development, &signers), &path).unwrap();
+    pack_bundle(&request(&payload(&dir), BuildKind::Development, &signers), &path).unwrap();
     let mut bytes = std::fs::read(&path).unwrap();
     bytes[700] ^= 1;
     std::fs::write(&path, bytes).unwrap();
-    let error = verify(&path, keys.set(), &BundlePolicy::default()).unwrap_err();
+    let error = verify_bundle(&path, keys.set(), &BundlePolicy::default()).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("(bad-signature)\nhelp: "), "{shown}");
     let typed = error.chain().find_map(|cause| cause.downcast_ref::<bundle::Error>());
@@ -103,7 +105,7 @@ fn a_damaged_bundle_is_refused_with_its_code_and_help() {
 #[test]
 fn the_minisign_tool_signs_with_our_key_what_we_accept() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     keys.signer(BuildKind::Development).unwrap();
     let listed = keys.list().remove(0);
     std::fs::write(dir.join("text"), "something").unwrap();
@@ -121,7 +123,7 @@ fn the_minisign_tool_signs_with_our_key_what_we_accept() {
 fn keys_are_made_once_kept_private_and_rotated() {
     let Dir(_keep, dir) = dir();
     let at = dir.join("keys");
-    let mut keys = Keys::open(&at).unwrap();
+    let mut keys = KeyDirectory::open(&at).unwrap();
     assert!(keys.list().is_empty());
     let message = format!("{:#}", keys.signer(BuildKind::Release).unwrap_err());
     assert!(message.contains("finding the release key: no release key in"), "{message}");
@@ -141,18 +143,18 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert!(alone.contains("without another development key"), "{alone}");
     let second = keys.rotate(BuildKind::Development, false).unwrap();
     assert_eq!(second.epoch, 2);
-    let ids = |keys: &mut Keys| -> Vec<String> {
+    let ids = |keys: &mut KeyDirectory| -> Vec<String> {
         let signers = keys.signers(BuildKind::Development).unwrap();
         signers.iter().map(|signer| signer.key().id.clone()).collect()
     };
     assert_eq!(ids(&mut keys), [second.id.clone(), first.id.clone()]);
     let out = dir.join("both.bundle");
     let signers = keys.signers(BuildKind::Development).unwrap();
-    pack(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
+    pack_bundle(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
     for known in [&first, &second] {
         let set = KeySet { keys: vec![known.clone()], ..KeySet::default() };
         let policy = BundlePolicy { product: None, board: None, floor: None, key_epoch: 0 };
-        let verified = xtask::update::verify(&out, &set, &policy).unwrap();
+        let verified = xtask::update::verify_bundle(&out, &set, &policy).unwrap();
         assert_eq!(verified.signed_by[0].id, known.id);
         assert_eq!(verified.manifest.key_epoch, 1, "the older key still counts");
     }
@@ -161,7 +163,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
     assert!(keys.revoke(&first.id).is_err() && keys.revoke("0").is_err());
     assert_eq!(keys.signer(BuildKind::Development).unwrap().key(), &second);
     drop(keys);
-    let keys = Keys::open(&at).unwrap();
+    let keys = KeyDirectory::open(&at).unwrap();
     let states: Vec<(u32, bool)> = keys.set().keys.iter().map(|k| (k.epoch, k.revoked)).collect();
     assert_eq!(states, [(1, true), (2, false)]);
     assert!(keys.set_for(BuildKind::Release).keys.is_empty());
@@ -172,26 +174,27 @@ fn keys_are_made_once_kept_private_and_rotated() {
 #[test]
 fn a_release_refuses_the_development_key() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    let error = pack(&request(&payload(&dir), BuildKind::Release, &signers), &out).unwrap_err();
+    let error =
+        pack_bundle(&request(&payload(&dir), BuildKind::Release, &signers), &out).unwrap_err();
     let shown = format!("{error:#}");
     assert!(shown.contains("is a release, but the key"), "{shown}");
     assert!(shown.contains("help: sign it with a release key"), "{shown}");
     assert!(!out.exists());
-    let error = pack(&request(&payload(&dir), BuildKind::Release, &[]), &out).unwrap_err();
+    let error = pack_bundle(&request(&payload(&dir), BuildKind::Release, &[]), &out).unwrap_err();
     assert!(format!("{error:#}").contains("no signing key: the bundle would be unsigned"));
 }
 
 #[test]
 fn a_missing_payload_leaves_nothing_behind() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("out/a.bundle");
-    let error =
-        pack(&request(&dir.join("none"), BuildKind::Development, &signers), &out).unwrap_err();
+    let error = pack_bundle(&request(&dir.join("none"), BuildKind::Development, &signers), &out)
+        .unwrap_err();
     assert!(format!("{error:#}").contains("opening"), "{error:#}");
     assert_eq!(std::fs::read_dir(dir.join("out")).unwrap().count(), 0);
 }
@@ -224,9 +227,9 @@ const SIGNS: &str = "TEST_UPDATE_SIGNS";
 fn a_read_only_key_directory_is_read_and_signs() {
     let Dir(_keep, dir) = dir();
     let folder = dir.join("keys");
-    let signers = [Keys::open(&folder).unwrap().signer(BuildKind::Development).unwrap()];
+    let signers = [KeyDirectory::open(&folder).unwrap().signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
-    pack(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
+    pack_bundle(&request(&payload(&dir), BuildKind::Development, &signers), &out).unwrap();
     std::fs::remove_file(folder.join(".lock")).unwrap();
     let mount = "mount --bind \"$1\" \"$1\" && mount -o remount,ro,bind \"$1\" && ! touch \"$1/x\" 2>/dev/null && shift && exec \"$@\"";
     let in_mount = |program: &str, words: &[&str]| {
@@ -260,7 +263,8 @@ fn a_read_only_key_directory_is_read_and_signs() {
 #[test]
 fn in_a_child_that_signs() {
     let Ok(dir) = std::env::var(SIGNS) else { return };
-    let signer = Keys::open(Utf8Path::new(&dir)).unwrap().signer(BuildKind::Development).unwrap();
+    let signer =
+        KeyDirectory::open(Utf8Path::new(&dir)).unwrap().signer(BuildKind::Development).unwrap();
     println!("signed by {}", signer.sign(b"x", "a comment").key);
 }
 
@@ -297,11 +301,11 @@ fn a_release_key_needs_its_password() {
     };
     let (ok, text) = rotate("wrong");
     assert!(!ok && text.contains("the new key must have the same password"), "{text}");
-    assert_eq!(Keys::open(&dir.join("keys")).unwrap().list().len(), 1);
+    assert_eq!(KeyDirectory::open(&dir.join("keys")).unwrap().list().len(), 1);
     let (ok, text) = rotate("correct horse");
     assert!(ok, "{text}");
     // A key that others may read is told.
-    for key in Keys::open(&dir.join("keys")).unwrap().list() {
+    for key in KeyDirectory::open(&dir.join("keys")).unwrap().list() {
         let secret = key.secret.unwrap();
         std::fs::set_permissions(&secret, std::fs::Permissions::from_mode(0o644)).unwrap();
     }
@@ -315,14 +319,14 @@ fn in_a_child_with_a_password() {
     let Ok(dir) = std::env::var("SLIPWAY_TEST_DIR") else { return };
     let dir = Utf8PathBuf::from(dir);
     let work = || -> anyhow::Result<()> {
-        let mut keys = Keys::open(&dir.join("keys"))?;
+        let mut keys = KeyDirectory::open(&dir.join("keys"))?;
         if keys.list().is_empty() {
             keys.new_key(BuildKind::Release)?;
         }
         let signers = [keys.signer(BuildKind::Release)?];
         let out = dir.join("a.bundle");
-        pack(&request(&payload(&dir), BuildKind::Release, &signers), &out)?;
-        verify(&out, &keys.set_for(BuildKind::Release), &BundlePolicy::default())?;
+        pack_bundle(&request(&payload(&dir), BuildKind::Release, &signers), &out)?;
+        verify_bundle(&out, &keys.set_for(BuildKind::Release), &BundlePolicy::default())?;
         Ok(())
     };
     if let Err(error) = work() {
@@ -378,7 +382,7 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
 #[test]
 fn an_api_that_no_robot_takes_is_not_good() {
     let Dir(_keep, dir) = dir();
-    let mut keys = Keys::open(&dir.join("keys")).unwrap();
+    let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("api.bundle");
     let verdict = |files: &[(&str, &str)], lock: Option<&str>| {
@@ -388,8 +392,8 @@ fn an_api_that_no_robot_takes_is_not_good() {
         }
         let mut request = request(&dir, BuildKind::Development, &signers);
         request.components = vec![component];
-        pack(&request, &out).unwrap();
-        verify(&out, keys.set(), &BundlePolicy::default())
+        pack_bundle(&request, &out).unwrap();
+        verify_bundle(&out, keys.set(), &BundlePolicy::default())
     };
     let deep = format!("site/{}x", "d/".repeat(40));
     verdict(&[("site/foo/__init__.py", "x = 1\n"), ("site/foo/a/b.py", "")], None).unwrap();

@@ -12,15 +12,15 @@ use camino::{Utf8Path, Utf8PathBuf};
 use wheel_support::{Draft, arm64_root, install_into, locked, message, rename, target, unpack};
 use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
-use xtask::sbom;
+use xtask::sbom::{self, SbomComponent, SbomOrigin, SbomSubject};
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
-use xtask::wheel::component::{ComponentRequest, component};
+use xtask::wheel::component::{WheelComponentRequest, make_payloads};
 use xtask::wheel::resolve::describe_missing;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BaseDistribution, BasePython, Installed, LockRequest, Wheel, WheelLock, bytecode, check, fetch,
-    identity, lock, update,
+    BaseDistribution, BasePython, CheckedWheel, InstalledWheels, LockRequest, WheelLock, bytecode,
+    check_wheels, fetch_wheels, lock_identity, lock_wheels, update_lock,
 };
 
 #[test]
@@ -102,7 +102,7 @@ fn each_broken_wheel_is_refused_with_its_reason() {
         assert!(found.contains(&expected), "expected: {expected}\nfound: {found}");
     }
     let bytes = good().build();
-    let wrong = message(Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
+    let wrong = message(CheckedWheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some("00")));
     let expected =
         format!("the sha256 of the wheel is {}, but the lock has 00", hash_bytes(&bytes));
     assert!(wrong.ends_with(&expected), "{wrong}");
@@ -112,7 +112,7 @@ fn each_broken_wheel_is_refused_with_its_reason() {
 fn wheels_are_checked_against_the_target_and_each_other() {
     let wheel = |name: &str, headers: &str| Draft::new(name, headers).read().unwrap();
     let base = [BaseDistribution { name: "Sys_Tools".into(), version: "3.1".into() }];
-    let verdict = |wheels: &[Wheel]| check("foo==1.0", wheels, &target(), &base);
+    let verdict = |wheels: &[CheckedWheel]| check_wheels("foo==1.0", wheels, &target(), &base);
     let needs = "Requires-Dist: bar>=1; platform_machine == 'aarch64'\n\
                  Requires-Dist: sys-tools>3\n\
                  Requires-Dist: other; python_version < '3.8'\n\
@@ -126,7 +126,7 @@ fn wheels_are_checked_against_the_target_and_each_other() {
     let mut compiled =
         Draft::new("foo", "").edit("/WHEEL", "py3-none-any", "cp312-cp312-linux_aarch64");
     compiled.file = "foo-1.0-cp312-cp312-linux_aarch64.whl".into();
-    let cases: Vec<(Vec<Wheel>, &str)> = vec![
+    let cases: Vec<(Vec<CheckedWheel>, &str)> = vec![
         (
             vec![compiled.read().unwrap()],
             "foo-1.0-cp312-cp312-linux_aarch64.whl: its tags (cp312-cp312-linux_aarch64) do not fit CPython 3.11 on aarch64 with glibc 2.36",
@@ -237,16 +237,19 @@ fn the_products_lock_is_whole_and_each_contradiction_in_a_lock_is_refused() {
     assert_eq!(lock.wheels.len(), 23);
     let first = lock.wheels[0].sha256.clone();
     let changed = text.replace(&first, &"0".repeat(64));
-    assert_ne!(identity(&lock), identity(&WheelLock::parse(&changed, "a.lock".into()).unwrap()));
+    assert_ne!(
+        lock_identity(&lock),
+        lock_identity(&WheelLock::parse(&changed, "a.lock".into()).unwrap())
+    );
     let mut newer = lock.clone();
     newer.wheels[0].version = "9".into();
     let gone = newer.wheels.remove(1);
     assert_eq!(
-        xtask::wheel::lock::difference(Some(&lock), &newer),
+        xtask::wheel::lock::describe_difference(Some(&lock), &newer),
         ["aionotify 0.3.1 -> 9".to_owned(), format!("- {} {}", gone.name, gone.version)]
     );
-    assert!(xtask::wheel::lock::difference(Some(&lock), &lock).is_empty());
-    assert_eq!(xtask::wheel::lock::difference(None, &lock).len(), 23);
+    assert!(xtask::wheel::lock::describe_difference(Some(&lock), &lock).is_empty());
+    assert_eq!(xtask::wheel::lock::describe_difference(None, &lock).len(), 23);
     let half = text.find("[[wheel]]").unwrap();
     let block = text[half..].split("\n\n").next().unwrap();
     let python = text.lines().find(|line| line.starts_with("python = ")).unwrap();
@@ -427,11 +430,13 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned())).unwrap();
     let make = |drafts: &[Draft], out: &str| {
         let lock = locked(drafts, &cache);
-        let (wheels, out) = (fetch(&lock, &Cache::at(cache.clone()), true).unwrap(), dir.join(out));
+        let (wheels, out) =
+            (fetch_wheels(&lock, &Cache::in_dir(cache.clone()), true).unwrap(), dir.join(out));
         std::fs::create_dir(&out).unwrap();
         let (lock, wheels, out) = (&lock, wheels.as_slice(), out.as_path());
-        let request = ComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
-        component(&request).unwrap()
+        let request =
+            WheelComponentRequest { lock, wheels, base: &base, cache: &cache, out, log: None };
+        make_payloads(&request).unwrap()
     };
     let bar = || Draft::new("bar", "");
     let made = make(&[rich(), bar()], "one");
@@ -538,10 +543,10 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
     let scratch = tempfile::tempdir().unwrap();
     let cache = Utf8Path::from_path(scratch.path()).unwrap();
     let lock = locked(&[Draft::new("bar", ""), Draft::new("foo", "")], cache);
-    let of = Cache::at(cache.to_owned());
-    let all = fetch(&lock, &of, true).unwrap();
+    let of = Cache::in_dir(cache.to_owned());
+    let all = fetch_wheels(&lock, &of, true).unwrap();
     std::fs::write(&all[1].path, "damaged").unwrap();
-    let found = message(fetch(&lock, &of, true));
+    let found = message(fetch_wheels(&lock, &of, true));
     assert_eq!(
         found,
         format!(
@@ -551,7 +556,7 @@ fn offline_names_what_the_cache_lacks_and_a_damaged_file_is_not_used() {
     );
     let mut short = locked(&[Draft::new("foo", "")], cache);
     short.wheels[0].size += 1;
-    assert!(message(fetch(&short, &of, true)).contains("bytes, but the lock has"));
+    assert!(message(fetch_wheels(&short, &of, true)).contains("bytes, but the lock has"));
 }
 
 #[test]
@@ -570,12 +575,12 @@ fn the_real_api_is_locked_installed_and_imported() {
         log: None,
     };
     let path = dir.join("fresh.lock");
-    let (fresh, _) = update(&request, &path).unwrap();
+    let (fresh, _) = update_lock(&request, &path).unwrap();
     assert_eq!(WheelLock::load(&path).unwrap(), fresh);
     assert!(fresh.wheels.iter().any(|w| w.name == "opentrons" && w.needed_by.is_empty()));
 
     let product = product_lock();
-    fetch(&product, &Cache::at(cache.clone()), false).unwrap();
+    fetch_wheels(&product, &Cache::in_dir(cache.clone()), false).unwrap();
     let out = dir.join("api.tar");
     let installed = install_into(&product, &cache, &out).unwrap();
     unpack(&out, &dir.join("tree"));
@@ -584,35 +589,35 @@ fn the_real_api_is_locked_installed_and_imported() {
     validate_bill(&installed, &product, dir);
 
     request.target.python = "3.13".parse().unwrap();
-    let missing = message(lock(&request));
+    let missing = message(lock_wheels(&request));
     assert!(missing.contains("numpy<2"), "{missing}");
     assert!(missing.contains("\n  cp312-cp312-manylinux_2_17_aarch64\n"), "{missing}");
 }
 
 /// The published schema, which a Python package carries, judges the bill.
-fn validate_bill(installed: &Installed, lock: &WheelLock, dir: &Utf8Path) {
+fn validate_bill(installed: &InstalledWheels, lock: &WheelLock, dir: &Utf8Path) {
     let mut components = sbom::wheel_components(installed, lock);
-    components.push(sbom::Component {
+    components.push(SbomComponent {
         name: "libstdc++6".into(),
         version: "1:12.2.0-14+deb12u1".into(),
-        origin: sbom::Origin::Debian { arch: "arm64".into(), release: "bookworm".into() },
+        origin: SbomOrigin::Debian { arch: "arm64".into(), release: "bookworm".into() },
         sha256: Some("0".repeat(64)),
         license: None,
         summary: Some("GNU Standard C++ Library v3".into()),
         cpe: None,
         depends_on: vec![],
     });
-    let meta = sbom::Meta {
+    let meta = SbomSubject {
         product: "robot".into(),
         version: "0.1.0".into(),
         board: "pi".into(),
         epoch: 1_700_000_000,
     };
     let bill = dir.join("sbom.cdx.json");
-    sbom::write(&bill, &components, &meta).unwrap();
+    sbom::write_sbom(&bill, &components, &meta).unwrap();
     let first = std::fs::read(&bill).unwrap();
     components.reverse();
-    sbom::write(&bill, &components, &meta).unwrap();
+    sbom::write_sbom(&bill, &components, &meta).unwrap();
     let mut second = Vec::new();
     std::fs::File::open(&bill).unwrap().read_to_end(&mut second).unwrap();
     assert_eq!(first, second, "the order of the components must not matter");
@@ -667,7 +672,7 @@ fn bytecode_is_the_same_on_every_processor() {
         }
     }
     assert!(files.len() > 250, "{} modules", files.len());
-    let sources: bytecode::Sources<'_> = files
+    let sources: bytecode::ModuleSources<'_> = files
         .iter()
         .map(|(path, bytes)| (path.trim_start_matches('/'), bytes.as_slice()))
         .collect();
@@ -675,7 +680,7 @@ fn bytecode_is_the_same_on_every_processor() {
     let compile = |base: &BasePython| {
         let cache = tempfile::tempdir().unwrap();
         let cache = Utf8Path::from_path(cache.path()).unwrap();
-        bytecode::compile(&wheels, base, "aarch64", cache, None).unwrap()
+        bytecode::compile_wheels(&wheels, base, "aarch64", cache, None).unwrap()
     };
     let (here, there) = (compile(&own), compile(&emulated));
     assert_eq!(here[0].len(), files.len());

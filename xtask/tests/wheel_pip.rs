@@ -14,9 +14,10 @@ use xtask::artifact::hash_bytes;
 use xtask::cache::Cache;
 use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
-use xtask::wheel::component::{ComponentRequest, component, unfit};
+use xtask::wheel::component::{WheelComponentRequest, find_unfit_files, make_payloads};
 use xtask::wheel::{
-    BasePython, InstallTarget, LockRequest, Wheel, WheelLock, fetch, lock, preview,
+    BasePython, CheckedWheel, InstallTarget, LockRequest, WheelLock, fetch_wheels, lock_wheels,
+    preview_files,
 };
 
 /// Wheels of the index, `name==version` a line.
@@ -45,13 +46,13 @@ fn is_installers(path: &str) -> bool {
     })
 }
 
-fn ours(wheels: Vec<Wheel>) -> anyhow::Result<Files> {
+fn ours(wheels: Vec<CheckedWheel>) -> anyhow::Result<Files> {
     let programs: Vec<String> = wheels
         .iter()
         .flat_map(|wheel| &wheel.entry_points)
         .map(|point| format!("bin/{}", point.name))
         .collect();
-    let files = preview(wheels, &beside_pip(), "none")?.into_iter().map(|(path, file)| {
+    let files = preview_files(wheels, &beside_pip(), "none")?.into_iter().map(|(path, file)| {
         let path = path.strip_prefix("t/").expect("below the target").to_owned();
         // The name of the interpreter's directory is the interpreter's.
         let path = path.replacen("include/python3/", "include/python/", 1);
@@ -127,9 +128,9 @@ fn written(drafts: &[Draft], dir: &Utf8Path) -> Vec<Utf8PathBuf> {
 }
 
 /// Read as a build does: the lock vouches for the bytes.
-fn vouched(path: &Utf8Path) -> anyhow::Result<Wheel> {
+fn vouched(path: &Utf8Path) -> anyhow::Result<CheckedWheel> {
     let sha256 = hash_bytes(&std::fs::read(path)?);
-    Wheel::open(path, path.file_name().expect("a name"), Some(&sha256))
+    CheckedWheel::open(path, path.file_name().expect("a name"), Some(&sha256))
 }
 
 #[test]
@@ -216,7 +217,7 @@ fn a_wheel_that_contradicts_itself_is_installed_as_pip_does_and_told() {
 fn a_python_that_does_not_fit_is_refused_however_it_is_written() {
     let wheel = |headers: &str| {
         let bytes = Draft::new("foo", headers).build();
-        Wheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some(&hash_bytes(&bytes))).unwrap()
+        CheckedWheel::read(&bytes, "foo-1.0-py3-none-any.whl", Some(&hash_bytes(&bytes))).unwrap()
     };
     let verdict = |headers: &str| wheel(headers).metadata.check_python(&target());
     verdict("Requires-Python: >=3.6.*\n").unwrap();
@@ -290,13 +291,13 @@ fn make_component(
     lock: &WheelLock,
     dir: &Utf8Path,
     out: &str,
-) -> anyhow::Result<xtask::wheel::Component> {
+) -> anyhow::Result<xtask::wheel::WheelComponent> {
     let cache = dir.join("cache");
-    let wheels = fetch(lock, &Cache::at(cache.clone()), true)?;
+    let wheels = fetch_wheels(lock, &Cache::in_dir(cache.clone()), true)?;
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
     let out = dir.join(out);
     std::fs::create_dir_all(&out)?;
-    component(&ComponentRequest {
+    make_payloads(&WheelComponentRequest {
         lock,
         wheels: &wheels,
         base: &base,
@@ -356,7 +357,9 @@ fn what_no_robot_takes_is_no_component_and_told_when_it_is_locked() {
         // An image does.
         install_into(&lock, &dir.join("cache"), &dir.join("out.tar")).unwrap();
         let wheel = vouched(&written(&[draft], dir)[0]).unwrap();
-        let told_of = unfit(&preview(vec![wheel], &InstallTarget::on_data(), "foo").unwrap());
+        let told_of = find_unfit_files(
+            &preview_files(vec![wheel], &InstallTarget::on_data(), "foo").unwrap(),
+        );
         assert!(told_of.len() == 1 && told_of[0].contains(told), "{told_of:?}");
     }
 }
@@ -402,7 +405,8 @@ fn locks_under_the_settings_of_a_machine() {
         cache: dir.join("cache"),
         log: None,
     };
-    let told = lock(&request).map_or_else(|error| format!("{error:#}"), |lock| lock.to_toml());
+    let told =
+        lock_wheels(&request).map_or_else(|error| format!("{error:#}"), |lock| lock.to_toml());
     std::fs::write(dir.join("told"), told).unwrap();
 }
 
@@ -552,8 +556,8 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
         cache: cache.clone(),
         log: None,
     };
-    let lock = lock(&request).unwrap();
-    let fetched = fetch(&lock, &Cache::at(cache), true).unwrap();
+    let lock = lock_wheels(&request).unwrap();
+    let fetched = fetch_wheels(&lock, &Cache::in_dir(cache), true).unwrap();
     let (mut wheels, mut paths) = (Vec::new(), Vec::new());
     let (mut doubts, mut compiled) = (0, 0);
     for one in &fetched {
@@ -565,7 +569,9 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
         wheels.push(wheel);
         paths.push(path);
     }
-    let robots = unfit(&preview(wheels.clone(), &InstallTarget::on_data(), "most-used").unwrap());
+    let robots = find_unfit_files(
+        &preview_files(wheels.clone(), &InstallTarget::on_data(), "most-used").unwrap(),
+    );
     let ours = ours(wheels).unwrap();
     let found = differences(&ours, &pips(&paths, dir));
     println!(

@@ -10,19 +10,19 @@ use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use super::install::{SIZES, cut};
+use super::install::{SIZES, cut_payload};
 use crate::exec;
-use crate::keys::Keys;
+use crate::keys::KeyDirectory;
 use crate::progress;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
-/// The first argument of a child that packs one bundle; the command line passes it to [`child`].
+/// The first argument of a child that packs one bundle; the command line passes it to [`run_child`].
 pub const CHILD: &str = "bench-bundle-child";
 
 /// The measurements of one contender.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Row {
+pub struct BundleRow {
     /// The command, shortened.
     pub name: String,
     /// The contender that it is compared with; itself for a reference.
@@ -46,7 +46,7 @@ struct Contender {
 
 /// The request.
 #[derive(Debug, Clone)]
-pub struct Settings {
+pub struct BundleBenchSettings {
     /// The payload, a plain (perhaps sparse) file.
     pub payload: Utf8PathBuf,
     /// A directory for results, which are removed afterwards.
@@ -61,14 +61,16 @@ pub struct Settings {
 ///
 /// # Errors
 /// When a contender fails. `rauc` and `zip` are skipped when they are not installed.
-pub fn run(settings: &Settings) -> Result<Vec<Row>> {
+pub fn run(settings: &BundleBenchSettings) -> Result<Vec<BundleRow>> {
     std::fs::create_dir_all(&settings.scratch)
         .with_context(|| format!("creating {}", settings.scratch))?;
     let mut rows = Vec::new();
     let runs = settings.runs.max(3);
-    for (contenders, runs) in
-        [(quick(settings)?, runs), (sized(settings)?, runs), (slow(settings)?, 1)]
-    {
+    for (contenders, runs) in [
+        (quick_contenders(settings)?, runs),
+        (sized_contenders(settings)?, runs),
+        (slow_contenders(settings)?, 1),
+    ] {
         let mut times = vec![Vec::new(); contenders.len()];
         let mut peaks = vec![0; contenders.len()];
         let mut sizes = vec![0; contenders.len()];
@@ -78,7 +80,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
                     "bench",
                     format!("round {} of {runs}: {}", round + 1, contender.name),
                 );
-                let (time, peak) = measure(contender)?;
+                let (time, peak) = measure_contender(contender)?;
                 times[at].push(time);
                 peaks[at] = peak.max(peaks[at]);
                 sizes[at] = std::fs::metadata(&contender.result)
@@ -90,7 +92,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
         }
         for (at, contender) in contenders.into_iter().enumerate() {
             times[at].sort();
-            rows.push(Row {
+            rows.push(BundleRow {
                 name: contender.name,
                 yardstick: contender.yardstick,
                 seconds: times[at][runs / 2].as_secs_f64(),
@@ -103,7 +105,7 @@ pub fn run(settings: &Settings) -> Result<Vec<Row>> {
 }
 
 /// The rows as a table, each with its ratios to its reference.
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[BundleRow]) -> String {
     use std::fmt::Write as _;
     let mut out = format!(
         "{:<21} {:>9} {:>6}  {:>10} {:>7}  {:>9}\n",
@@ -126,16 +128,20 @@ pub fn table(rows: &[Row]) -> String {
     out
 }
 
-fn ours(settings: &Settings, level: &str, yardstick: &str) -> Result<Contender> {
+fn slipway_contender(
+    settings: &BundleBenchSettings,
+    level: &str,
+    yardstick: &str,
+) -> Result<Contender> {
     let name = format!("slipway {level}");
     bundle_of(&settings.payload, settings, level, name, yardstick)
 }
 
 /// Slipway with payloads of several sizes: the time grows with the size, the memory does not.
-fn sized(settings: &Settings) -> Result<Vec<Contender>> {
+fn sized_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let one = |mib: &u64| {
         let payload = settings.scratch.join(format!("payload-{mib}.img"));
-        cut(&settings.payload, &payload, mib << 20)?;
+        cut_payload(&settings.payload, &payload, mib << 20)?;
         let name = format!("slipway fast {mib} MiB");
         bundle_of(&payload, settings, "fast", name.clone(), &name)
     };
@@ -144,7 +150,7 @@ fn sized(settings: &Settings) -> Result<Vec<Contender>> {
 
 fn bundle_of(
     payload: &Utf8Path,
-    settings: &Settings,
+    settings: &BundleBenchSettings,
     level: &str,
     name: String,
     yardstick: &str,
@@ -162,8 +168,8 @@ fn bundle_of(
     })
 }
 
-fn other(
-    settings: &Settings,
+fn other_contender(
+    settings: &BundleBenchSettings,
     name: &str,
     yardstick: &str,
     result: &str,
@@ -184,41 +190,41 @@ fn other(
     }
 }
 
-fn quick(settings: &Settings) -> Result<Vec<Contender>> {
+fn quick_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     let zstd = |level: &str| {
         let name = format!("zstd -T0 -{level}");
         let level = format!("-{level}");
         let args = ["-q", "-f", "-T0", &level, "IN", "-o", "OUT"];
-        other(settings, &name, &name, "zstd.zst", &args)
+        other_contender(settings, &name, &name, "zstd.zst", &args)
     };
     let mut all = vec![
         zstd("3"),
-        ours(settings, "fast", "zstd -T0 -3")?,
+        slipway_contender(settings, "fast", "zstd -T0 -3")?,
         zstd("9"),
-        ours(settings, "release", "zstd -T0 -9")?,
+        slipway_contender(settings, "release", "zstd -T0 -9")?,
     ];
-    if exec::find("rauc").is_some() && exec::find("mksquashfs").is_some() {
-        all.push(rauc(settings)?);
+    if exec::find_program("rauc").is_some() && exec::find_program("mksquashfs").is_some() {
+        all.push(rauc_contender(settings)?);
     }
-    if exec::find("zip").is_some() {
+    if exec::find_program("zip").is_some() {
         let args = ["-q", "-j", "OUT", "IN"];
-        all.push(other(settings, "zip", "zstd -T0 -3", "payload.zip", &args));
+        all.push(other_contender(settings, "zip", "zstd -T0 -3", "payload.zip", &args));
     }
     Ok(all)
 }
 
-fn slow(settings: &Settings) -> Result<Vec<Contender>> {
+fn slow_contenders(settings: &BundleBenchSettings) -> Result<Vec<Contender>> {
     if !settings.slow {
         return Ok(Vec::new());
     }
     let name = "zstd -T0 -19";
     let args = ["-q", "-f", "-T0", "-19", "IN", "-o", "OUT"];
-    let zstd = other(settings, name, name, "zstd.zst", &args);
-    Ok(vec![zstd, ours(settings, "slow", "zstd -T0 -19")?])
+    let zstd = other_contender(settings, name, name, "zstd.zst", &args);
+    Ok(vec![zstd, slipway_contender(settings, "slow", "zstd -T0 -19")?])
 }
 
 /// A verity bundle of the one payload, compressed with zstd, signed with a temporary certificate.
-fn rauc(settings: &Settings) -> Result<Contender> {
+fn rauc_contender(settings: &BundleBenchSettings) -> Result<Contender> {
     let input = settings.scratch.join("rauc");
     std::fs::create_dir_all(&input).with_context(|| format!("creating {input}"))?;
     let (key, certificate) = (settings.scratch.join("rauc.key"), settings.scratch.join("rauc.crt"));
@@ -246,11 +252,11 @@ fn rauc(settings: &Settings) -> Result<Contender> {
         input.as_str(),
         "OUT",
     ];
-    Ok(other(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
+    Ok(other_contender(settings, "rauc bundle", "zstd -T0 -3", "rauc.raucb", &args))
 }
 
 /// Runs a contender to its end. The data of earlier contenders is on the disk before it starts.
-fn measure(contender: &Contender) -> Result<(Duration, u64)> {
+fn measure_contender(contender: &Contender) -> Result<(Duration, u64)> {
     rustix::fs::sync();
     let started = Instant::now();
     let child = exec::Tool::new(&contender.program)
@@ -321,7 +327,7 @@ fn high_water(pid: u32) -> u64 {
 ///
 /// # Errors
 /// When the arguments are not those of [`run`], or packing fails.
-pub fn child(args: &[String]) -> Result<()> {
+pub fn run_child(args: &[String]) -> Result<()> {
     let [payload, level, out] = args else {
         bail!("expected a payload, a level and an output, found {} arguments", args.len())
     };
@@ -333,17 +339,17 @@ pub fn child(args: &[String]) -> Result<()> {
     };
     let dir = tempfile::tempdir().context("creating a temporary directory")?;
     let dir = Utf8Path::from_path(dir.path()).context("the temporary directory is not UTF-8")?;
-    pack(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
+    pack_payload(Utf8Path::new(payload), level, dir, Utf8Path::new(out))
 }
 
 /// A bundle of one payload, signed with the development key of a directory.
-pub(super) fn pack(
+pub(super) fn pack_payload(
     payload: &Utf8Path,
     level: CompressionLevel,
     keys: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let signer = Keys::open(keys)?.signer(BuildKind::Development)?;
+    let signer = KeyDirectory::open(keys)?.signer(BuildKind::Development)?;
     let version = Version::parse("1.0.0")?;
     let payloads = vec![PayloadRequest { role: "root".to_owned(), path: payload.to_owned() }];
     let request = PackRequest {
@@ -359,5 +365,5 @@ pub(super) fn pack(
         workers: None,
         signers: &[signer],
     };
-    update::pack(&request, out).map(|_| ())
+    update::pack_bundle(&request, out).map(|_| ())
 }

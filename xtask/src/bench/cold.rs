@@ -13,7 +13,7 @@ use crate::artifact::free_space;
 use crate::exec::{Tool, cargo_home};
 use crate::git;
 use crate::progress::{self, say};
-use crate::rootfs::debian::Mirrors;
+use crate::rootfs::debian::AptMirrors;
 
 /// The packages that the README requires before its first command, and Debian's keyring.
 const PACKAGES: &str = "build-essential,ca-certificates,git";
@@ -47,7 +47,7 @@ exec env -i HOME="$home" PATH="/opt/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin" TERM
 
 /// One line of the table.
 #[derive(Debug)]
-pub struct Row {
+pub struct ColdRow {
     /// The command.
     pub what: String,
     /// How long it took.
@@ -60,14 +60,14 @@ pub struct Row {
 ///
 /// # Errors
 /// When the user is not root; when Debian cannot be created; when one of the commands fails.
-pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
+pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<ColdRow>> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "the benchmark `cold` mounts a separate Debian, which needs root\nhelp: run it as root"
     );
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let root = folder.join("root");
-    let mirrors = Mirrors::from_host()?;
+    let mirrors = AptMirrors::from_host()?;
     let debian = measure("a Debian with a C compiler (mmdebstrap)", folder, || {
         let tool = Tool::new("mmdebstrap").args(["--variant=minbase", "--mode=root"]);
         let tool = tool.arg(format!("--include={PACKAGES}")).args(["bookworm", root.as_str()]);
@@ -89,35 +89,35 @@ pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<Row>> {
 /// Copies a clone of the commit, this machine's Rust and its settings for mirrors and registries.
 fn prepare(workspace: &Utf8Path, root: &Utf8Path) -> Result<()> {
     let sysroot = Tool::new("rustc").args(["--print", "sysroot"]).read()?;
-    copy(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
+    copy_tree(Utf8Path::new(sysroot.trim()), &root.join("opt/rust"))?;
     for path in SETTINGS {
         let (from, to) = (Utf8Path::new("/").join(path), root.join(path));
         if from.exists() {
             if to.is_dir() {
                 fs::remove_dir_all(&to).with_context(|| format!("removing {to}"))?;
             }
-            copy(&from, &to)?;
+            copy_tree(&from, &to)?;
         }
     }
     let home = cargo_home()?;
     let settings = Utf8PathBuf::from(home).join("config.toml");
     if settings.is_file() {
-        copy(&settings, &root.join("root/.cargo/config.toml"))?;
+        copy_tree(&settings, &root.join("root/.cargo/config.toml"))?;
     }
     let clone = root.join("root/slipway");
-    git::anywhere()
+    git::git_without_repository()
         .args(["clone", "--quiet", "--no-local", workspace.as_str(), clone.as_str()])
         .run()
 }
 
-fn copy(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
+fn copy_tree(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let parent = to.parent().context("a path below the root")?;
     fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
     Tool::new("cp").args(["-a", "--no-target-directory"]).arg(from).arg(to).run()
 }
 
 /// Measures the time and the disk space of an action.
-fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<Row> {
+fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<ColdRow> {
     let before = free_space(folder)?;
     let done = AtomicBool::new(false);
     let started = Instant::now();
@@ -135,18 +135,18 @@ fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> R
         (result, watcher.join().unwrap_or(before))
     });
     result.with_context(|| what.to_owned())?;
-    say("bench", format!("{what}: {}", progress::duration(started.elapsed())));
-    Ok(Row { what: what.to_owned(), took: started.elapsed(), disk: before - least })
+    say("bench", format!("{what}: {}", progress::format_duration(started.elapsed())));
+    Ok(ColdRow { what: what.to_owned(), took: started.elapsed(), disk: before - least })
 }
 
 /// The rows as a readable table; the first is the reference.
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[ColdRow]) -> String {
     let floor = rows.first().map_or(1.0, |row| row.took.as_secs_f64());
     let mut text =
         String::from("                                              seconds   ratio  disk\n");
     for row in rows {
         let seconds = row.took.as_secs_f64();
-        let (ratio, disk) = (seconds / floor, progress::bytes(row.disk));
+        let (ratio, disk) = (seconds / floor, progress::format_bytes(row.disk));
         text.push_str(&format!("{:<44} {seconds:>8.0} {ratio:>6.1}x  {disk}\n", row.what));
     }
     text

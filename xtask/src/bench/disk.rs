@@ -15,8 +15,8 @@ use serde::Serialize;
 use uuid::Uuid;
 
 use crate::disk::{
-    Content, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest, PartitionSpec, Source,
-    Summed, TableKind, assemble, place, sum,
+    ChecksummedImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
 use crate::exec::{self, Tool};
 use crate::progress;
@@ -31,7 +31,7 @@ const EXT4_MAGIC: u64 = 1024 + 56;
 
 /// The result for one size.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub struct DiskRow {
     /// Bytes of the rootfs image.
     pub rootfs: u64,
     /// The disk usage of the finished card image in bytes.
@@ -53,14 +53,14 @@ pub struct Row {
 ///
 /// # Errors
 /// When a contender fails or the directory has less than about 8 GiB of free space.
-pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
 }
 
 /// The rows as a readable table.
-pub fn table(rows: &[Row]) -> String {
+pub fn table(rows: &[DiskRow]) -> String {
     let mut text = String::from(
         "rootfs    on disk   extent copy   cp --sparse     genimage        ours            sums\n",
     );
@@ -68,8 +68,8 @@ pub fn table(rows: &[Row]) -> String {
         let cell = |seconds: f64| format!("{seconds:.2} s {:.2}x", seconds / row.extent_copy);
         text.push_str(&format!(
             "{:<9} {:<9} {:<13} {:<15} {:<15} {:<15} {:.2} s\n",
-            progress::bytes(row.rootfs),
-            progress::bytes(row.written),
+            progress::format_bytes(row.rootfs),
+            progress::format_bytes(row.written),
             format!("{:.2} s", row.extent_copy),
             cell(row.cp),
             row.genimage.map_or("not installed".to_owned(), cell),
@@ -80,14 +80,14 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<Row> {
+fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
     let root = folder.join("root.img");
-    cut(rootfs, &root, size)?;
+    cut_rootfs(rootfs, &root, size)?;
     let ours = folder.join("ours.img");
-    let spec = spec(sum(&root)?, size)?;
+    let spec = disk_spec(sum_image(&root)?, size)?;
     // The first turn fills the page cache for all contenders and creates the source of the copies.
     assemble(&spec, &ours)?;
-    let genimage = exec::find("genimage");
+    let genimage = exec::find_program("genimage");
     if genimage.is_some() {
         prepare_genimage(folder, &ours)?;
     }
@@ -100,20 +100,20 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
         for contender in 0..times.len() {
             let which = (turn + contender) % times.len();
             let seconds = match which {
-                0 => timed(&copy, || copy_extents(&ours, &copy))?,
-                1 => timed(&copy, || {
+                0 => time_work(&copy, || copy_extents(&ours, &copy))?,
+                1 => time_work(&copy, || {
                     Tool::new("cp").args(["--sparse=always", ours.as_str(), copy.as_str()]).run()
                 })?,
                 2 => match &genimage {
-                    Some(program) => timed(&folder.join("genimage-out/card.img"), || {
+                    Some(program) => time_work(&folder.join("genimage-out/card.img"), || {
                         run_genimage(program, folder)
                     })?,
                     None => continue,
                 },
-                3 => timed(&again, || assemble(&spec, &again).map(drop))?,
+                3 => time_work(&again, || assemble(&spec, &again).map(drop))?,
                 _ => {
                     let start = Instant::now();
-                    sum(&root)?;
+                    sum_image(&root)?;
                     start.elapsed().as_secs_f64()
                 }
             };
@@ -121,9 +121,9 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
         }
     }
     let [extent_copy, cp, genimage, seconds, sum] = times.map(median);
-    Ok(Row {
+    Ok(DiskRow {
         rootfs: size,
-        written: allocated(&ours)?,
+        written: allocated_bytes(&ours)?,
         extent_copy: extent_copy.context("no turn")?,
         cp: cp.context("no turn")?,
         genimage,
@@ -134,7 +134,7 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
 
 /// The time of `work`, which writes `out`. Data of earlier turns is written first, outside of the
 /// measured time: else it would slow down the next contender.
-fn timed(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+fn time_work(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Tool::new("sync").run()?;
     let start = Instant::now();
     work()?;
@@ -148,19 +148,19 @@ pub(super) fn median(mut times: Vec<f64>) -> Option<f64> {
     times.get(times.len() / 2).copied()
 }
 
-fn allocated(path: &Utf8Path) -> Result<u64> {
+fn allocated_bytes(path: &Utf8Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     Ok(std::fs::metadata(path)?.blocks() * 512)
 }
 
 /// Makes a rootfs image of this size from a real one: its start, or several copies in a row.
-pub(super) fn cut(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+pub(super) fn cut_rootfs(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let source = File::open(rootfs).with_context(|| format!("opening {rootfs}"))?;
     let whole = source.metadata()?.len();
     let target = File::create(out).with_context(|| format!("creating {out}"))?;
     target.set_len(size)?;
     for start in (0..size).step_by(usize::try_from(whole)?) {
-        extents(&source, &target, start, (size - start).min(whole))?;
+        copy_data_range(&source, &target, start, (size - start).min(whole))?;
     }
     if size < whole {
         // A truncated volume is not a valid filesystem; it is only data.
@@ -174,11 +174,11 @@ fn copy_extents(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let size = source.metadata()?.len();
     let target = File::create(to).with_context(|| format!("creating {to}"))?;
     target.set_len(size)?;
-    extents(&source, &target, 0, size)
+    copy_data_range(&source, &target, 0, size)
 }
 
 /// Copies the data extents of the first `length` bytes to `shift` and beyond, in the kernel.
-fn extents(source: &File, target: &File, shift: u64, length: u64) -> Result<()> {
+fn copy_data_range(source: &File, target: &File, shift: u64, length: u64) -> Result<()> {
     let mut at = 0;
     while at < length {
         let start = match seek(source, SeekFrom::Data(at)) {
@@ -199,7 +199,7 @@ fn extents(source: &File, target: &File, shift: u64, length: u64) -> Result<()> 
     Ok(())
 }
 
-pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
+pub(super) fn disk_spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
     let partition = |name: &str, size: u64, filesystem: Filesystem| PartitionRequest {
         name: name.to_owned(),
         size,
@@ -208,7 +208,7 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
         bootable: false,
         in_mbr: false,
     };
-    let layout = place(&DiskRequest {
+    let layout = lay_out_disk(&DiskRequest {
         table: TableKind::Gpt,
         size: (2 * size + 256 * MIB).next_power_of_two(),
         first_partition: 4 * MIB,
@@ -225,14 +225,14 @@ pub(super) fn spec(root: Summed, size: u64) -> Result<DiskSpec> {
     .map_err(|findings| anyhow::anyhow!(findings.join("\n")))?;
     // Nonzero bytes, so that every contender writes all of them.
     let firmware = (0..FIRMWARE).map(|n| (n % 251) as u8 | 1).collect();
-    let fat = Content::Fat {
+    let fat = PartitionContent::Fat {
         label: "BOOT".to_owned(),
         volume_id: 1,
         placed: true,
-        files: vec![FatFile { path: "start.elf".to_owned(), source: Source::Bytes(firmware) }],
+        files: vec![FatFile { path: "start.elf".to_owned(), source: FileSource::Bytes(firmware) }],
     };
-    let image = Content::Image(root);
-    let partitions = [fat, image.clone(), image, Content::Empty]
+    let image = PartitionContent::Image(root);
+    let partitions = [fat, image.clone(), image, PartitionContent::Empty]
         .into_iter()
         .zip(1u128..)
         .map(|(content, n)| PartitionSpec {

@@ -10,11 +10,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::OFlags;
 use serde::Serialize;
 
-use super::disk::{cut, median, spec};
-use crate::disk::{assemble, compress, sum};
+use super::disk::{cut_rootfs, disk_spec, median};
+use crate::disk::{assemble, compress, sum_image};
 use crate::exec::{self, Tool};
-use crate::flash::card::Buffer;
-use crate::flash::source::Source;
+use crate::flash::card::AlignedMemory;
+use crate::flash::source::ImageSource;
 use crate::flash::{device, write};
 use crate::progress::say;
 
@@ -23,7 +23,7 @@ const SLOT: u64 = 1 << 30;
 
 /// What is measured. `cp` is the reference; `cp` and `dd` write every byte of a device.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
-enum Who {
+enum FlashContender {
     Cp,
     DdSparse,
     Dd,
@@ -35,19 +35,19 @@ enum Who {
     OursUnpacking,
 }
 
-const ALL: [Who; 9] = [
-    Who::Cp,
-    Who::DdSparse,
-    Who::Dd,
-    Who::Bmaptool,
-    Who::Ours,
-    Who::Read,
-    Who::OursReadBack,
-    Who::Unpack,
-    Who::OursUnpacking,
+const ALL: [FlashContender; 9] = [
+    FlashContender::Cp,
+    FlashContender::DdSparse,
+    FlashContender::Dd,
+    FlashContender::Bmaptool,
+    FlashContender::Ours,
+    FlashContender::Read,
+    FlashContender::OursReadBack,
+    FlashContender::Unpack,
+    FlashContender::OursUnpacking,
 ];
 
-impl Who {
+impl FlashContender {
     fn name(self) -> &'static str {
         match self {
             Self::Cp => "cp --sparse=always",
@@ -65,9 +65,9 @@ impl Who {
 
 /// The median of one contender on one target.
 #[derive(Debug, Clone, Serialize)]
-pub struct Row {
+pub struct FlashRow {
     target: &'static str,
-    who: Who,
+    who: FlashContender,
     seconds: f64,
 }
 
@@ -76,18 +76,18 @@ pub struct Row {
 ///
 /// # Errors
 /// When a contender fails or the directory has less than about 6 GiB of free space.
-pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<Row>> {
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<FlashRow>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let root = folder.join("root.img");
-    cut(rootfs, &root, SLOT)?;
+    cut_rootfs(rootfs, &root, SLOT)?;
     let image = folder.join("card.img");
-    let size = assemble(&spec(sum(&root)?, SLOT)?, &image)?.size;
-    compress::compress(&image, 3)?;
-    let mut rows = measure(&Bench { target: "file", image: &image, size, folder }, repeats)?;
+    let size = assemble(&disk_spec(sum_image(&root)?, SLOT)?, &image)?.size;
+    compress::compress_image(&image, 3)?;
+    let mut rows = measure(&FlashBench { target: "file", image: &image, size, folder }, repeats)?;
     match device::can_loop() {
         Ok(()) => rows.extend(measure(
-            &Bench { target: "loop device", image: &image, size, folder },
+            &FlashBench { target: "loop device", image: &image, size, folder },
             repeats,
         )?),
         Err(why) => say("bench", format!("skipping the loop device: {why:#}")),
@@ -96,23 +96,26 @@ pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<R
 }
 
 /// The rows as a readable table.
-pub fn table(rows: &[Row]) -> String {
-    let of = |target: &str, who: Who| {
+pub fn table(rows: &[FlashRow]) -> String {
+    let of = |target: &str, who: FlashContender| {
         rows.iter().find(|r| r.target == target && r.who == who).map_or(f64::NAN, |r| r.seconds)
     };
     let mut text = String::new();
     for row in rows {
         let ratio = match row.who {
-            Who::OursUnpacking => {
-                let slower = of(row.target, Who::Unpack).max(of(row.target, Who::Ours));
+            FlashContender::OursUnpacking => {
+                let slower = of(row.target, FlashContender::Unpack)
+                    .max(of(row.target, FlashContender::Ours));
                 format!("{:.2}x the slower of unpacking and writing", row.seconds / slower)
             }
-            Who::OursReadBack => {
-                let both = of(row.target, Who::Ours) + of(row.target, Who::Read);
-                let (cp, both) = (row.seconds / of(row.target, Who::Cp), row.seconds / both);
+            FlashContender::OursReadBack => {
+                let both =
+                    of(row.target, FlashContender::Ours) + of(row.target, FlashContender::Read);
+                let (cp, both) =
+                    (row.seconds / of(row.target, FlashContender::Cp), row.seconds / both);
                 format!("{cp:.2}x, {both:.2}x writing and reading one after the other")
             }
-            _ => format!("{:.2}x", row.seconds / of(row.target, Who::Cp)),
+            _ => format!("{:.2}x", row.seconds / of(row.target, FlashContender::Cp)),
         };
         text.push_str(&format!(
             "{:<12} {:<31} {:>6.2} s  {ratio}\n",
@@ -124,17 +127,17 @@ pub fn table(rows: &[Row]) -> String {
     text
 }
 
-struct Bench<'a> {
+struct FlashBench<'a> {
     target: &'static str,
     image: &'a Utf8Path,
     size: u64,
     folder: &'a Utf8Path,
 }
 
-fn measure(bench: &Bench<'_>, repeats: usize) -> Result<Vec<Row>> {
+fn measure(bench: &FlashBench<'_>, repeats: usize) -> Result<Vec<FlashRow>> {
     let mut times: [Vec<f64>; ALL.len()] = Default::default();
     // The first turn fills the page cache for all contenders and is not measured.
-    bench.turn(Who::Cp)?;
+    bench.turn(FlashContender::Cp)?;
     for turn in 0..repeats {
         for contender in 0..ALL.len() {
             let which = (turn + contender) % ALL.len();
@@ -145,14 +148,14 @@ fn measure(bench: &Bench<'_>, repeats: usize) -> Result<Vec<Row>> {
         .zip(times)
         .map(|(who, times)| {
             let seconds = median(times).context("no turn")?;
-            Ok(Row { target: bench.target, who, seconds })
+            Ok(FlashRow { target: bench.target, who, seconds })
         })
         .collect()
 }
 
-impl Bench<'_> {
+impl FlashBench<'_> {
     /// One turn on a fresh target: its seconds until everything is on the disk.
-    fn turn(&self, who: Who) -> Result<f64> {
+    fn turn(&self, who: FlashContender) -> Result<f64> {
         let file = self.folder.join("target");
         File::create(&file)?.set_len(self.size)?;
         let attached = self.target != "file";
@@ -162,8 +165,8 @@ impl Bench<'_> {
         } else {
             file.clone()
         };
-        if who == Who::Read {
-            self.work(Who::Ours, &target)?;
+        if who == FlashContender::Read {
+            self.work(FlashContender::Ours, &target)?;
         }
         Tool::new("sync").run()?;
         let start = Instant::now();
@@ -178,7 +181,7 @@ impl Bench<'_> {
         Ok(seconds)
     }
 
-    fn work(&self, who: Who, target: &Utf8Path) -> Result<()> {
+    fn work(&self, who: FlashContender, target: &Utf8Path) -> Result<()> {
         let (image, target) = (self.image.as_str(), target.as_str());
         let packed = compress::path_for(self.image);
         let dd = |conv: &str| {
@@ -192,19 +195,22 @@ impl Bench<'_> {
             Tool::new(own).args(["flash", image, target, "--yes"]).args(more).run()
         };
         match who {
-            Who::Cp => Tool::new("cp").args(["--sparse=always", image, target]).run(),
-            Who::DdSparse => dd("sparse,notrunc"),
-            Who::Dd => dd("notrunc"),
-            Who::Bmaptool => {
-                let program = exec::find("bmaptool").context("bmaptool is not installed")?;
+            FlashContender::Cp => Tool::new("cp").args(["--sparse=always", image, target]).run(),
+            FlashContender::DdSparse => dd("sparse,notrunc"),
+            FlashContender::Dd => dd("notrunc"),
+            FlashContender::Bmaptool => {
+                let program =
+                    exec::find_program("bmaptool").context("bmaptool is not installed")?;
                 Tool::new(program).args(["copy", image, target]).run()
             }
-            Who::Ours => ours(image, &["--no-read-back"]),
-            Who::Read => self.read(target.into()),
-            Who::OursReadBack => ours(image, &[]),
+            FlashContender::Ours => ours(image, &["--no-read-back"]),
+            FlashContender::Read => self.read(target.into()),
+            FlashContender::OursReadBack => ours(image, &[]),
             // Unpacks everything without writing the output, not even to a pipe.
-            Who::Unpack => Tool::new("zstd").args(["--test", "--quiet", packed.as_str()]).run(),
-            Who::OursUnpacking => ours(packed.as_str(), &["--no-read-back"]),
+            FlashContender::Unpack => {
+                Tool::new("zstd").args(["--test", "--quiet", packed.as_str()]).run()
+            }
+            FlashContender::OursUnpacking => ours(packed.as_str(), &["--no-read-back"]),
         }
     }
 
@@ -212,8 +218,8 @@ impl Bench<'_> {
     fn read(&self, target: &Utf8Path) -> Result<()> {
         let direct = i32::try_from(OFlags::DIRECT.bits())?;
         let file = File::options().read(true).custom_flags(direct).open(target)?;
-        let mut buffer = Buffer::new(usize::try_from(write::PIECE)?);
-        for piece in write::pieces(&Source::open(self.image)?) {
+        let mut buffer = AlignedMemory::new(usize::try_from(write::PIECE)?);
+        for piece in write::cut_into_pieces(&ImageSource::open(self.image)?) {
             file.read_exact_at(buffer.part(piece.size), piece.offset)?;
         }
         Ok(())

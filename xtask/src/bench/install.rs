@@ -14,9 +14,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use contract::answer::InstalledSystem;
 use serde::Serialize;
 
-use super::bundle::{PeakWatcher, pack};
+use super::bundle::{PeakWatcher, pack_payload};
 use crate::exec::{self, Tool};
-use crate::keys::Keys;
+use crate::keys::KeyDirectory;
 use crate::progress;
 
 const MIB: u64 = 1 << 20;
@@ -27,7 +27,7 @@ pub(super) const SIZES: [u64; 4] = [256, 512, 1024, 2048];
 /// The measurements of one contender for a full install.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Row {
+pub struct InstallRow {
     /// The command, shortened.
     pub name: String,
     /// Median seconds until everything is on the disk.
@@ -41,7 +41,7 @@ pub struct Row {
 /// An install of a payload by Slipway.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Sized {
+pub struct PayloadInstall {
     /// The description of the install.
     pub name: String,
     /// Bytes of the payload.
@@ -58,25 +58,28 @@ pub struct Sized {
 
 /// All results.
 #[derive(Debug, Clone, Serialize)]
-pub struct Results {
+pub struct InstallResults {
     /// Full installs of all contenders; the first is the reference.
-    pub full: Vec<Row>,
+    pub full: Vec<InstallRow>,
     /// Installs by Slipway.
-    pub sized: Vec<Sized>,
+    pub sized: Vec<PayloadInstall>,
 }
 
 /// Measures with `turns` turns for each contender, in a directory on the disk to be measured.
 ///
 /// # Errors
 /// When a contender fails. `swupdate` and `fwup` are skipped when they are not installed.
-pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<Results> {
+pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<InstallResults> {
     std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    let bench = Bench::new(folder)?;
-    Ok(Results { full: bench.full(payload, turns.max(3))?, sized: bench.sized(payload)? })
+    let bench = InstallBench::new(folder)?;
+    Ok(InstallResults {
+        full: bench.measure_full(payload, turns.max(3))?,
+        sized: bench.measure_sized(payload)?,
+    })
 }
 
 /// The results as readable tables.
-pub fn table(results: &Results) -> String {
+pub fn table(results: &InstallResults) -> String {
     use std::fmt::Write as _;
     let mut out =
         format!("{:<20} {:>9} {:>6}  {:>9}  {:>9}\n", "", "time", "ratio", "read back", "memory");
@@ -104,7 +107,7 @@ pub fn table(results: &Results) -> String {
             out,
             "{:<34} {:>9} {:>7.2} % {:>5.2} s  {:>7.2} s  {:>5.1} MiB",
             row.name,
-            progress::bytes(row.written),
+            progress::format_bytes(row.written),
             row.written as f64 * 100.0 / row.size as f64,
             row.seconds,
             row.read_back,
@@ -127,12 +130,12 @@ impl Call {
     }
 }
 
-struct Bench {
+struct InstallBench {
     folder: Utf8PathBuf,
     slotd: Utf8PathBuf,
 }
 
-impl Bench {
+impl InstallBench {
     fn new(folder: &Utf8Path) -> Result<Self> {
         progress::say("bench", "building the agent as it ships");
         Tool::new("cargo").args(["build", "--quiet", "--release", "--package", "slotd"]).run()?;
@@ -148,12 +151,12 @@ impl Bench {
     /// A bundle of one payload.
     fn pack(&self, payload: &Utf8Path, name: &str) -> Result<Utf8PathBuf> {
         let out = self.folder.join(name);
-        pack(payload, CompressionLevel::Fast, &self.folder.join("keys-of-bundles"), &out)?;
+        pack_payload(payload, CompressionLevel::Fast, &self.folder.join("keys-of-bundles"), &out)?;
         Ok(out)
     }
 
     /// A simulated robot on files: slot a runs, slot b is `target`, of `size` bytes.
-    fn robot(&self, target: &Utf8Path, size: u64) -> Result<Utf8PathBuf> {
+    fn simulate_robot(&self, target: &Utf8Path, size: u64) -> Result<Utf8PathBuf> {
         let root = self.folder.join("fake-root");
         if root.exists() {
             std::fs::remove_dir_all(&root).with_context(|| format!("removing {root}"))?;
@@ -188,7 +191,7 @@ impl Bench {
         write("dev/disk", "")?;
         File::options().write(true).open(root.join("dev/disk"))?.set_len(MIB)?;
         std::os::unix::fs::symlink(target.canonicalize_utf8()?, root.join("dev/disk2"))?;
-        let keys = Keys::open(&self.folder.join("keys-of-bundles"))?;
+        let keys = KeyDirectory::open(&self.folder.join("keys-of-bundles"))?;
         write("usr/lib/slipway/keyset.json", &serde_json::to_string(keys.set())?)?;
         Ok(root)
     }
@@ -200,7 +203,7 @@ impl Bench {
         Call::new(self.slotd.as_str(), &args)
     }
 
-    fn full(&self, payload: &Utf8Path, turns: usize) -> Result<Vec<Row>> {
+    fn measure_full(&self, payload: &Utf8Path, turns: usize) -> Result<Vec<InstallRow>> {
         let size = std::fs::metadata(payload).with_context(|| format!("reading {payload}"))?.len();
         let bundle = self.pack(payload, "full.bundle")?;
         let (target, old) = (self.folder.join("target.img"), self.folder.join("old.img"));
@@ -215,10 +218,10 @@ impl Bench {
             ("zstd -dc | dd", Call::new("sh", &["-c", &pipe])),
             ("slotd install", Call::new("", &[])),
         ];
-        if exec::find("swupdate").is_some() {
+        if exec::find_program("swupdate").is_some() {
             contenders.push(("swupdate", self.swupdate(&packed, &target)?));
         }
-        if exec::find("fwup").is_some() {
+        if exec::find_program("fwup").is_some() {
             contenders.push(("fwup -a", self.fwup(payload, &target)?));
         }
         let mut rows: Vec<(Vec<f64>, Vec<f64>, u64)> = vec![Default::default(); contenders.len()];
@@ -229,7 +232,7 @@ impl Bench {
                 Tool::new("cp").args(["--sparse=never", old.as_str(), target.as_str()]).run()?;
                 let ours;
                 let call = if call.program.is_empty() {
-                    ours = self.install(&self.robot(&target, size)?, &bundle);
+                    ours = self.install(&self.simulate_robot(&target, size)?, &bundle);
                     &ours
                 } else {
                     call
@@ -244,12 +247,12 @@ impl Bench {
                     }
                     Err(_) => row.0.push(seconds),
                 }
-                same(payload, &target).with_context(|| format!("after {name}"))?;
+                require_equal(payload, &target).with_context(|| format!("after {name}"))?;
             }
         }
         let named = contenders.iter().zip(rows);
         Ok(named
-            .map(|((name, _), (seconds, back, peak))| Row {
+            .map(|((name, _), (seconds, back, peak))| InstallRow {
                 name: (*name).to_owned(),
                 seconds: median(seconds).unwrap_or_default(),
                 read_back: median(back),
@@ -258,36 +261,41 @@ impl Bench {
             .collect())
     }
 
-    fn sized(&self, payload: &Utf8Path) -> Result<Vec<Sized>> {
+    fn measure_sized(&self, payload: &Utf8Path) -> Result<Vec<PayloadInstall>> {
         let mut rows = Vec::new();
         let (part, target) = (self.folder.join("part.img"), self.folder.join("target.img"));
         for mib in SIZES {
-            cut(payload, &part, mib * MIB)?;
+            cut_payload(payload, &part, mib * MIB)?;
             another_system(&part, &target)?;
-            rows.push(self.one(format!("full, {mib} MiB"), &part, &target)?);
+            rows.push(self.measure_one(format!("full, {mib} MiB"), &part, &target)?);
         }
         let size = std::fs::metadata(payload)?.len();
         let changed = self.folder.join("changed.img");
         Tool::new("cp").args(["--sparse=always", payload.as_str(), changed.as_str()]).run()?;
-        change(&changed, size)?;
+        change_blocks(&changed, size)?;
         Tool::new("cp").args(["--sparse=never", payload.as_str(), target.as_str()]).run()?;
-        rows.push(self.one("1 % of the blocks changed".to_owned(), &changed, &target)?);
-        rows.push(self.one("the same again".to_owned(), &changed, &target)?);
+        rows.push(self.measure_one("1 % of the blocks changed".to_owned(), &changed, &target)?);
+        rows.push(self.measure_one("the same again".to_owned(), &changed, &target)?);
         Ok(rows)
     }
 
-    fn one(&self, name: String, payload: &Utf8Path, target: &Utf8Path) -> Result<Sized> {
+    fn measure_one(
+        &self,
+        name: String,
+        payload: &Utf8Path,
+        target: &Utf8Path,
+    ) -> Result<PayloadInstall> {
         progress::say("bench", name.clone());
         let size = std::fs::metadata(payload)?.len();
         let bundle = self.pack(payload, "sized.bundle")?;
-        let call = self.install(&self.robot(target, size)?, &bundle);
+        let call = self.install(&self.simulate_robot(target, size)?, &bundle);
         let (seconds, peak, output) = measure(&name, &call)?;
-        same(payload, target)?;
+        require_equal(payload, target)?;
         let outcome: InstalledSystem =
             serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
         let read_back = outcome.read_back_ms as f64 / 1000.0;
         ensure!(outcome.write_ms > 0, "the agent reported a time of zero");
-        Ok(Sized {
+        Ok(PayloadInstall {
             name,
             size,
             written: outcome.written,
@@ -385,7 +393,7 @@ fn another_system(payload: &Utf8Path, out: &Utf8Path) -> Result<()> {
 }
 
 /// One block in a hundred becomes noise.
-fn change(path: &Utf8Path, size: u64) -> Result<()> {
+fn change_blocks(path: &Utf8Path, size: u64) -> Result<()> {
     let file = OpenOptions::new().write(true).open(path)?;
     let (mut noise, mut block) = (Noise(2), vec![0; BLOCK_SIZE]);
     let blocks = size / BLOCK_SIZE as u64;
@@ -398,7 +406,7 @@ fn change(path: &Utf8Path, size: u64) -> Result<()> {
 }
 
 /// The payload, cut to a size or repeated up to it; each repetition has different bytes.
-pub(super) fn cut(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+pub(super) fn cut_payload(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let from = File::open(payload)?;
     let length = from.metadata()?.len();
     let to = File::create(out)?;
@@ -436,7 +444,7 @@ impl Noise {
     }
 }
 
-fn same(expected: &Utf8Path, found: &Utf8Path) -> Result<()> {
+fn require_equal(expected: &Utf8Path, found: &Utf8Path) -> Result<()> {
     let size = std::fs::metadata(expected)?.len().to_string();
     Tool::new("cmp").args(["-n", &size, expected.as_str(), found.as_str()]).run()
 }

@@ -6,14 +6,14 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::Build;
+use super::BuildContext;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
-use crate::cache::Key;
-use crate::exec::{Tool, cargo_home, find};
-use crate::fetch::Fetcher;
-use crate::progress::{Step, Unit, bytes, warn};
-use crate::rootfs::debian::{Mirrors, PackagesLock, Policy, compiler};
-use crate::sbom::{Component, Origin};
+use crate::cache::CacheKey;
+use crate::exec::{Tool, cargo_home, find_program};
+use crate::fetch::Downloader;
+use crate::progress::{ProgressStep, ProgressUnit, format_bytes, warn};
+use crate::rootfs::debian::{AptMirrors, LockPolicy, PackagesLock, compiler};
+use crate::sbom::{SbomComponent, SbomOrigin};
 use crate::wheel::metadata::License;
 
 /// Raised when compilation changes its output.
@@ -36,16 +36,16 @@ pub const SOURCES: [&str; 8] = [
 
 /// The compiled agent.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Agent {
+pub struct BuiltAgent {
     /// The binary.
     pub binary: Artifact,
     /// The compiler that built it.
     pub compiler: String,
     /// The agent and its crates, for the bill of materials.
-    pub components: Vec<Component>,
+    pub components: Vec<SbomComponent>,
 }
 
-impl Agent {
+impl BuiltAgent {
     /// The stage's outputs.
     fn files(&self) -> Vec<Utf8PathBuf> {
         vec![self.binary.path.clone()]
@@ -60,7 +60,7 @@ struct Architecture {
     cross: &'static str,
 }
 
-fn architecture(arch: &str) -> Result<Architecture> {
+fn find_architecture(arch: &str) -> Result<Architecture> {
     match arch {
         "arm64" => {
             Ok(Architecture { triple: "aarch64-unknown-linux-gnu", cross: "aarch64-linux-gnu-gcc" })
@@ -73,11 +73,11 @@ fn architecture(arch: &str) -> Result<Architecture> {
 ///
 /// # Errors
 /// No compiler for the target; code that does not compile; a program that is not static.
-pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
-    let target = architecture(&build.plan.board.arch)?;
+pub fn build_agent(build: &mut BuildContext<'_>) -> Result<BuiltAgent> {
+    let target = find_architecture(&build.plan.board.arch)?;
     let native = target.triple.starts_with(std::env::consts::ARCH);
     let linker = if native { "gcc" } else { target.cross };
-    if find(linker).is_none() {
+    if find_program(linker).is_none() {
         build.require_tools()?;
     }
     let own = own_compiler(target.triple);
@@ -87,48 +87,48 @@ pub fn agent(build: &mut Build<'_>) -> Result<Agent> {
         Some(version) => version,
         None => {
             let locked = PackagesLock::load(&path)?;
-            let identity = compiler::identity(&locked);
+            let identity = compiler::compiler_identity(&locked);
             lock = Some(locked);
             identity
         }
     };
-    let mut key = key(build, &target, linker, &compiler)?;
+    let mut key = agent_key(build, &target, linker, &compiler)?;
     if let Some(known) = &lock
         && !build.cache.has(
             "agent",
-            &self::key(build, &target, linker, &compiler)?.finish(),
-            Agent::files,
+            &self::agent_key(build, &target, linker, &compiler)?.finish(),
+            BuiltAgent::files,
         )?
-        && let Some(new) = fetch(build, known, &path)?
+        && let Some(new) = fetch_compiler(build, known, &path)?
     {
-        key = self::key(build, &target, linker, &compiler::identity(&new))?;
+        key = self::agent_key(build, &target, linker, &compiler::compiler_identity(&new))?;
         lock = Some(new);
     }
     build.stage(
         "agent",
         key,
-        Agent::files,
-        |agent| format!("{PACKAGE} {}, {}", bytes(agent.binary.size), agent.compiler),
+        BuiltAgent::files,
+        |agent| format!("{PACKAGE} {}, {}", format_bytes(agent.binary.size), agent.compiler),
         |build, dir| {
             let mut cargo = Tool::cargo();
             let compiler = match &lock {
                 None => compiler.clone(),
                 Some(lock) => {
-                    let fetcher = Fetcher::of(build.cache, build.options.offline)?;
-                    let unpacked = compiler::unpacked(lock, &fetcher, &build.cache.root)?;
+                    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
+                    let unpacked = compiler::unpack_compiler(lock, &downloader, &build.cache.root)?;
                     cargo = cargo.env("RUSTC", unpacked.rustc.as_str());
                     format!("rustc {}", unpacked.version)
                 }
             };
             let into = build.cache.root.join("agent");
-            compile(build, cargo, &target, (!native).then_some(linker), &into)?;
+            compile_agent(build, cargo, &target, (!native).then_some(linker), &into)?;
             let made = into.join(target.triple).join("release").join(PACKAGE);
             let content = std::fs::read(&made).with_context(|| format!("reading {made}"))?;
             check_static(&content).with_context(|| format!("reading the metadata of {made}"))?;
             let path = dir.join(PACKAGE);
             write_atomically(&path, |out| Ok(out.write_all(&content)?))?;
-            let components = components(build, &target)?;
-            Ok(Agent { binary: Artifact::of(path)?, compiler, components })
+            let components = agent_components(build, &target)?;
+            Ok(BuiltAgent { binary: Artifact::from_file(path)?, compiler, components })
         },
     )
 }
@@ -141,13 +141,18 @@ fn own_compiler(triple: &str) -> Option<String> {
     if there { ask(&["--version"]).map(|text| text.trim().to_owned()) } else { None }
 }
 
-fn key(build: &Build<'_>, target: &Architecture, linker: &str, compiler: &str) -> Result<Key> {
+fn agent_key(
+    build: &BuildContext<'_>,
+    target: &Architecture,
+    linker: &str,
+    compiler: &str,
+) -> Result<CacheKey> {
     let mut sources = BTreeMap::new();
     for source in SOURCES {
-        collect(build.root, Utf8Path::new(source), &mut sources)?;
+        hash_sources(build.root, Utf8Path::new(source), &mut sources)?;
     }
     let linker = Tool::new(linker).arg("--version").read()?;
-    Key::new("agent", AGENT_VERSION)
+    CacheKey::new("agent", AGENT_VERSION)
         .with("target", target.triple)
         .with("compiler", compiler)
         .with("linker", linker.lines().next().unwrap_or_default())
@@ -155,7 +160,7 @@ fn key(build: &Build<'_>, target: &Architecture, linker: &str, compiler: &str) -
 }
 
 /// Hashes a file, or all files below a directory.
-fn collect(
+fn hash_sources(
     root: &Utf8Path,
     path: &Utf8Path,
     into: &mut BTreeMap<Utf8PathBuf, String>,
@@ -163,7 +168,7 @@ fn collect(
     let full = root.join(path);
     if full.is_dir() {
         for entry in full.read_dir_utf8().with_context(|| format!("reading {path}"))? {
-            collect(root, &path.join(entry?.file_name()), into)?;
+            hash_sources(root, &path.join(entry?.file_name()), into)?;
         }
     } else {
         let content = std::fs::read(&full).with_context(|| format!("reading {path}"))?;
@@ -174,12 +179,17 @@ fn collect(
 
 /// Fetches the locked compiler; returns a new lock when the mirror no longer had all of its
 /// packages.
-fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Option<PackagesLock>> {
+fn fetch_compiler(
+    build: &BuildContext<'_>,
+    lock: &PackagesLock,
+    path: &Utf8Path,
+) -> Result<Option<PackagesLock>> {
     build.require_tools()?;
-    let fetcher = Fetcher::of(build.cache, build.options.offline)?;
-    let mirrors = if build.options.offline { None } else { Some(Mirrors::from_host()?) };
-    let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
-    let fetched = compiler::fetch(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)?;
+    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
+    let mirrors = if build.options.offline { None } else { Some(AptMirrors::from_host()?) };
+    let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
+    let fetched =
+        compiler::fetch_compiler(lock, &downloader, mirrors.as_ref(), policy, &build.cache.root)?;
     let Some((new, replaced)) = fetched else { return Ok(None) };
     let names: Vec<_> = replaced.iter().map(|r| r.name.as_str()).collect();
     warn(format!(
@@ -190,8 +200,8 @@ fn fetch(build: &Build<'_>, lock: &PackagesLock, path: &Utf8Path) -> Result<Opti
     Ok(Some(new))
 }
 
-fn compile(
-    build: &Build<'_>,
+fn compile_agent(
+    build: &BuildContext<'_>,
     mut cargo: Tool,
     target: &Architecture,
     linker: Option<&str>,
@@ -230,7 +240,7 @@ fn compile(
     if build.options.offline {
         cargo = cargo.arg("--offline");
     }
-    let step = Step::new("agent", "compiling", 0, Unit::Items);
+    let step = ProgressStep::new("agent", "compiling", 0, ProgressUnit::Items);
     cargo
         .run_lines(|line| {
             if let Some(name) = line.trim_start().strip_prefix("Compiling ") {
@@ -243,7 +253,7 @@ fn compile(
 
 /// The metadata of the crates in the agent: all its dependencies, except those that are only used
 /// to build it (build scripts, procedural macros).
-fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>> {
+fn agent_components(build: &BuildContext<'_>, target: &Architecture) -> Result<Vec<SbomComponent>> {
     // All crates were already fetched for the compilation.
     let text = Tool::cargo()
         .args(["metadata", "--format-version=1", "--locked", "--offline"])
@@ -267,12 +277,12 @@ fn components(build: &Build<'_>, target: &Architecture) -> Result<Vec<Component>
         let ids = dependencies.iter().filter(normal).map(|d| d.pkg.as_str());
         ids.filter(|id| runs(id)).collect()
     };
-    let component = |id: &str| -> Option<Component> {
+    let component = |id: &str| -> Option<SbomComponent> {
         let package = packages.get(id)?;
-        Some(Component {
+        Some(SbomComponent {
             name: package.name.clone(),
             version: package.version.clone(),
-            origin: if package.source.is_some() { Origin::Crate } else { Origin::Generic },
+            origin: if package.source.is_some() { SbomOrigin::Crate } else { SbomOrigin::Generic },
             sha256: None,
             license: package.license.clone().map(License::Expression),
             summary: package.description.as_ref().map(|d| d.trim().to_owned()),

@@ -22,7 +22,7 @@ struct Tree<'a> {
     strings: &'a [u8],
 }
 
-fn word(bytes: &[u8], at: usize) -> Result<u32> {
+fn read_word(bytes: &[u8], at: usize) -> Result<u32> {
     let part = bytes.get(at..).and_then(|rest| rest.first_chunk::<4>());
     Ok(u32::from_be_bytes(*part.context("the device tree is truncated")?))
 }
@@ -31,7 +31,7 @@ impl<'a> Tree<'a> {
     fn read(blob: &'a [u8]) -> Result<Self> {
         let mut header = [0; 10];
         for (index, field) in header.iter_mut().enumerate() {
-            *field = word(blob, index * 4)?;
+            *field = read_word(blob, index * 4)?;
         }
         let [magic, _, structure, strings, reserved, _, _, _, strings_size, structure_size] =
             header;
@@ -54,7 +54,7 @@ impl<'a> Tree<'a> {
         let (mut at, mut path, mut aliases) = (0, Vec::new(), None);
         let mut nodes = Vec::new();
         loop {
-            let token = word(self.structure, at)?;
+            let token = read_word(self.structure, at)?;
             at += 4;
             match token {
                 BEGIN_NODE => {
@@ -76,7 +76,7 @@ impl<'a> Tree<'a> {
                     }
                 }
                 PROPERTY => {
-                    at += 8 + (word(self.structure, at)? as usize).next_multiple_of(4);
+                    at += 8 + (read_word(self.structure, at)? as usize).next_multiple_of(4);
                 }
                 NOP => {}
                 other => bail!("the device tree has the unknown token {other}"),
@@ -89,7 +89,7 @@ impl<'a> Tree<'a> {
 ///
 /// # Errors
 /// When the bytes are not a tree, it has no such node, or a path is not a node of it.
-pub fn add(blob: &[u8], aliases: &[String]) -> Result<Vec<u8>> {
+pub fn add_aliases(blob: &[u8], aliases: &[String]) -> Result<Vec<u8>> {
     let tree = Tree::read(blob)?;
     let (place, nodes) = tree.walk()?;
     let place = place.context("the tree has no node /aliases")?;
@@ -160,9 +160,9 @@ mod tests {
 
     #[test]
     fn a_name_is_added_and_another_after_it() {
-        let once = add(&tree(), &["mmc0=/card@1".to_owned()]).expect("added");
-        let twice = add(&once, &["mmc1=/aliases".to_owned()]).expect("added again");
-        assert_eq!(word(&twice, 4).expect("a size") as usize, twice.len());
+        let once = add_aliases(&tree(), &["mmc0=/card@1".to_owned()]).expect("added");
+        let twice = add_aliases(&once, &["mmc1=/aliases".to_owned()]).expect("added again");
+        assert_eq!(read_word(&twice, 4).expect("a size") as usize, twice.len());
         let read = Tree::read(&twice).expect("a tree");
         assert_eq!(read.strings, b"mmc0\0mmc1\0");
         let (place, nodes) = read.walk().expect("whole");
@@ -178,7 +178,7 @@ mod tests {
     #[test]
     fn what_makes_no_sense_is_refused() {
         let refused = |blob: &[u8], alias: &str| {
-            add(blob, &[alias.to_owned()]).expect_err("refused").to_string()
+            add_aliases(blob, &[alias.to_owned()]).expect_err("refused").to_string()
         };
         assert_eq!(refused(&tree(), "mmc0=/card@2"), "the tree has no node /card@2");
         assert_eq!(refused(&tree(), "mmc0"), "an alias is written `name=/path`");
@@ -187,7 +187,7 @@ mod tests {
             "not a device tree"
         );
         for end in 0..tree().len() - 4 {
-            add(&tree()[..end], &["mmc0=/card@1".to_owned()]).expect_err("cut short");
+            add_aliases(&tree()[..end], &["mmc0=/card@1".to_owned()]).expect_err("cut short");
         }
     }
 }

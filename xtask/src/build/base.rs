@@ -4,24 +4,24 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::{Build, buildroot};
-use crate::cache::Key;
+use super::{BuildContext, buildroot};
+use crate::cache::CacheKey;
 use crate::config::Config;
-use crate::config::product::{Engine, Product};
+use crate::config::product::{Engine, ProductConfig};
 use crate::ext4::Mke2fs;
-use crate::fetch::Fetcher;
-use crate::plan::{self, SourcePlan};
-use crate::progress::{bytes, warn};
+use crate::fetch::Downloader;
+use crate::plan::{self, AptSourcePlan};
+use crate::progress::{format_bytes, warn};
 use crate::rootfs::debian::{
-    self, BoardWants, BuildRequest, DebianSpec, Fetched, Mirrors, PackagesLock, Policy, PruneRules,
-    Replaced, SourceMirror, SourceSpec,
+    self, AptMirrors, AptSourceMirror, AptSourceSpec, BoardFilePatterns, DebianRequest, DebianSpec,
+    DownloadedPackages, LockPolicy, PackagesLock, PruneRules, ReplacedPackage,
 };
 use crate::rootfs::kernel::ModuleRules;
-use crate::rootfs::{BaseSystem, Role};
-use crate::text::sentence;
+use crate::rootfs::{BaseSystem, PackageRole};
+use crate::text::describe_error;
 use crate::wheel::base::BaseSource;
-use crate::wheel::target::Target;
-use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, Installed, WheelLock};
+use crate::wheel::target::WheelTarget;
+use crate::wheel::{self, BasePython, InstallRequest, InstallTarget, InstalledWheels, WheelLock};
 
 /// Raised when a change of the engine's code changes its output.
 const BASE_VERSION: u32 = 1;
@@ -32,18 +32,18 @@ const API_VERSION: u32 = 1;
 
 /// The base system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Base {
+pub struct BuiltBase {
     /// The engine's result.
     pub system: BaseSystem,
     /// Packages that the mirror no longer had.
-    pub replaced: Vec<Replaced>,
+    pub replaced: Vec<ReplacedPackage>,
     /// The time of the base's files: the lock's time, so that a commit does not rebuild the base.
     pub epoch: u64,
     /// The stage's key, which identifies its content.
     pub key: String,
 }
 
-impl Base {
+impl BuiltBase {
     /// The stage's outputs.
     pub(super) fn files(&self) -> Vec<Utf8PathBuf> {
         self.system.files()
@@ -55,13 +55,10 @@ impl Base {
         format!(
             "{} packages, {} unpacked, kernel {kernel_release}",
             packages.len(),
-            bytes(*rootfs_bytes)
+            format_bytes(*rootfs_bytes)
         )
     }
 }
-
-/// The installed wheels.
-pub type Wheels = Installed;
 
 /// The packages that a product and its boards request.
 pub fn package_spec(config: &Config) -> DebianSpec {
@@ -72,22 +69,22 @@ pub fn package_spec(config: &Config) -> DebianSpec {
         arch: config.board.arch.value.clone(),
         packages: rootfs.packages.iter().map(|l| l.value.clone()).collect(),
         extra: config.extra_packages.clone(),
-        sources: plan::sources(config).0.into_iter().map(source_spec).collect(),
+        sources: plan::plan_sources(config).0.into_iter().map(source_spec).collect(),
     }
 }
 
-fn source_spec(source: SourcePlan) -> SourceSpec {
-    let SourcePlan { name, suite, components, packages, .. } = source;
-    SourceSpec { name, suite, components, packages }
+fn source_spec(source: AptSourcePlan) -> AptSourceSpec {
+    let AptSourcePlan { name, suite, components, packages, .. } = source;
+    AptSourceSpec { name, suite, components, packages }
 }
 
 /// This machine's sources of packages, with the product's additional archives.
 ///
 /// # Errors
-/// As [`Mirrors::from_host`].
-pub fn mirrors(root: &Utf8Path, sources: &[SourcePlan]) -> Result<Mirrors> {
-    let mirror = |s: &SourcePlan| SourceMirror::new(&s.name, &s.address, root.join(&s.key));
-    Ok(Mirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
+/// As [`AptMirrors::from_host`].
+pub fn load_mirrors(root: &Utf8Path, sources: &[AptSourcePlan]) -> Result<AptMirrors> {
+    let mirror = |s: &AptSourcePlan| AptSourceMirror::new(&s.name, &s.address, root.join(&s.key));
+    Ok(AptMirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
 }
 
 /// Refuses a package lock that was made for another request than the product's.
@@ -118,7 +115,7 @@ fn check_wheels(lock: &WheelLock, path: &Utf8Path, package: &str, product: &str)
 /// A lock that cannot be read or was made for something else, and the command that makes it again; of both locks, where
 /// both are wrong.
 pub fn check_locks(config: &Config) -> Result<()> {
-    let Product { name, rootfs, api, .. } = &config.product;
+    let ProductConfig { name, rootfs, api, .. } = &config.product;
     let product = name.value.0.as_str();
     let load = |path: &Utf8Path| PackagesLock::load(&config.root.join(path));
     let debian = rootfs.lock.as_ref().filter(|_| rootfs.engine.value == Engine::Debian);
@@ -149,11 +146,11 @@ pub fn check_locks(config: &Config) -> Result<()> {
         (Ok(_), wheels) => wheels,
         (Err(packages), Ok(())) => Err(packages),
         (Err(packages), Err(wheels)) => {
-            let said = |error| {
-                let sentence = sentence(&error);
+            let message = |error| {
+                let sentence = describe_error(&error);
                 sentence.split("\nhelp: ").next().unwrap_or_default().to_owned()
             };
-            let (packages, wheels) = (said(packages), said(wheels));
+            let (packages, wheels) = (message(packages), message(wheels));
             bail!("{packages}\n{wheels}\nhelp: cargo xtask lock --product {product}")
         }
     }
@@ -163,7 +160,7 @@ pub fn check_locks(config: &Config) -> Result<()> {
 ///
 /// # Errors
 /// When the lock has no Python or no C library.
-pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Target> {
+pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<WheelTarget> {
     let arch = match config.board.arch.value.as_str() {
         "arm64" => "aarch64",
         other => other,
@@ -171,7 +168,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
     let (python, libc) = match (lock, &config.product.rootfs.buildroot) {
         (Some(lock), _) => {
             let version = |name: &str| {
-                let mut packages = lock.of_role(Role::Root).filter(|p| p.name == name);
+                let mut packages = lock.of_role(PackageRole::Root).filter(|p| p.name == name);
                 let package = packages.next().with_context(|| {
                     format!(
                         "the package lock has no {name}\nhelp: add python3 to `rootfs.packages`"
@@ -187,7 +184,7 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
             bail!("`rootfs.buildroot` is missing in {}", config.product.place.file)
         }
     };
-    let target = Target {
+    let target = WheelTarget {
         python: python.parse().with_context(|| format!("the base's Python {python}"))?,
         implementation: "cp".to_owned(),
         arch: arch.to_owned(),
@@ -197,16 +194,16 @@ pub fn python_target(config: &Config, lock: Option<&PackagesLock>) -> Result<Tar
     Ok(target)
 }
 
-pub(super) fn prune_rules(build: &Build<'_>) -> Result<PruneRules> {
+pub(super) fn prune_rules(build: &BuildContext<'_>) -> Result<PruneRules> {
     let mut rules = PruneRules::standard()?;
     rules.drop.extend(build.plan.rootfs.prune.iter().cloned());
     rules.keep.extend(build.plan.rootfs.keep.iter().cloned());
     Ok(rules)
 }
 
-fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
+fn base_key(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<CacheKey> {
     let board = &build.plan.board;
-    Key::new("base", BASE_VERSION)
+    CacheKey::new("base", BASE_VERSION)
         // The installed packages are a part of the key.
         .with("root", ROOT_VERSION.to_string())
         .with_json("lock", lock)?
@@ -222,41 +219,41 @@ fn key(build: &Build<'_>, lock: &PackagesLock) -> Result<Key> {
 /// # Errors
 /// A lock that does not match the product; no network; a package that is not available; a failing
 /// engine.
-pub fn base(build: &mut Build<'_>) -> Result<Base> {
+pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let path = build.plan.rootfs.lock.clone().context("the engine debian has a package lock")?;
     let full = build.root.join(&path);
     let mut lock = PackagesLock::load(&full)?;
     check_packages(&lock, &path, &build.packages, &build.plan.product.name)?;
     let mut replaced = Vec::new();
     let mut fetched = None;
-    if !build.cache.has("base", &key(build, &lock)?.finish(), Base::files)? {
+    if !build.cache.has("base", &base_key(build, &lock)?.finish(), BuiltBase::files)? {
         build.require_tools()?;
-        let found = fetch(build, &lock)?;
+        let found = fetch_packages(build, &lock)?;
         if !found.replaced.is_empty() {
-            announce(&found, &path);
+            announce_replaced(&found, &path);
             found.lock.save(&full)?;
             lock = found.lock.clone();
             replaced.clone_from(&found.replaced);
         }
         fetched = Some(found);
     }
-    let key = key(build, &lock)?;
-    build.stage("base", key, Base::files, Base::describe, |build, dir| {
+    let key = base_key(build, &lock)?;
+    build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         let fetched = match fetched {
             Some(fetched) => fetched,
-            None => fetch(build, &lock)?,
+            None => fetch_packages(build, &lock)?,
         };
         // Fetched with the packages, so that the later stages need no network.
         host_tool(build, &lock)?;
         let board = &build.plan.board;
         let log = build.log("base");
-        let root = root(build, &lock, &fetched, &log)?;
-        let system = debian::build(
-            &BuildRequest {
+        let root = build_root(build, &lock, &fetched, &log)?;
+        let system = debian::build_base_system(
+            &DebianRequest {
                 debs: &fetched.debs,
                 epoch: lock.epoch,
                 prune: &prune_rules(build)?,
-                board: &BoardWants {
+                board: &BoardFilePatterns {
                     dtbs: board.device_trees.clone(),
                     firmware: board.firmware.clone(),
                     modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
@@ -267,20 +264,20 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             dir,
         )?;
         let key = dir.file_name().unwrap_or_default().to_owned();
-        Ok(Base { system, replaced, epoch: lock.epoch, key })
+        Ok(BuiltBase { system, replaced, epoch: lock.epoch, key })
     })
 }
 
 /// The installed packages, without any files for a board: a separate stage, so that all boards of a
 /// product share the slowest step.
-fn root(
-    build: &Build<'_>,
+fn build_root(
+    build: &BuildContext<'_>,
     lock: &PackagesLock,
-    fetched: &Fetched,
+    fetched: &DownloadedPackages,
     log: &Utf8Path,
 ) -> Result<Utf8PathBuf> {
-    let installed: Vec<_> = lock.of_role(Role::Root).collect();
-    let key = Key::new("root", ROOT_VERSION)
+    let installed: Vec<_> = lock.of_role(PackageRole::Root).collect();
+    let key = CacheKey::new("root", ROOT_VERSION)
         .with("epoch", lock.epoch.to_string())
         .with("suite", &lock.request.suite)
         .with_json("packages", &installed)?
@@ -291,27 +288,27 @@ fn root(
         |tar: &Utf8PathBuf| vec![tar.clone()],
         |dir| {
             let tar = dir.join("root.tar");
-            debian::install(&lock.request, &fetched.debs, lock.epoch, log, &tar)?;
+            debian::install_packages(&lock.request, &fetched.debs, lock.epoch, log, &tar)?;
             Ok(tar)
         },
     )?;
     Ok(staged.value)
 }
 
-fn fetch(build: &Build<'_>, lock: &PackagesLock) -> Result<Fetched> {
+fn fetch_packages(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<DownloadedPackages> {
     let offline = build.options.offline;
-    let fetcher = Fetcher::of(build.cache, offline)?;
+    let downloader = Downloader::for_cache(build.cache, offline)?;
     let sources = &build.plan.rootfs.sources;
-    let mirrors = if offline { None } else { Some(mirrors(build.root, sources)?) };
-    let policy = if build.options.locked { Policy::Locked } else { Policy::Replace };
-    debian::fetch_lock(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)
+    let mirrors = if offline { None } else { Some(load_mirrors(build.root, sources)?) };
+    let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
+    debian::fetch_lock(lock, &downloader, mirrors.as_ref(), policy, &build.cache.root)
 }
 
 /// The `mke2fs` for filesystems: the machine's own, or one that is unpacked into the cache.
 ///
 /// # Errors
 /// When there is none, and it cannot be fetched.
-pub(super) fn mke2fs(build: &Build<'_>) -> Result<Mke2fs> {
+pub(super) fn find_mke2fs(build: &BuildContext<'_>) -> Result<Mke2fs> {
     let rootfs = &build.plan.rootfs;
     match rootfs.engine {
         Engine::Debian => {
@@ -322,14 +319,14 @@ pub(super) fn mke2fs(build: &Build<'_>) -> Result<Mke2fs> {
     }
 }
 
-pub(super) fn host_tool(build: &Build<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
+pub(super) fn host_tool(build: &BuildContext<'_>, lock: &PackagesLock) -> Result<Mke2fs> {
     let offline = build.options.offline;
-    let fetcher = Fetcher::of(build.cache, offline)?;
-    let mirrors = if offline { None } else { Some(Mirrors::from_host()?) };
-    debian::host_e2fs(lock, &fetcher, mirrors.as_ref(), &build.cache.root)
+    let downloader = Downloader::for_cache(build.cache, offline)?;
+    let mirrors = if offline { None } else { Some(AptMirrors::from_host()?) };
+    debian::host_e2fs(lock, &downloader, mirrors.as_ref(), &build.cache.root)
 }
 
-fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
+fn announce_replaced(fetched: &DownloadedPackages, path: &camino::Utf8Path) {
     let none = "none".to_owned();
     let list: Vec<String> = fetched
         .replaced
@@ -350,7 +347,7 @@ fn announce(fetched: &Fetched, path: &camino::Utf8Path) {
 ///
 /// # Errors
 /// A lock that cannot be read, or was created for another requirement.
-pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)>> {
+pub(super) fn wheel_lock(build: &BuildContext<'_>) -> Result<Option<(WheelLock, String)>> {
     let Some(api) = &build.plan.api else { return Ok(None) };
     let lock = WheelLock::load(&build.root.join(&api.lock))?;
     check_wheels(&lock, &api.lock, &api.package, &build.plan.product.name)?;
@@ -362,28 +359,31 @@ pub(super) fn wheel_lock(build: &Build<'_>) -> Result<Option<(WheelLock, String)
 /// # Errors
 /// A wheel that does not match the base, is damaged, or has requirements that the base does not
 /// meet.
-pub fn wheels(build: &mut Build<'_>, base: &Base) -> Result<Option<Wheels>> {
+pub fn install_wheels(
+    build: &mut BuildContext<'_>,
+    base: &BuiltBase,
+) -> Result<Option<InstalledWheels>> {
     let Some((lock, package)) = wheel_lock(build)? else { return Ok(None) };
-    let key = Key::new("api", API_VERSION)
-        .with("wheels", wheel::identity(&lock))
+    let key = CacheKey::new("api", API_VERSION)
+        .with("wheels", wheel::lock_identity(&lock))
         .with("base", &base.system.rootfs.sha256)
         .with("epoch", base.epoch.to_string());
     let base = base.clone();
     let installed = build.stage(
         "api",
         key,
-        |installed: &Installed| vec![installed.tar.path.clone()],
+        |installed: &InstalledWheels| vec![installed.tar.path.clone()],
         |installed| {
             let size = installed.distributions.iter().map(|d| d.installed_bytes).sum();
             let count = installed.distributions.len();
-            format!("{package} and {count} wheels in all, {}", bytes(size))
+            format!("{package} and {count} wheels in all, {}", format_bytes(size))
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;
-            let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
+            let wheels = wheel::fetch_wheels(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(base.system.rootfs.path.clone()))?;
             let log = build.log("api");
-            wheel::install(&InstallRequest {
+            wheel::install_wheels(&InstallRequest {
                 lock: &lock,
                 wheels: &wheels,
                 base: &python,

@@ -3,22 +3,22 @@
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
-use super::Build;
-use super::base::{self, Base, prune_rules};
+use super::BuildContext;
+use super::base::{self, BuiltBase, prune_rules};
 use crate::artifact::{hash_bytes, hash_file};
-use crate::cache::Key;
+use crate::cache::CacheKey;
 use crate::config;
 use crate::config::product::Engine;
 use crate::ext4::Mke2fs;
 use crate::git;
 use crate::plan::fragment;
 use crate::progress::say;
-use crate::render::title;
-use crate::rootfs::buildroot::collect::{Wants, collect_base};
-use crate::rootfs::buildroot::engine::{self, Request};
-use crate::rootfs::buildroot::make::{Setup, Site};
-use crate::rootfs::buildroot::rebuild::below;
-use crate::rootfs::buildroot::tree::{self, Tree};
+use crate::render::defconfig_title;
+use crate::rootfs::buildroot::collect::{CollectRequest, collect_base};
+use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
+use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
+use crate::rootfs::buildroot::rebuild::list_files;
+use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::rootfs::debian::PackagesLock;
 use crate::wheel::target::Libc;
 
@@ -33,18 +33,19 @@ pub fn output_name(root: &Utf8Path, product: &str, board: &str) -> String {
 }
 
 /// All inputs of Buildroot's output. Overlays, wheels and the agent are not part of it.
-fn key(build: &Build<'_>, tree: &Tree, epoch: u64) -> Result<Key> {
+fn base_key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Result<CacheKey> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.as_ref().context("the engine has a pinned release")?;
-    let requests: Vec<String> = pinned.defconfig.0.iter().map(fragment::Request::line).collect();
+    let requests: Vec<String> =
+        pinned.defconfig.0.iter().map(fragment::SymbolRequest::line).collect();
     let external = build.root.join("external");
     let mut files = Vec::new();
-    for path in below(&external)? {
+    for path in list_files(&external)? {
         let inside = path.strip_prefix(&external).unwrap_or(&path).to_owned();
         files.push((inside, hash_file(&path)?.1));
     }
     let board = &plan.board;
-    Key::new("buildroot", BUILDROOT_VERSION)
+    CacheKey::new("buildroot", BUILDROOT_VERSION)
         .with("commit", &tree.commit)
         .with("changes", &tree.changes)
         .with("epoch", epoch.to_string())
@@ -61,22 +62,22 @@ fn key(build: &Build<'_>, tree: &Tree, epoch: u64) -> Result<Key> {
 /// # Errors
 /// A tree that is not the pinned one; a failing engine; a file that the board needs and that was
 /// not built.
-pub fn base(build: &mut Build<'_>) -> Result<Base> {
+pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let plan = build.plan;
     let pinned = plan.rootfs.buildroot.clone().context("the engine has a pinned release")?;
-    let choice = tree::Choice {
+    let choice = TreeChoice {
         own: build.options.buildroot.clone(),
         allow_changes: build.options.allow_changes,
         offline: build.options.offline,
     };
-    let tree = tree::obtain(&pinned, &build.cache.root, &choice)?;
-    let epoch = committed(&tree)?;
-    let key = key(build, &tree, epoch)?;
+    let tree = tree::obtain_tree(&pinned, &build.cache.root, &choice)?;
+    let epoch = commit_time(&tree)?;
+    let key = base_key(build, &tree, epoch)?;
     let name = output_name(build.root, &plan.product.name, &plan.board.name);
-    let setup = Setup::new(&build.cache.root, &tree.path, build.root, &name)?;
-    let (title, site) = (title(plan), Site::of_machine(build.options.offline));
+    let setup = BuildrootSetup::new(&build.cache.root, &tree.path, build.root, &name)?;
+    let (title, site) = (defconfig_title(plan), BuildrootSite::of_machine(build.options.offline));
     let log = build.log("base");
-    let request = Request {
+    let request = BuildrootRequest {
         plan: &pinned,
         title: &title,
         tree: &tree,
@@ -84,11 +85,11 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
         site: &site,
         log: &log,
     };
-    let made = build.stage("base", key, Base::files, Base::describe, |build, dir| {
+    let made = build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         // Fetched first, so that what comes later needs no network.
         host_tool(build)?;
-        let info = engine::build(&request)?;
-        let wants = Wants {
+        let info = engine::run_build(&request)?;
+        let wants = CollectRequest {
             device_trees: &plan.board.device_trees,
             firmware: &plan.board.firmware,
             bootloader: plan.board.bootloader.as_deref(),
@@ -100,7 +101,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
             .context("collecting the output of Buildroot")?;
         require_libc(&pinned.libc, &system.glibc)?;
         let key = dir.file_name().unwrap_or_default().to_owned();
-        Ok(Base { system, replaced: Vec::new(), epoch, key })
+        Ok(BuiltBase { system, replaced: Vec::new(), epoch, key })
     })?;
     if build.options.legal_info {
         legal_info(build, &request)?;
@@ -109,7 +110,7 @@ pub fn base(build: &mut Build<'_>) -> Result<Base> {
 }
 
 /// Licence texts and sources, linked beside the other results: they are as large as the downloads.
-fn legal_info(build: &Build<'_>, request: &Request<'_>) -> Result<()> {
+fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Result<()> {
     let folder = engine::legal_info(request)?;
     let link = build.dist.join("legal-info");
     match std::fs::remove_file(&link) {
@@ -124,8 +125,8 @@ fn legal_info(build: &Build<'_>, request: &Request<'_>) -> Result<()> {
 }
 
 /// The time of the tree's commit: the files of a release have it on every build machine.
-fn committed(tree: &Tree) -> Result<u64> {
-    git::time(&tree.path).context("reading the time of Buildroot's commit")
+fn commit_time(tree: &BuildrootTree) -> Result<u64> {
+    git::commit_time(&tree.path).context("reading the time of Buildroot's commit")
 }
 
 /// The wheels were locked for a C library: the built library must not be older.
@@ -145,14 +146,14 @@ fn require_libc(locked: &str, built: &str) -> Result<()> {
 
 /// An `mke2fs` that reads tars: the machine's own if it is new enough, else the one in the package
 /// lock of a product with the engine `debian`.
-pub(super) fn host_tool(build: &Build<'_>) -> Result<Mke2fs> {
-    if let Some(program) = crate::exec::find("mke2fs") {
+pub(super) fn host_tool(build: &BuildContext<'_>) -> Result<Mke2fs> {
+    if let Some(program) = crate::exec::find_program("mke2fs") {
         let own = Mke2fs { program, libraries: Vec::new() };
         if own.version().is_ok() {
             return Ok(own);
         }
     }
-    for name in crate::config::products(build.root)? {
+    for name in crate::config::list_products(build.root)? {
         let Ok(product) = config::read_product(build.root, &name) else { continue };
         if product.rootfs.engine.value != Engine::Debian {
             continue;

@@ -5,17 +5,18 @@ use anyhow::{Context, Result};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use super::{Base, Build, BuildOptions, base, buildroot, image, signing};
-use crate::artifact::{Artifact, flush};
-use crate::cache::{Cache, Key};
+use super::{BuildContext, BuildOptions, BuiltBase, base, buildroot, image, open_build_keys};
+use crate::artifact::{Artifact, flush_file};
+use crate::build::BuildKeys;
+use crate::cache::{Cache, CacheKey};
 use crate::config::product::Engine;
-use crate::keys::Signer;
-use crate::progress::{bytes, say};
+use crate::keys::SigningKey;
+use crate::progress::{format_bytes, say};
 use crate::shared;
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
-use crate::wheel::{self, BasePython, Component};
-use crate::workspace::{dist, resolve, turn};
+use crate::wheel::{self, BasePython, WheelComponent};
+use crate::workspace::{dist_dir, lock_dist_dir, resolve_plan};
 
 /// Raised when a change of the component's layout changes its output.
 const COMPONENT_VERSION: u32 = 1;
@@ -39,53 +40,54 @@ pub struct ComponentBundle {
 /// # Errors
 /// The error of a stage, or a product without an API; no incomplete file has its final name then.
 pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
-    let (config, _, plan) = resolve(&options.selection)?;
+    let (config, _, plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
-    say("plan", super::summary(&plan));
+    say("plan", super::describe_plan(&plan));
     base::check_locks(&config)?;
-    let signing = signing(&plan).context("choosing the signing key")?;
-    let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
-    let dist = dist(&config.root, &plan);
-    let _turn = turn(&dist)?;
+    let signing = open_build_keys(&plan).context("choosing the signing key")?;
+    let cache =
+        shared::attach_shared_cache(cache, plan.product.kind, &signing.signer, options.offline)?;
+    let dist = dist_dir(&config.root, &plan);
+    let _turn = lock_dist_dir(&dist)?;
     let packages = base::package_spec(&config);
-    let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
+    let mut build = BuildContext::new(&plan, &config.root, dist, &cache, options, packages);
     let made = match plan.rootfs.engine {
-        Engine::Debian => base::base(&mut build)?,
-        Engine::Buildroot => buildroot::base(&mut build)?,
+        Engine::Debian => base::build_base(&mut build)?,
+        Engine::Buildroot => buildroot::build_base(&mut build)?,
     };
-    let component = component(&mut build, &made)?;
+    let component = run_component_stage(&mut build, &made)?;
     let (api, version) = (bundle::component::API, component.lock.version.clone());
-    let artifact = pack(&mut build, &component, &signing)?;
+    let artifact = pack_component(&mut build, &component, &signing)?;
     Ok(ComponentBundle { component: api.to_owned(), version, bundle: artifact })
 }
 
 /// The stage `component`: each wheel as a separate tree.
-fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
+fn run_component_stage(build: &mut BuildContext<'_>, base: &BuiltBase) -> Result<WheelComponent> {
     let (lock, package) = base::wheel_lock(build)?.with_context(|| {
         format!(
             "the product {} has no API\nhelp: add [api] to configs/{}.toml",
             build.plan.product.name, build.plan.product.name
         )
     })?;
-    let key = Key::new("component", COMPONENT_VERSION)
-        .with("wheels", wheel::identity(&lock))
+    let key = CacheKey::new("component", COMPONENT_VERSION)
+        .with("wheels", wheel::lock_identity(&lock))
         .with("base", &base.system.rootfs.sha256);
     let root = base.system.rootfs.path.clone();
     build.stage(
         "component",
         key,
-        wheel::component::files,
+        wheel::component::component_files,
         |component| {
             let wheels = &component.lock.wheels;
             let size = wheels.iter().map(|wheel| wheel.bytes).sum();
-            format!("{package} and {} wheels in all, {}", wheels.len(), bytes(size))
+            format!("{package} and {} wheels in all, {}", wheels.len(), format_bytes(size))
         },
         |build, dir| {
             let cache: &Utf8PathBuf = &build.cache.root;
-            let wheels = wheel::fetch(&lock, build.cache, build.options.offline)?;
+            let wheels = wheel::fetch_wheels(&lock, build.cache, build.options.offline)?;
             let python = BasePython::read(BaseSource::Tar(root))?;
             let log = build.log("component");
-            wheel::component::component(&wheel::ComponentRequest {
+            wheel::component::make_payloads(&wheel::WheelComponentRequest {
                 lock: &lock,
                 wheels: &wheels,
                 base: &python,
@@ -98,21 +100,21 @@ fn component(build: &mut Build<'_>, base: &Base) -> Result<Component> {
 }
 
 /// The stage `bundle` for it.
-fn pack(
-    build: &mut Build<'_>,
-    component: &Component,
-    signing: &super::Signing,
+fn pack_component(
+    build: &mut BuildContext<'_>,
+    component: &WheelComponent,
+    signing: &BuildKeys,
 ) -> Result<Artifact> {
     let plan = build.plan;
     let api = bundle::component::API;
     let (product, board) = (&plan.product, &plan.board.name);
     let name = format!("{}-{}-{board}.{api}.bundle", product.name, component.version);
     let (root, out) = (build.root, build.dist.join(name));
-    let signers = signing.signers.iter().map(Signer::key);
+    let signers = signing.signers.iter().map(SigningKey::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
-    let level = image::level(build.options.compression);
+    let level = image::compression_level(build.options.compression);
     let hashes: Vec<&str> = component.payloads.iter().map(|(_, a)| a.sha256.as_str()).collect();
-    let key = Key::new("component bundle", BUNDLE_VERSION)
+    let key = CacheKey::new("component bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with_json("payloads", &hashes)?
         .with("epoch", plan.epoch.to_string())
@@ -146,13 +148,13 @@ fn pack(
         key,
         |bundle: &Artifact| vec![bundle.path.clone()],
         |bundle| {
-            let size = bytes(bundle.size);
+            let size = format_bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
             format!("{shown}  {size}, signed by the {} key {}", product.kind, ids.join(" and "))
         },
         |_, _| {
-            let packed = update::pack(&request, &out)?.artifact;
-            flush(&packed.path)?;
+            let packed = update::pack_bundle(&request, &out)?.artifact;
+            flush_file(&packed.path)?;
             Ok(packed)
         },
     )

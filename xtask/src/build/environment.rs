@@ -14,7 +14,7 @@ const HEAD: usize = 4;
 ///
 /// # Errors
 /// A line without a name, a name twice, or more than fits.
-pub fn pack(text: &[u8]) -> Result<Vec<u8>> {
+pub fn pack_environment(text: &[u8]) -> Result<Vec<u8>> {
     let text = std::str::from_utf8(text)?;
     let mut names = std::collections::BTreeSet::new();
     let mut variables = Vec::new();
@@ -54,13 +54,15 @@ mod tests {
             .run()
             .expect("this test needs mkenvimage");
         let made = std::fs::read(at("made")).expect("made");
-        let packed = pack(b"# ours\nbootdelay=-2\n\nbootcmd=run a; reset\n").expect("packed");
+        let packed =
+            pack_environment(b"# ours\nbootdelay=-2\n\nbootcmd=run a; reset\n").expect("packed");
         assert!(packed == made, "another file than mkenvimage's");
     }
 
     #[test]
     fn what_makes_no_sense_is_refused() {
-        let refused = |text: &str| pack(text.as_bytes()).expect_err("refused").to_string();
+        let refused =
+            |text: &str| pack_environment(text.as_bytes()).expect_err("refused").to_string();
         assert_eq!(refused("bootdelay\n"), "`bootdelay` is not `name=value`");
         assert_eq!(refused("=x\n"), "`=x` is not `name=value`");
         assert_eq!(refused("a=1\na=2\n"), "the variable a is set twice");

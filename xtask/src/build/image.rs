@@ -7,20 +7,22 @@ use bundle::bootstate::BootState;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::key::{BOOT_SLOTS, Inputs, size};
-use super::{Base, Build, Compression, Signing, alias, base, environment, key};
-use crate::artifact::{Artifact, flush, write_atomically, write_large};
-use crate::compose::{self, Parts, lint, programs, sizes};
-use crate::config::board::Compile;
-use crate::disk::{self, Content, DiskSpec, FatFile, PartitionSpec, Source, Summed};
+use super::key::{BOOT_SLOTS, ComposeInputs, partition_size};
+use super::{BuildContext, BuildKeys, BuiltBase, BundleCompression, alias, base, environment, key};
+use crate::artifact::{Artifact, flush_file, write_atomically, write_large};
+use crate::compose::{self, ComposeParts, lint, programs, sizes};
+use crate::config::board::BootFileFormat;
+use crate::disk::{
+    self, ChecksummedImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec,
+};
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
-use crate::keys::Signer;
+use crate::keys::SigningKey;
 use crate::plan::{BootSourcePlan, Plan};
-use crate::progress::{bytes, say, warn};
-use crate::render::{INIT, Rendered};
-use crate::rootfs::initrd::{self, InitrdRequest};
-use crate::start::{self, Starts};
+use crate::progress::{format_bytes, say, warn};
+use crate::render::{INIT, RenderedFiles};
+use crate::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
+use crate::start::{self, BootCheck};
 use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
 
 /// zstd's level for `.img.zst`: there are more downloads than builds, and it is still as fast as
@@ -29,11 +31,11 @@ const ZST_LEVEL: i32 = 9;
 
 /// The composed system.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct System {
+pub struct ComposedSystem {
     /// The root filesystem: the content of each slot.
-    pub root: Summed,
+    pub root: ChecksummedImage,
     /// The empty data filesystem.
-    pub data: Summed,
+    pub data: ChecksummedImage,
     /// The initrd.
     pub initrd: Artifact,
     /// Bytes that the root filesystem uses.
@@ -41,7 +43,7 @@ pub struct System {
     /// Its capacity in bytes.
     pub capacity: u64,
     /// How they are distributed.
-    pub sizes: sizes::Sizes,
+    pub sizes: sizes::SpaceUsage,
     /// The budget's warning.
     pub warning: Option<String>,
     /// The stage's key, which identifies the content.
@@ -50,7 +52,7 @@ pub struct System {
 
 /// The card image.
 #[derive(Debug, Clone, Serialize, Deserialize)]
-pub struct Card {
+pub struct BuiltCard {
     /// The image.
     pub image: Utf8PathBuf,
     /// Its length.
@@ -64,26 +66,33 @@ pub struct Card {
     /// The additional files for QEMU.
     pub qemu: Vec<Utf8PathBuf>,
     /// How each model starts from it.
-    pub starts: Starts,
+    pub starts: BootCheck,
 }
 
 /// The stage `compose`.
 ///
 /// # Errors
 /// Parts that contradict each other, a slot that is too full, an image that would not boot.
-pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
+pub fn compose_system(
+    build: &mut BuildContext<'_>,
+    inputs: &ComposeInputs<'_>,
+) -> Result<ComposedSystem> {
     let init = std::fs::read(build.root.join(INIT)).with_context(|| format!("reading {INIT}"))?;
     let libc = base::wheel_lock(build)?.map(|(lock, _)| lock.target.libc.to_string());
-    let (base_id, key) = key::compose(build.plan, inputs, &init, libc.as_deref())?;
-    let system: System = build.stage(
+    let (base_id, key) = key::compose_key(build.plan, inputs, &init, libc.as_deref())?;
+    let system: ComposedSystem = build.stage(
         "compose",
         key,
-        |system: &System| {
+        |system: &ComposedSystem| {
             vec![system.root.path.clone(), system.data.path.clone(), system.initrd.path.clone()]
         },
         |system| {
             let percent = (system.used * 100).div_ceil(system.capacity.max(1));
-            format!("root {} of {} ({percent} %)", bytes(system.used), bytes(system.capacity))
+            format!(
+                "root {} of {} ({percent} %)",
+                format_bytes(system.used),
+                format_bytes(system.capacity)
+            )
         },
         |build, dir| compose_into(build, inputs, &init, libc.as_deref(), &base_id, dir),
     )?;
@@ -95,19 +104,19 @@ pub fn compose(build: &mut Build<'_>, inputs: &Inputs<'_>) -> Result<System> {
 
 /// Makes the composed system in the stage's directory.
 fn compose_into(
-    build: &Build<'_>,
-    inputs: &Inputs<'_>,
+    build: &BuildContext<'_>,
+    inputs: &ComposeInputs<'_>,
     init: &[u8],
     libc: Option<&str>,
     base_id: &str,
     dir: &Utf8Path,
-) -> Result<System> {
-    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
+) -> Result<ComposedSystem> {
+    let &ComposeInputs { rendered, base, wheels, agent, signing } = inputs;
     let plan = build.plan;
-    let (capacity, data_size) = (size(plan, "root-a")?, size(plan, "data")?);
+    let (capacity, data_size) = (partition_size(plan, "root-a")?, partition_size(plan, "data")?);
     let config = std::fs::read_to_string(&base.system.kernel_config.path)
         .context("reading the kernel's configuration")?;
-    let initrd = initrd::build(
+    let initrd = initrd::build_initrd(
         &InitrdRequest {
             busybox: &base.system.initrd_parts.busybox.path,
             init,
@@ -120,11 +129,11 @@ fn compose_into(
                 0o644,
                 format!("{}\n", plan.board.disk_bus.word()).into_bytes(),
             )],
-            compression: initrd::Compression::for_kernel(&config),
+            compression: InitrdCompression::for_kernel(&config),
         },
         &dir.join("initrd.img"),
     )?;
-    let parts = Parts {
+    let parts = ComposeParts {
         base: &base.system.rootfs.path,
         wheels: wheels.map(|w| w.tar.path.as_path()),
         distributions: wheels.map_or(&[], |w| &w.distributions),
@@ -137,17 +146,17 @@ fn compose_into(
         key_set: &signing.key_set,
         base_id,
     };
-    let tree = compose::tree(plan, &parts)?;
+    let tree = compose::build_tree(plan, &parts)?;
     let names = boot_names(build, base);
-    lint::check(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
-    programs::check(&tree)?;
-    let sizes = sizes::measure(&tree)?;
+    lint::check_system(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
+    programs::check_programs(&tree)?;
+    let sizes = sizes::measure_tree(&tree)?;
     let tar = dir.join("root.tar");
     write_large(&tar, |out| tree.write(plan.epoch, out))?;
-    let tool = &base::mke2fs(build)?;
+    let tool = &base::find_mke2fs(build)?;
     let root = dir.join("root.ext4");
     let board = &plan.board.name;
-    let usage = ext4::make(
+    let usage = ext4::make_image(
         tool,
         &Ext4Request {
             tar: Some(&tar),
@@ -166,9 +175,9 @@ fn compose_into(
     let product = format!("configs/{}.toml", plan.product.name);
     let (limit, warning) = (plan.rootfs.fill_limit, plan.rootfs.fill_warning);
     let used = usage.used;
-    let warning = sizes::budget(used, capacity, limit, warning, &sizes, &product)?;
+    let warning = sizes::check_budget(used, capacity, limit, warning, &sizes, &product)?;
     let data = dir.join("data.ext4");
-    ext4::make(
+    ext4::make_image(
         tool,
         &Ext4Request {
             tar: None,
@@ -185,21 +194,25 @@ fn compose_into(
         &data,
     )?;
     let key = dir.file_name().unwrap_or_default().to_owned();
-    let (root, data) = (disk::sum(&root)?, disk::sum(&data)?);
-    Ok(System { root, data, initrd, used, capacity, sizes, warning, key })
+    let (root, data) = (disk::sum_image(&root)?, disk::sum_image(&data)?);
+    Ok(ComposedSystem { root, data, initrd, used, capacity, sizes, warning, key })
 }
 
 /// Every file of the boot partitions: partition role and name.
-fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
+fn boot_names(build: &BuildContext<'_>, base: &BuiltBase) -> Vec<(String, String)> {
     let mut names = Vec::new();
     for file in &build.plan.boot_files {
         let role = file.partition.clone();
         match &file.source {
             BootSourcePlan::Firmware => {
-                names.extend(base.system.firmware.iter().map(|f| (role.clone(), flat(&f.path))));
+                names.extend(
+                    base.system.firmware.iter().map(|f| (role.clone(), file_name_only(&f.path))),
+                );
             }
             BootSourcePlan::DeviceTrees => {
-                names.extend(base.system.dtbs.iter().map(|f| (role.clone(), flat(&f.path))));
+                names.extend(
+                    base.system.dtbs.iter().map(|f| (role.clone(), file_name_only(&f.path))),
+                );
             }
             _ => names.push((role, file.path.clone())),
         }
@@ -208,48 +221,47 @@ fn boot_names(build: &Build<'_>, base: &Base) -> Vec<(String, String)> {
 }
 
 /// A file's name without its directories.
-fn flat(path: &str) -> String {
+fn file_name_only(path: &str) -> String {
     path.rsplit('/').next().unwrap_or(path).to_owned()
 }
 
 fn boot_partitions(
-    build: &Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
+    build: &BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
     dir: &Utf8Path,
 ) -> Result<BTreeMap<String, Vec<FatFile>>> {
     let mut partitions: BTreeMap<String, Vec<FatFile>> = BTreeMap::new();
     for file in &build.plan.boot_files {
-        let mut put = |path: String, source: Source| {
+        let mut put = |path: String, source: FileSource| {
             partitions.entry(file.partition.clone()).or_default().push(FatFile { path, source });
         };
-        let from = |artifact: &Artifact| Source::File(artifact.path.clone());
+        let from = |artifact: &Artifact| FileSource::File(artifact.path.clone());
         match &file.source {
             BootSourcePlan::Template { compile, .. } => {
                 let key = (file.partition.clone(), file.path.clone());
                 let text = rendered.boot.get(&key).context("every template was rendered")?;
                 let bytes = match compile {
-                    Some(Compile::BootScript) => {
+                    Some(BootFileFormat::BootScript) => {
                         wrap_script(text, build.plan.epoch, dir, &build.log("image"))?
                     }
-                    Some(Compile::UbootEnvironment) => {
-                        environment::pack(text).with_context(|| {
-                            format!("creating {} from {}", file.path, file.partition)
-                        })?
-                    }
+                    Some(BootFileFormat::UbootEnvironment) => environment::pack_environment(text)
+                        .with_context(|| {
+                        format!("creating {} from {}", file.path, file.partition)
+                    })?,
                     None => text.clone(),
                 };
-                put(file.path.clone(), Source::Bytes(bytes));
+                put(file.path.clone(), FileSource::Bytes(bytes));
             }
             BootSourcePlan::Firmware => {
                 for f in &base.system.firmware {
-                    put(flat(&f.path), from(&f.file));
+                    put(file_name_only(&f.path), from(&f.file));
                 }
             }
             BootSourcePlan::DeviceTrees => {
                 for f in &base.system.dtbs {
-                    put(flat(&f.path), device_tree(&f.file, &file.aliases)?);
+                    put(file_name_only(&f.path), device_tree(&f.file, &file.aliases)?);
                 }
             }
             BootSourcePlan::DeviceTree(path) => {
@@ -267,7 +279,7 @@ fn boot_partitions(
 }
 
 /// The device tree with that path in the base system.
-fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
+fn named_tree<'a>(base: &'a BuiltBase, wanted: &str) -> Result<&'a Artifact> {
     let named = base.system.dtbs.iter().find(|d| d.path == wanted);
     let named = named.with_context(|| {
         format!(
@@ -279,22 +291,22 @@ fn named_tree<'a>(base: &'a Base, wanted: &str) -> Result<&'a Artifact> {
 }
 
 /// A device tree, with the board's aliases for its nodes, if any.
-fn device_tree(file: &Artifact, aliases: &[String]) -> Result<Source> {
+fn device_tree(file: &Artifact, aliases: &[String]) -> Result<FileSource> {
     if aliases.is_empty() {
-        return Ok(Source::File(file.path.clone()));
+        return Ok(FileSource::File(file.path.clone()));
     }
-    let doing = || format!("adding aliases to {}", file.path);
-    let bytes = std::fs::read(&file.path).with_context(doing)?;
-    Ok(Source::Bytes(alias::add(&bytes, aliases).with_context(doing)?))
+    let context = || format!("adding aliases to {}", file.path);
+    let bytes = std::fs::read(&file.path).with_context(context)?;
+    Ok(FileSource::Bytes(alias::add_aliases(&bytes, aliases).with_context(context)?))
 }
 
 /// The name of the volume of both: `boot-a` and `boot-b` hold the same bytes, as all slot images do.
 const BOOT_SLOT: &str = "boot-slot";
 
-fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> Content {
+fn fat_content(plan: &Plan, role: &str, files: Vec<FatFile>) -> PartitionContent {
     let shared = BOOT_SLOTS.contains(&role);
     let name = if shared { BOOT_SLOT } else { role };
-    Content::Fat {
+    PartitionContent::Fat {
         label: name.to_owned(),
         volume_id: plan.identifiers.volume_id(name),
         placed: !shared,
@@ -323,19 +335,19 @@ pub fn wrap_script(text: &[u8], epoch: u64, dir: &Utf8Path, log: &Utf8Path) -> R
 
 /// The files that QEMU needs besides the image: the boot loader, and a device tree where the
 /// machine's firmware would provide one. They are below `dist/<product>/<board>/qemu`.
-pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::Files> {
+pub fn qemu_files(dist: &Utf8Path, plan: &Plan) -> Option<crate::qemu::MachineFiles> {
     let qemu = plan.board.qemu.as_ref()?;
     let dir = dist.join("qemu");
-    Some(crate::qemu::Files {
+    Some(crate::qemu::MachineFiles {
         image: dist.join(format!("{}.img", plan.stem())),
         bootloader: dir.join("u-boot.bin"),
-        device_tree: qemu.device_tree.as_ref().map(|path| dir.join(flat(path))),
+        device_tree: qemu.device_tree.as_ref().map(|path| dir.join(file_name_only(path))),
         device_tree_changes: qemu.device_tree_changes.as_ref().map(|_| dir.join("changes.dtsi")),
     })
 }
 
 /// The board's changes to the device tree for its machine in QEMU.
-fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
+fn tree_changes(build: &BuildContext<'_>) -> Result<Option<Vec<u8>>> {
     let path = build.plan.board.qemu.as_ref().and_then(|qemu| qemu.device_tree_changes.as_ref());
     let read = |path: &Utf8PathBuf| {
         std::fs::read(build.root.join(path))
@@ -344,7 +356,7 @@ fn tree_changes(build: &Build<'_>) -> Result<Option<Vec<u8>>> {
     path.map(read).transpose()
 }
 
-fn copy_for_qemu(build: &Build<'_>, base: &Base, changes: Option<&[u8]>) -> Result<()> {
+fn copy_for_qemu(build: &BuildContext<'_>, base: &BuiltBase, changes: Option<&[u8]>) -> Result<()> {
     let Some(files) = qemu_files(&build.dist, build.plan) else { return Ok(()) };
     let copy = |from: &Artifact, to: &Utf8Path| {
         let bytes = std::fs::read(&from.path).with_context(|| format!("reading {}", from.path))?;
@@ -365,27 +377,27 @@ fn copy_for_qemu(build: &Build<'_>, base: &Base, changes: Option<&[u8]>) -> Resu
 ///
 /// # Errors
 /// Boot files that do not fit their partition, a full disk, a model of the board that would not start from the card.
-pub fn card(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
-) -> Result<Card> {
+pub fn build_card(
+    build: &mut BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
+) -> Result<BuiltCard> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("img"));
     let changes = tree_changes(build)?;
-    let key = key::image(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
-    let card: Card = build.stage(
+    let key = key::image_key(plan, rendered, base, &system.key, changes.as_deref(), &out)?;
+    let card: BuiltCard = build.stage(
         "image",
         key,
-        |card: &Card| {
+        |card: &BuiltCard| {
             let mut files = vec![card.image.clone(), card.bmap.path.clone()];
             files.extend(card.qemu.iter().cloned());
             files
         },
         |card| {
             let shown = card.image.strip_prefix(root).unwrap_or(&card.image);
-            format!("{shown}  {}, {} on disk", bytes(card.size), bytes(card.written))
+            format!("{shown}  {}, {} on disk", format_bytes(card.size), format_bytes(card.written))
         },
         |build, dir| {
             let mut boot = boot_partitions(build, rendered, base, system, dir)?;
@@ -400,8 +412,8 @@ pub fn card(
                         placed.name, plan.board.name
                     ),
                     content: match placed.name.as_str() {
-                        "root-a" | "root-b" => Content::Image(system.root.clone()),
-                        "data" => Content::Image(system.data.clone()),
+                        "root-a" | "root-b" => PartitionContent::Image(system.root.clone()),
+                        "data" => PartitionContent::Image(system.data.clone()),
                         role => fat_content(plan, role, boot.remove(role).unwrap_or_default()),
                     },
                 })
@@ -416,15 +428,15 @@ pub fn card(
                 partitions,
             };
             let (made, starts) = disk::assemble_checked(&spec, &out, |image| {
-                let starts = start::look(image, Some((root, plan)))?;
-                start::require(&starts, &plan.board.name)?;
+                let starts = start::check_card(image, Some((root, plan)))?;
+                start::require_bootable(&starts, &plan.board.name)?;
                 Ok(starts)
             })?;
             // The image must be on the disk before the stage is marked as finished.
-            flush(&made.path)?;
-            flush(&made.bmap.path)?;
+            flush_file(&made.path)?;
+            flush_file(&made.bmap.path)?;
             copy_for_qemu(build, base, changes.as_deref())?;
-            Ok(Card {
+            Ok(BuiltCard {
                 image: made.path,
                 size: made.size,
                 mapped: made.mapped,
@@ -441,18 +453,18 @@ pub fn card(
         },
     )?;
     if build.options.zst {
-        let packed = disk::compress::compress(&card.image, ZST_LEVEL)?;
-        say("image", format!("{}  {}", packed.path, bytes(packed.size)));
+        let packed = disk::compress::compress_image(&card.image, ZST_LEVEL)?;
+        say("image", format!("{}  {}", packed.path, format_bytes(packed.size)));
     }
     Ok(card)
 }
 
 /// The compression level of a bundle.
-pub(super) fn level(compression: Compression) -> bundle::CompressionLevel {
+pub(super) fn compression_level(compression: BundleCompression) -> bundle::CompressionLevel {
     match compression {
-        Compression::Fast => bundle::CompressionLevel::Fast,
-        Compression::Release => bundle::CompressionLevel::Release,
-        Compression::Slow => bundle::CompressionLevel::Slow,
+        BundleCompression::Fast => bundle::CompressionLevel::Fast,
+        BundleCompression::Release => bundle::CompressionLevel::Release,
+        BundleCompression::Slow => bundle::CompressionLevel::Slow,
     }
 }
 
@@ -460,25 +472,25 @@ pub(super) fn level(compression: Compression) -> bundle::CompressionLevel {
 ///
 /// # Errors
 /// A key that may not sign this product, a full disk.
-pub fn bundle(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    base: &Base,
-    system: &System,
-    signing: &Signing,
+pub fn build_bundle(
+    build: &mut BuildContext<'_>,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
+    system: &ComposedSystem,
+    signing: &BuildKeys,
 ) -> Result<Artifact> {
     let plan = build.plan;
     let (root, out) = (build.root, build.output("bundle"));
-    let signers = signing.signers.iter().map(Signer::key);
+    let signers = signing.signers.iter().map(SigningKey::key);
     let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
-    let level = level(build.options.compression);
-    let key = key::bundle(plan, rendered, base, &system.key, &ids, level, &out)?;
+    let level = compression_level(build.options.compression);
+    let key = key::bundle_key(plan, rendered, base, &system.key, &ids, level, &out)?;
     build.stage(
         "bundle",
         key,
         |bundle: &Artifact| vec![bundle.path.clone()],
         |bundle| {
-            let size = bytes(bundle.size);
+            let size = format_bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
             format!(
                 "{shown}  {size}, signed by the {} key {}",
@@ -519,8 +531,8 @@ pub fn bundle(
                 workers: None,
                 signers: &signing.signers,
             };
-            let packed = update::pack(&request, &out)?.artifact;
-            flush(&packed.path)?;
+            let packed = update::pack_bundle(&request, &out)?.artifact;
+            flush_file(&packed.path)?;
             if boot.exists() {
                 std::fs::remove_file(&boot).with_context(|| format!("removing {boot}"))?;
             }

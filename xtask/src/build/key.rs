@@ -6,11 +6,12 @@
 use anyhow::{Context, Result};
 use camino::Utf8Path;
 
-use super::{Agent, Base, Signing, Wheels};
+use super::{BuildKeys, BuiltAgent, BuiltBase};
 use crate::artifact::hash_bytes;
-use crate::cache::Key;
+use crate::cache::CacheKey;
 use crate::plan::{BoardPlan, Plan, RootfsPlan};
-use crate::render::{OverlayContent, Rendered};
+use crate::render::{OverlayContent, RenderedFiles};
+use crate::wheel::InstalledWheels;
 
 /// Raised when a change of compose changes its output.
 const COMPOSE_VERSION: u32 = 5;
@@ -24,26 +25,26 @@ pub(super) const BOOT_SLOTS: [&str; 2] = ["boot-a", "boot-b"];
 
 /// The inputs of compose.
 #[derive(Clone, Copy)]
-pub struct Inputs<'a> {
+pub struct ComposeInputs<'a> {
     /// Generated texts.
-    pub rendered: &'a Rendered,
+    pub rendered: &'a RenderedFiles,
     /// The base system.
-    pub base: &'a Base,
+    pub base: &'a BuiltBase,
     /// The API wheels.
-    pub wheels: Option<&'a Wheels>,
+    pub wheels: Option<&'a InstalledWheels>,
     /// The robot's agent.
-    pub agent: &'a Agent,
+    pub agent: &'a BuiltAgent,
     /// The signers whose key set goes into the image.
-    pub signing: &'a Signing,
+    pub signing: &'a BuildKeys,
 }
 
 /// The size of a partition in bytes.
-pub(super) fn size(plan: &Plan, role: &str) -> Result<u64> {
+pub(super) fn partition_size(plan: &Plan, role: &str) -> Result<u64> {
     Ok(plan.disk.partition(role).with_context(|| format!("the board has no {role}"))?.size)
 }
 
 /// Names and hashes of the boot files' texts.
-fn boot_texts(rendered: &Rendered) -> Vec<(&(String, String), String)> {
+fn boot_texts(rendered: &RenderedFiles) -> Vec<(&(String, String), String)> {
     rendered.boot.iter().map(|(name, text)| (name, hash_bytes(text))).collect()
 }
 
@@ -51,14 +52,14 @@ fn boot_texts(rendered: &Rendered) -> Vec<(&(String, String), String)> {
 ///
 /// # Errors
 /// When the board lacks a partition.
-pub(super) fn compose(
+pub(super) fn compose_key(
     plan: &Plan,
-    inputs: &Inputs<'_>,
+    inputs: &ComposeInputs<'_>,
     init: &[u8],
     libc: Option<&str>,
-) -> Result<(String, Key)> {
-    let &Inputs { rendered, base, wheels, agent, signing } = inputs;
-    let sizes = (size(plan, "root-a")?, size(plan, "data")?);
+) -> Result<(String, CacheKey)> {
+    let &ComposeInputs { rendered, base, wheels, agent, signing } = inputs;
+    let sizes = (partition_size(plan, "root-a")?, partition_size(plan, "data")?);
     let Plan {
         schema: _,  // of plan.json
         product: _, // in the rendered texts
@@ -126,7 +127,7 @@ pub(super) fn compose(
     let passwords: Vec<_> = users.iter().map(|u| &u.password).collect();
     // All inputs of the system, except times, and passwords, whose hashes must not be exposed in
     // another way. A robot with another id than at its last start provisions again.
-    let id = Key::new("system", COMPOSE_VERSION)
+    let id = CacheKey::new("system", COMPOSE_VERSION)
         .with("base", &base.key)
         .with("wheels", wheels.map_or("", |w| &w.tar.sha256))
         .with_json("api", &(api, libc))?
@@ -142,7 +143,7 @@ pub(super) fn compose(
         .with("disk bus", disk_bus.word())
         .with_json("sizes", &sizes)?
         .finish();
-    let key = Key::new("compose", COMPOSE_VERSION)
+    let key = CacheKey::new("compose", COMPOSE_VERSION)
         .with("system", &id)
         .with("epoch", epoch.to_string())
         // A crypt hash allows guessing the password: only its hash goes into the key, which is
@@ -157,14 +158,14 @@ pub(super) fn compose(
 ///
 /// # Errors
 /// When an input has no JSON form.
-pub(super) fn image(
+pub(super) fn image_key(
     plan: &Plan,
-    rendered: &Rendered,
-    base: &Base,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
     system: &str,
     changes: Option<&[u8]>,
     out: &Utf8Path,
-) -> Result<Key> {
+) -> Result<CacheKey> {
     let Plan {
         schema: _,  // of plan.json
         product: _, // in the system, and in the name of the output
@@ -208,7 +209,7 @@ pub(super) fn image(
         origins: _,       // only displayed
     } = board;
     let tree = qemu.as_ref().and_then(|qemu| qemu.device_tree.as_ref());
-    Key::new("image", IMAGE_VERSION)
+    CacheKey::new("image", IMAGE_VERSION)
         .with_json("qemu", &(tree, &changes.map(hash_bytes)))?
         .with("out", out.as_str())
         .with("system", system)
@@ -218,22 +219,22 @@ pub(super) fn image(
         .with_json("boot", &boot_texts(rendered))?
         .with_json("layout", disk)?
         .with_json("identifiers", identifiers)?
-        .with_json("boards", &(crate::start::version(), compatible))
+        .with_json("boards", &(crate::start::model_version(), compatible))
 }
 
 /// The key of the stage `bundle` of the system with this key, which writes to `out`; `signers`: the ids of the keys that sign.
 ///
 /// # Errors
 /// When an input has no JSON form.
-pub(super) fn bundle(
+pub(super) fn bundle_key(
     plan: &Plan,
-    rendered: &Rendered,
-    base: &Base,
+    rendered: &RenderedFiles,
+    base: &BuiltBase,
     system: &str,
     signers: &[&str],
     level: bundle::CompressionLevel,
     out: &Utf8Path,
-) -> Result<Key> {
+) -> Result<CacheKey> {
     let Plan {
         schema: _, // of plan.json
         product,
@@ -276,7 +277,7 @@ pub(super) fn bundle(
         earlier_cards: _,      // system
         origins: _,            // only displayed
     } = board;
-    Ok(Key::new("bundle", BUNDLE_VERSION)
+    Ok(CacheKey::new("bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with("system", system)
         .with("base", &base.key)

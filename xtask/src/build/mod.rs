@@ -19,29 +19,30 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::Artifact;
-use crate::cache::{Cache, Key, Origin, Staged};
+use crate::cache::{Cache, CacheKey, StageOrigin, StageResult};
 use crate::config::product::{BuildKind, Engine, RootLogin};
-use crate::failure::Failure;
-use crate::keys::{self, Keys, Signer};
+use crate::failure::BuildFailure;
+use crate::keys::{self, KeyDirectory, SigningKey};
 use crate::plan::Plan;
-use crate::progress::{duration, say, warn};
-use crate::render::{Rendered, render};
-use crate::report;
+use crate::progress::{format_duration, say, warn};
+use crate::render::{RenderedFiles, render};
+use crate::report::ReportStage;
 use crate::rootfs::debian::DebianSpec;
 use crate::shared;
-use crate::tools::{self, Purpose};
-use crate::workspace::{dist, resolve, resolve_nightly, save, turn};
+use crate::tools::{self, ToolPurpose};
+use crate::wheel::InstalledWheels;
+use crate::workspace::{dist_dir, lock_dist_dir, resolve_nightly, resolve_plan, save_plan};
 
-pub use agent::{Agent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
-pub use base::{Base, Wheels, check_locks, mirrors, package_spec, python_target};
+pub use agent::{BuiltAgent, LOCK as COMPILER_LOCK, SOURCES as AGENT_SOURCES};
+pub use base::{BuiltBase, check_locks, load_mirrors, package_spec, python_target};
 pub use buildroot::output_name;
 pub use component::{ComponentBundle, build_component};
-pub use image::{Card, System, qemu_files, wrap_script};
-pub use options::{BuildOptions, Compression, Stage};
-pub use outcome::Finished;
+pub use image::{BuiltCard, ComposedSystem, qemu_files, wrap_script};
+pub use options::{BuildOptions, BuildStage, BundleCompression};
+pub use outcome::BuildSummary;
 
 /// The context of a build.
-pub struct Build<'a> {
+pub struct BuildContext<'a> {
     /// The resolved build.
     pub plan: &'a Plan,
     /// The workspace.
@@ -55,9 +56,9 @@ pub struct Build<'a> {
     /// The request that the package lock must match.
     packages: DebianSpec,
     /// How each stage went, for the report.
-    stages: Vec<report::Stage>,
+    stages: Vec<ReportStage>,
     /// The current stage, for the note about a failure.
-    running: Stage,
+    running: BuildStage,
     /// Whether all tools are installed; locked while they are being installed.
     tools: Arc<Mutex<bool>>,
 }
@@ -66,26 +67,26 @@ pub struct Build<'a> {
 ///
 /// # Errors
 /// Whatever a stage returns; nothing partial is left under a final name.
-pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
+pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
     let started = Instant::now();
     let (config, _, plan) = match options.nightly {
         true => resolve_nightly(&options.selection)?,
-        false => resolve(&options.selection)?,
+        false => resolve_plan(&options.selection)?,
     };
     let cache = Cache::locate()?;
-    let dist = dist(&config.root, &plan);
-    let _turn = turn(&dist)?;
-    Failure::forget(&dist)?;
-    say("plan", summary(&plan));
-    save(&plan, &dist)?;
-    let until = options.until.unwrap_or(Stage::Bundle);
-    if until == Stage::Plan {
+    let dist = dist_dir(&config.root, &plan);
+    let _turn = lock_dist_dir(&dist)?;
+    BuildFailure::forget(&dist)?;
+    say("plan", describe_plan(&plan));
+    save_plan(&plan, &dist)?;
+    let until = options.until.unwrap_or(BuildStage::Bundle);
+    if until == BuildStage::Plan {
         return Ok(None);
     }
     // Checks that can fail early, before the slow work: templates, engine, keys.
     let mut rendered = render(&config.root, &plan)?;
     rendered.write(&dist.join("rendered"))?;
-    if until == Stage::Render {
+    if until == BuildStage::Render {
         say("render", dist.join("rendered"));
         return Ok(None);
     }
@@ -99,15 +100,16 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
         );
     }
     // The wheels' lock would be read when the base is made, minutes from now.
-    if until >= Stage::Api {
+    if until >= BuildStage::Api {
         check_locks(&config)?;
     }
-    let signing = signing(&plan).context("choosing the signing key")?;
+    let signing = open_build_keys(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
-    let cache = shared::attach(cache, plan.product.kind, &signing.signer, options.offline)?;
+    let cache =
+        shared::attach_shared_cache(cache, plan.product.kind, &signing.signer, options.offline)?;
     let packages = package_spec(&config);
-    let mut build = Build::new(&plan, &config.root, dist, &cache, options, packages);
-    let made = match stages(&mut build, &rendered, &signing, until) {
+    let mut build = BuildContext::new(&plan, &config.root, dist, &cache, options, packages);
+    let made = match run_stages(&mut build, &rendered, &signing, until) {
         Ok(made) => made,
         Err(error) => {
             // The first error is the one to report.
@@ -117,86 +119,86 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<Finished>> {
             return Err(error);
         }
     };
-    let report = outcome::report(&build, &made, &rendered, &signing, started.elapsed())?;
-    outcome::write(&build, report).map(Some)
+    let report = outcome::collect_report(&build, &made, &rendered, &signing, started.elapsed())?;
+    outcome::write_report(&build, report).map(Some)
 }
 
 /// A composed system, for `run --local` (no card image).
-pub struct Composed {
+pub struct LocalBuild {
     /// What was built.
     pub plan: Plan,
     /// The directory of the results.
     pub dist: Utf8PathBuf,
     /// The root filesystem.
-    pub system: System,
+    pub system: ComposedSystem,
 }
 
 /// Builds up to the root filesystem, without a report.
 ///
 /// # Errors
 /// Whatever a stage returns.
-pub fn compose(options: &BuildOptions) -> Result<Composed> {
-    let (config, _, plan) = resolve(&options.selection)?;
+pub fn build_for_local(options: &BuildOptions) -> Result<LocalBuild> {
+    let (config, _, plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
-    let dist = dist(&config.root, &plan);
-    say("plan", summary(&plan));
+    let dist = dist_dir(&config.root, &plan);
+    say("plan", describe_plan(&plan));
     let mut rendered = render(&config.root, &plan)?;
     check_locks(&config)?;
-    let signing = signing(&plan).context("choosing the signing key")?;
+    let signing = open_build_keys(&plan).context("choosing the signing key")?;
     developer_access(&plan, &mut rendered).context("finding who may log in")?;
     let packages = package_spec(&config);
-    let mut build = Build::new(&plan, &config.root, dist.clone(), &cache, options, packages);
-    let made = stages(&mut build, &rendered, &signing, Stage::Compose)?;
+    let mut build = BuildContext::new(&plan, &config.root, dist.clone(), &cache, options, packages);
+    let made = run_stages(&mut build, &rendered, &signing, BuildStage::Compose)?;
     drop(build);
     let system = made.system.context("the stage compose returns a system")?;
-    Ok(Composed { plan, dist, system })
+    Ok(LocalBuild { plan, dist, system })
 }
 
 /// The results of a build up to the requested stage.
-pub struct Made {
+pub struct BuildOutputs {
     /// The base system.
-    pub base: Base,
+    pub base: BuiltBase,
     /// The API wheels.
-    pub wheels: Option<Wheels>,
+    pub wheels: Option<InstalledWheels>,
     /// The robot's agent.
-    pub agent: Option<Agent>,
+    pub agent: Option<BuiltAgent>,
     /// The root filesystem image.
-    pub system: Option<System>,
+    pub system: Option<ComposedSystem>,
     /// The card image.
-    pub card: Option<Card>,
+    pub card: Option<BuiltCard>,
     /// The bundle.
     pub bundle: Option<Artifact>,
 }
 
 /// The signing keys, and the keys that the robot trusts.
-pub struct Signing {
+pub struct BuildKeys {
     /// The newest key; opened for this build only, like the others: no secret is ever printed.
-    pub signer: Signer,
+    pub signer: SigningKey,
     /// With the earlier keys that are still valid: these sign bundles.
-    pub signers: Vec<Signer>,
+    pub signers: Vec<SigningKey>,
     /// The key set that goes into the image, as JSON.
     pub key_set: Vec<u8>,
 }
 
-fn signing(plan: &Plan) -> Result<Signing> {
+fn open_build_keys(plan: &Plan) -> Result<BuildKeys> {
     let kind = plan.product.kind;
-    let mut keys = Keys::open(&keys::directory()?)?;
+    let mut keys = KeyDirectory::open(&keys::key_directory()?)?;
     let signers = keys.signers(kind)?;
     let signer = signers.first().context("no signing key")?.clone();
     let key_set =
         serde_json::to_vec_pretty(&keys.set_for(kind)).context("describing the key set")?;
-    Ok(Signing { signer, signers, key_set })
+    Ok(BuildKeys { signer, signers, key_set })
 }
 
 /// The developer who builds a development product may log in to it as root: `push` needs that. A
 /// release product accepts no key from outside of the repository.
-fn developer_access(plan: &Plan, rendered: &mut Rendered) -> Result<()> {
+fn developer_access(plan: &Plan, rendered: &mut RenderedFiles) -> Result<()> {
     let closed =
         plan.product.kind == BuildKind::Release || plan.ssh.permit_root_login == RootLogin::No;
     let Some(root) = plan.users.iter().find(|user| user.uid == 0).filter(|_| !closed) else {
         return Ok(());
     };
-    let dir = keys::directory()?;
+    let dir = keys::key_directory()?;
     let own = keys::authorized_keys(&dir)?;
     if !own.is_empty() {
         let path = dir.join(keys::AUTHORIZED_KEYS);
@@ -206,31 +208,31 @@ fn developer_access(plan: &Plan, rendered: &mut Rendered) -> Result<()> {
     Ok(())
 }
 
-fn stages(
-    build: &mut Build<'_>,
-    rendered: &Rendered,
-    signing: &Signing,
-    until: Stage,
-) -> Result<Made> {
-    let (base, wheels, agent) = foundations(build, until)?;
-    let mut made = Made { base, wheels, agent, system: None, card: None, bundle: None };
-    if let (true, Some(agent)) = (until >= Stage::Compose, &made.agent) {
-        build.running = Stage::Compose;
-        let parts = key::Inputs {
+fn run_stages(
+    build: &mut BuildContext<'_>,
+    rendered: &RenderedFiles,
+    signing: &BuildKeys,
+    until: BuildStage,
+) -> Result<BuildOutputs> {
+    let (base, wheels, agent) = build_foundations(build, until)?;
+    let mut made = BuildOutputs { base, wheels, agent, system: None, card: None, bundle: None };
+    if let (true, Some(agent)) = (until >= BuildStage::Compose, &made.agent) {
+        build.running = BuildStage::Compose;
+        let parts = key::ComposeInputs {
             rendered,
             base: &made.base,
             wheels: made.wheels.as_ref(),
             agent,
             signing,
         };
-        made.system = Some(image::compose(build, &parts)?);
+        made.system = Some(image::compose_system(build, &parts)?);
     }
-    if let (true, Some(system)) = (until >= Stage::Image, &made.system) {
-        build.running = Stage::Image;
-        made.card = Some(image::card(build, rendered, &made.base, system)?);
-        if until >= Stage::Bundle {
-            build.running = Stage::Bundle;
-            made.bundle = Some(image::bundle(build, rendered, &made.base, system, signing)?);
+    if let (true, Some(system)) = (until >= BuildStage::Image, &made.system) {
+        build.running = BuildStage::Image;
+        made.card = Some(image::build_card(build, rendered, &made.base, system)?);
+        if until >= BuildStage::Bundle {
+            build.running = BuildStage::Bundle;
+            made.bundle = Some(image::build_bundle(build, rendered, &made.base, system, signing)?);
         }
     }
     Ok(made)
@@ -238,21 +240,21 @@ fn stages(
 
 /// Builds the inputs of the root filesystem. The agent does not depend on the base, so it is
 /// compiled while packages are installed, which uses little more than one core.
-fn foundations(
-    build: &mut Build<'_>,
-    until: Stage,
-) -> Result<(Base, Option<Wheels>, Option<Agent>)> {
-    let mut beside = build.beside(Stage::Agent);
+fn build_foundations(
+    build: &mut BuildContext<'_>,
+    until: BuildStage,
+) -> Result<(BuiltBase, Option<InstalledWheels>, Option<BuiltAgent>)> {
+    let mut beside = build.beside(BuildStage::Agent);
     let (first, agent) = std::thread::scope(|scope| {
         let compile = || {
-            agent::agent(&mut beside).inspect_err(|_| {
+            agent::build_agent(&mut beside).inspect_err(|_| {
                 warn(
                     "building the agent failed; waiting for the other stages so that their \
                  results are cached",
                 );
             })
         };
-        let compiling = (until >= Stage::Agent).then(|| scope.spawn(compile));
+        let compiling = (until >= BuildStage::Agent).then(|| scope.spawn(compile));
         let first = base_and_wheels(build, until);
         if let (Err(error), Some(false)) = (&first, compiling.as_ref().map(|c| c.is_finished())) {
             warn(format!(
@@ -266,7 +268,7 @@ fn foundations(
         None => None,
         Some(Err(_)) => bail!("the thread that compiles the agent panicked"),
         Some(Ok(made)) => {
-            build.running = Stage::Agent;
+            build.running = BuildStage::Agent;
             build.stages.append(&mut beside.stages);
             Some(made?)
         }
@@ -274,20 +276,23 @@ fn foundations(
     Ok((base, wheels, agent))
 }
 
-fn base_and_wheels(build: &mut Build<'_>, until: Stage) -> Result<(Base, Option<Wheels>)> {
+fn base_and_wheels(
+    build: &mut BuildContext<'_>,
+    until: BuildStage,
+) -> Result<(BuiltBase, Option<InstalledWheels>)> {
     let base = match build.plan.rootfs.engine {
-        Engine::Debian => base::base(build)?,
-        Engine::Buildroot => buildroot::base(build)?,
+        Engine::Debian => base::build_base(build)?,
+        Engine::Buildroot => buildroot::build_base(build)?,
     };
-    if until < Stage::Api {
+    if until < BuildStage::Api {
         return Ok((base, None));
     }
-    build.running = Stage::Api;
-    let wheels = base::wheels(build, &base)?;
+    build.running = BuildStage::Api;
+    let wheels = base::install_wheels(build, &base)?;
     Ok((base, wheels))
 }
 
-fn summary(plan: &Plan) -> String {
+fn describe_plan(plan: &Plan) -> String {
     let mut text =
         format!("{} {} for {}", plan.product.name, plan.product.version, plan.board.name);
     match plan.rootfs.engine {
@@ -303,7 +308,7 @@ fn summary(plan: &Plan) -> String {
     text
 }
 
-impl<'a> Build<'a> {
+impl<'a> BuildContext<'a> {
     fn new(
         plan: &'a Plan,
         root: &'a Utf8Path,
@@ -313,12 +318,12 @@ impl<'a> Build<'a> {
         packages: DebianSpec,
     ) -> Self {
         let (stages, tools) = (Vec::new(), Arc::default());
-        let running = Stage::Base;
+        let running = BuildStage::Base;
         Self { plan, root, dist, cache, options, packages, stages, running, tools }
     }
 
     /// The same build, for a stage that runs in parallel with others.
-    fn beside(&self, running: Stage) -> Self {
+    fn beside(&self, running: BuildStage) -> Self {
         let (dist, packages) = (self.dist.clone(), self.packages.clone());
         let (stages, tools) = (Vec::new(), Arc::clone(&self.tools));
         Self { dist, packages, stages, running, tools, ..*self }
@@ -329,7 +334,7 @@ impl<'a> Build<'a> {
     fn stage<T: serde::Serialize + serde::de::DeserializeOwned>(
         &mut self,
         name: &str,
-        key: Key,
+        key: CacheKey,
         outputs: impl Fn(&T) -> Vec<Utf8PathBuf>,
         describe: impl Fn(&T) -> String,
         work: impl FnOnce(&Self, &Utf8Path) -> Result<T>,
@@ -337,22 +342,22 @@ impl<'a> Build<'a> {
         let started = Instant::now();
         let key = key.finish();
         let this = &*self;
-        let Staged { value, origin } = self.cache.stage(name, &key, outputs, |dir| {
+        let StageResult { value, origin } = self.cache.stage(name, &key, outputs, |dir| {
             this.require_tools()?;
             work(this, dir)
         })?;
         let seconds = started.elapsed();
         let note = describe(&value);
         let time = match origin {
-            Origin::Made => duration(seconds),
-            Origin::Kept => "kept".to_owned(),
-            Origin::Shared => "from the shared cache".to_owned(),
+            StageOrigin::Made => format_duration(seconds),
+            StageOrigin::Kept => "kept".to_owned(),
+            StageOrigin::Shared => "from the shared cache".to_owned(),
         };
         say(name, format!("{note}  ({time})"));
-        self.stages.push(report::Stage {
+        self.stages.push(ReportStage {
             name: name.to_owned(),
             seconds: seconds.as_secs_f64(),
-            cached: origin != Origin::Made,
+            cached: origin != StageOrigin::Made,
             note,
         });
         Ok(value)
@@ -363,10 +368,10 @@ impl<'a> Build<'a> {
         let mut there = self.tools.lock().unwrap_or_else(PoisonError::into_inner);
         if !*there {
             let engine = match self.plan.rootfs.engine {
-                Engine::Debian => Purpose::Debian,
-                Engine::Buildroot => Purpose::Buildroot,
+                Engine::Debian => ToolPurpose::Debian,
+                Engine::Buildroot => ToolPurpose::Buildroot,
             };
-            tools::require(&[Purpose::Build, engine], !self.options.no_install)?;
+            tools::require_tools(&[ToolPurpose::Build, engine], !self.options.no_install)?;
             *there = true;
         }
         Ok(())

@@ -3,15 +3,15 @@
 use camino::Utf8PathBuf;
 use clap::ValueEnum;
 
-use crate::workspace::Selection;
+use crate::workspace::BuildSelection;
 
 /// What a build is asked for.
 #[derive(Debug, Clone, Default)]
 pub struct BuildOptions {
     /// Which product, for which board.
-    pub selection: Selection,
+    pub selection: BuildSelection,
     /// The last stage; `None`: all.
-    pub until: Option<Stage>,
+    pub until: Option<BuildStage>,
     /// Use no network: everything must have been downloaded already.
     pub offline: bool,
     /// Fail if the package lock cannot be followed exactly.
@@ -21,7 +21,7 @@ pub struct BuildOptions {
     /// Build as a nightly.
     pub nightly: bool,
     /// Compression level of the bundle.
-    pub compression: Compression,
+    pub compression: BundleCompression,
     /// Never install missing tools; list them and fail.
     pub no_install: bool,
     /// Engine buildroot: this checkout instead of the pinned release.
@@ -34,7 +34,7 @@ pub struct BuildOptions {
 
 /// The stages of a build, in order.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, ValueEnum)]
-pub enum Stage {
+pub enum BuildStage {
     /// Resolve everything, but build nothing.
     Plan,
     /// Generate texts.
@@ -53,7 +53,7 @@ pub enum Stage {
     Bundle,
 }
 
-impl Stage {
+impl BuildStage {
     /// Its name: that of its log, and what may be typed.
     pub fn name(self) -> String {
         self.to_possible_value().map_or_else(String::new, |value| value.get_name().to_owned())
@@ -62,7 +62,7 @@ impl Stage {
 
 /// Compression levels of the bundle.
 #[derive(Debug, Clone, Copy, Default, PartialEq, Eq, ValueEnum)]
-pub enum Compression {
+pub enum BundleCompression {
     /// Like zstd -3: for daily work.
     #[default]
     Fast,

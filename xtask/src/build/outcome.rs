@@ -7,29 +7,33 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use camino::Utf8Path;
 
-use super::{Build, Made, Signing};
+use super::{BuildContext, BuildKeys, BuildOutputs};
 use crate::artifact::{hash_bytes, write_atomically};
-use crate::cache::Key;
+use crate::cache::CacheKey;
 use crate::config::product::{BuildKind, Engine};
 use crate::disk::layout::{GPT_HEAD_SECTORS, GPT_TAIL_SECTORS, SECTOR, TableKind};
-use crate::failure::Failure;
-use crate::render::Rendered;
-use crate::report::{self, Disk, Output, PathSize, Region, RegionKind, Report};
-use crate::rootfs::Package;
-use crate::sbom::{self, Component, Meta, Origin};
-use crate::time::timestamp;
+use crate::failure::BuildFailure;
+use crate::render::RenderedFiles;
+use crate::report::{
+    self, BuildReport, PathSize, ReportDisk, ReportKind, ReportOutput, ReportPackage,
+    ReportProduct, ReportRegion, ReportRegionKind, ReportReplacement, ReportRoot, ReportSigner,
+    ReportTableKind, ReportWheel,
+};
+use crate::rootfs::BasePackage;
+use crate::sbom::{self, SbomComponent, SbomOrigin, SbomSubject};
+use crate::time::format_timestamp;
 use crate::wheel::metadata::License;
 
 /// Records which stage failed, and the path of its log.
 ///
 /// # Errors
 /// When the note cannot be written.
-pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
+pub fn write_failure(build: &BuildContext<'_>, error: &anyhow::Error) -> Result<()> {
     let stage = build.running.name();
     let log = build.log(&stage);
     let shown = log.strip_prefix(build.root).unwrap_or(&log).to_string();
     let failure =
-        Failure { stage, log: log.is_file().then_some(shown), error: format!("{error:#}") };
+        BuildFailure { stage, log: log.is_file().then_some(shown), error: format!("{error:#}") };
     failure.write(&build.dist)
 }
 
@@ -37,33 +41,33 @@ pub fn write_failure(build: &Build<'_>, error: &anyhow::Error) -> Result<()> {
 ///
 /// # Errors
 /// When an output cannot be read.
-pub fn report(
-    build: &Build<'_>,
-    made: &Made,
-    rendered: &Rendered,
-    signing: &Signing,
+pub fn collect_report(
+    build: &BuildContext<'_>,
+    made: &BuildOutputs,
+    rendered: &RenderedFiles,
+    signing: &BuildKeys,
     elapsed: Duration,
-) -> Result<Report> {
+) -> Result<BuildReport> {
     let plan = build.plan;
-    let components = components(build, made)?;
+    let components = collect_components(build, made)?;
     let sbom = build.dist.join("sbom.cdx.json");
-    let meta = Meta {
+    let meta = SbomSubject {
         product: plan.product.name.clone(),
         version: plan.product.version.to_string(),
         board: plan.board.name.clone(),
         epoch: plan.epoch,
     };
-    sbom::write(&sbom, &components, &meta)?;
+    sbom::write_sbom(&sbom, &components, &meta)?;
     let mut outputs = Vec::new();
     if let Some(card) = &made.card {
-        outputs.push(output(build, "image", &card.image, None)?);
+        outputs.push(report_output(build, "image", &card.image, None)?);
         let sha256 = Some(card.bmap.sha256.clone());
-        outputs.push(output(build, "block map", &card.bmap.path, sha256)?);
+        outputs.push(report_output(build, "block map", &card.bmap.path, sha256)?);
     }
     if let Some(bundle) = &made.bundle {
-        outputs.push(output(build, "bundle", &bundle.path, Some(bundle.sha256.clone()))?);
+        outputs.push(report_output(build, "bundle", &bundle.path, Some(bundle.sha256.clone()))?);
     }
-    outputs.push(output(build, "sbom", &sbom, None)?);
+    outputs.push(report_output(build, "sbom", &sbom, None)?);
     let sized = |list: &[(String, u64)]| {
         list.iter().map(|(path, bytes)| PathSize { path: path.clone(), bytes: *bytes }).collect()
     };
@@ -73,13 +77,13 @@ pub fn report(
         let package = made.base.system.packages.iter().find(|p| p.name == name);
         package.map_or_else(|| made.base.system.kernel_release.clone(), |p| p.version.clone())
     };
-    Ok(Report {
+    Ok(BuildReport {
         schema: report::SCHEMA,
-        product: report::Product {
+        product: ReportProduct {
             name: plan.product.name.clone(),
             title: plan.product.title.clone(),
             version: plan.product.version.to_string(),
-            kind: kind(plan.product.kind),
+            kind: report_kind(plan.product.kind),
         },
         board: plan.board.name.clone(),
         engine: made.base.system.engine.clone(),
@@ -89,32 +93,32 @@ pub fn report(
         }),
         commit: plan.commit.clone(),
         epoch: plan.epoch,
-        started_in: report::StartedIn::of(&build.stages),
+        started_in: report::CacheUse::from_stages(&build.stages),
         seconds: elapsed.as_secs_f64(),
         stages: build.stages.clone(),
         outputs,
-        signed_by: made.bundle.is_some().then(|| report::Signer {
+        signed_by: made.bundle.is_some().then(|| ReportSigner {
             key_id: signing.signer.key().id.clone(),
-            kind: kind(signing.signer.key().kind),
+            kind: report_kind(signing.signer.key().kind),
         }),
-        disk: made.card.is_some().then(|| disk(build, made)).transpose()?,
+        disk: made.card.is_some().then(|| report_disk(build, made)).transpose()?,
         root: system.map(|s| {
             let limit = plan.rootfs.fill_limit;
-            report::Root::new(s.used, s.capacity, limit, s.warning.clone())
+            ReportRoot::new(s.used, s.capacity, limit, s.warning.clone())
         }),
         packages: sizes
             .packages
             .iter()
-            .map(|(name, bytes)| report::Package {
+            .map(|(name, bytes)| ReportPackage {
                 name: name.clone(),
                 version: version(name),
                 installed_bytes: *bytes,
             })
             .collect(),
-        wheels: made.wheels.iter().flat_map(|w| &w.distributions).map(wheel).collect(),
+        wheels: made.wheels.iter().flat_map(|w| &w.distributions).map(report_wheel).collect(),
         largest_files: sized(&sizes.files),
         directories: sized(&sizes.directories),
-        components: parts(build, made, rendered)?,
+        components: collect_parts(build, made, rendered)?,
         starts: made.card.as_ref().map_or(Vec::new(), |card| card.starts.models.clone()),
         warnings: {
             let starts = made.card.iter().map(|card| &card.starts);
@@ -125,22 +129,26 @@ pub fn report(
             .base
             .replaced
             .iter()
-            .map(|r| report::Replaced {
+            .map(|r| ReportReplacement {
                 name: r.name.clone(),
                 old: r.old.clone().unwrap_or_default(),
                 new: r.new.clone().unwrap_or_default(),
             })
             .collect(),
-        next: if made.card.is_some() { next(build) } else { Vec::new() },
+        next: if made.card.is_some() { next_commands(build) } else { Vec::new() },
     })
 }
 
 /// The parts of the system, each with the digest of its content, without times and paths.
-fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<report::Component>> {
+fn collect_parts(
+    build: &BuildContext<'_>,
+    made: &BuildOutputs,
+    rendered: &RenderedFiles,
+) -> Result<Vec<report::ReleaseComponent>> {
     let plan = build.plan;
     let mut parts = Vec::new();
     let mut add = |name: &str, version: String, digest: String| {
-        parts.push(report::Component { name: name.to_owned(), version, digest });
+        parts.push(report::ReleaseComponent { name: name.to_owned(), version, digest });
     };
     let short = |digest: &str| digest.get(..12).unwrap_or_default().to_owned();
     let base = &made.base.system;
@@ -148,7 +156,7 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
         files.iter().map(|f| (f.path.clone(), f.file.sha256.clone())).collect()
     };
     let loader = base.bootloader.as_ref().map(|file| file.sha256.clone());
-    let digest = Key::new("component", 1)
+    let digest = CacheKey::new("component", 1)
         .with("root", &base.rootfs.sha256)
         .with("kernel", &base.kernel.sha256)
         .with("busybox", &base.initrd_parts.busybox.sha256)
@@ -156,7 +164,7 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
         .finish();
     let version = match &plan.rootfs.buildroot {
         Some(pinned) => pinned.release.clone(),
-        None => format!("{} of {}", plan.rootfs.suite, timestamp(made.base.epoch)),
+        None => format!("{} of {}", plan.rootfs.suite, format_timestamp(made.base.epoch)),
     };
     add("base", version, digest);
     if let (Some(wheels), Some(api)) = (&made.wheels, &plan.api) {
@@ -169,7 +177,7 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
         add("agent", version, agent.binary.sha256.clone());
     }
     let texts: Vec<_> = rendered.boot.iter().map(|(name, b)| (name, hash_bytes(b))).collect();
-    let digest = Key::new("component", 1)
+    let digest = CacheKey::new("component", 1)
         .with_json("texts", &texts)?
         .with_json("firmware", &named(&base.firmware))?
         .with_json("device trees", &named(&base.dtbs))?
@@ -177,28 +185,28 @@ fn parts(build: &Build<'_>, made: &Made, rendered: &Rendered) -> Result<Vec<repo
         .finish();
     add("boot", short(&digest), digest);
     if let Some(system) = &made.system {
-        let digest = Key::new("component", 1).with_json("root", &system.root.ranges)?.finish();
+        let digest = CacheKey::new("component", 1).with_json("root", &system.root.ranges)?.finish();
         add("system", plan.product.version.to_string(), digest);
     }
     Ok(parts)
 }
 
-fn kind(kind: BuildKind) -> report::Kind {
+fn report_kind(kind: BuildKind) -> ReportKind {
     match kind {
-        BuildKind::Development => report::Kind::Development,
-        BuildKind::Release => report::Kind::Release,
+        BuildKind::Development => ReportKind::Development,
+        BuildKind::Release => ReportKind::Release,
     }
 }
 
-fn wheel(installed: &crate::wheel::InstalledDistribution) -> report::Wheel {
-    report::Wheel {
+fn report_wheel(installed: &crate::wheel::InstalledDistribution) -> ReportWheel {
+    ReportWheel {
         name: installed.name.clone(),
         version: installed.version.clone(),
         bytes: installed.installed_bytes,
     }
 }
 
-fn next(build: &Build<'_>) -> Vec<String> {
+fn next_commands(build: &BuildContext<'_>) -> Vec<String> {
     let plan = build.plan;
     let mut options = String::new();
     if let Some(product) = &build.options.selection.product {
@@ -225,15 +233,15 @@ fn next(build: &Build<'_>) -> Vec<String> {
     next
 }
 
-fn output(
-    build: &Build<'_>,
+fn report_output(
+    build: &BuildContext<'_>,
     name: &str,
     path: &Utf8Path,
     sha256: Option<String>,
-) -> Result<Output> {
+) -> Result<ReportOutput> {
     let metadata =
         std::fs::metadata(path).with_context(|| format!("reading the metadata of {path}"))?;
-    Ok(Output {
+    Ok(ReportOutput {
         name: name.to_owned(),
         path: path.strip_prefix(build.root).unwrap_or(path).to_string(),
         size: metadata.len(),
@@ -243,9 +251,9 @@ fn output(
     })
 }
 
-fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
+fn report_disk(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<ReportDisk> {
     let layout = &build.plan.disk;
-    let region = |kind, role: &str, start, size| Region {
+    let region = |kind, role: &str, start, size| ReportRegion {
         kind,
         number: None,
         role: role.to_owned(),
@@ -256,28 +264,39 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
     };
     let mut regions = Vec::new();
     let (table_kind, head) = match layout.table {
-        TableKind::Mbr => (report::TableKind::Mbr, 1),
-        TableKind::Gpt => (report::TableKind::Gpt, GPT_HEAD_SECTORS),
-        TableKind::Hybrid => (report::TableKind::GptHybrid, GPT_HEAD_SECTORS),
+        TableKind::Mbr => (ReportTableKind::Mbr, 1),
+        TableKind::Gpt => (ReportTableKind::Gpt, GPT_HEAD_SECTORS),
+        TableKind::Hybrid => (ReportTableKind::GptHybrid, GPT_HEAD_SECTORS),
     };
-    regions.push(region(RegionKind::Table, "partition table", 0, head * SECTOR));
+    regions.push(region(ReportRegionKind::Table, "partition table", 0, head * SECTOR));
     if layout.table.has_gpt() {
         let tail = GPT_TAIL_SECTORS * SECTOR;
-        regions.push(region(RegionKind::Table, "backup table", layout.size - tail, tail));
+        regions.push(region(ReportRegionKind::Table, "backup table", layout.size - tail, tail));
     }
     for record in layout.partitions.iter().filter_map(|placed| placed.record) {
-        regions.push(region(RegionKind::Table, "record of a logical partition", record, SECTOR));
+        regions.push(region(
+            ReportRegionKind::Table,
+            "record of a logical partition",
+            record,
+            SECTOR,
+        ));
     }
     for (i, state) in layout.states.iter().enumerate() {
         let role = format!("boot state {}", i + 1);
-        regions.push(region(RegionKind::BootState, &role, state.offset, SECTOR));
+        regions.push(region(ReportRegionKind::BootState, &role, state.offset, SECTOR));
     }
     for (i, copy) in layout.trust.iter().enumerate() {
         let length = bundle::area::COPY as u64;
-        regions.push(region(RegionKind::Trust, &format!("trust {}", i + 1), copy.offset, length));
+        regions.push(region(
+            ReportRegionKind::Trust,
+            &format!("trust {}", i + 1),
+            copy.offset,
+            length,
+        ));
     }
     for placed in &layout.partitions {
-        let mut partition = region(RegionKind::Partition, &placed.name, placed.offset, placed.size);
+        let mut partition =
+            region(ReportRegionKind::Partition, &placed.name, placed.offset, placed.size);
         partition.number = Some(placed.number);
         partition.filesystem = serde_json::to_value(placed.filesystem)?.as_str().map(str::to_owned);
         partition.used = made
@@ -287,33 +306,33 @@ fn disk(build: &Build<'_>, made: &Made) -> Result<Disk> {
             .map(|system| system.used);
         regions.push(partition);
     }
-    Disk::new(table_kind, layout.size, regions)
+    ReportDisk::new(table_kind, layout.size, regions)
 }
 
-fn components(build: &Build<'_>, made: &Made) -> Result<Vec<Component>> {
+fn collect_components(build: &BuildContext<'_>, made: &BuildOutputs) -> Result<Vec<SbomComponent>> {
     let rootfs = &build.plan.rootfs;
-    let component = |package: &Package| -> Result<Component> {
-        Ok(Component {
+    let component = |package: &BasePackage| -> Result<SbomComponent> {
+        Ok(SbomComponent {
             name: package.name.clone(),
             version: package.version.clone(),
             origin: match rootfs.engine {
                 Engine::Debian => sbom::debian_origin(package, &rootfs.suite, &rootfs.sources)?,
-                Engine::Buildroot => Origin::Generic,
+                Engine::Buildroot => SbomOrigin::Generic,
             },
             sha256: Some(package.sha256.clone()).filter(|sum| sum.len() == 64),
-            license: license(&package.licences),
+            license: license_from_names(&package.licences),
             summary: None,
             cpe: package.cpe.clone(),
             depends_on: Vec::new(),
         })
     };
     let packages = made.base.system.packages.iter();
-    let mut components = packages.map(component).collect::<Result<Vec<Component>>>()?;
+    let mut components = packages.map(component).collect::<Result<Vec<SbomComponent>>>()?;
     let packages = &made.base.system.packages;
     let purls: BTreeMap<&str, String> = packages
         .iter()
         .map(|p| p.name.as_str())
-        .zip(components.iter().map(Component::purl))
+        .zip(components.iter().map(SbomComponent::purl))
         .collect();
     for (component, package) in components.iter_mut().zip(packages) {
         component.depends_on =
@@ -331,36 +350,36 @@ fn components(build: &Build<'_>, made: &Made) -> Result<Vec<Component>> {
 }
 
 /// Debian's licence names are not SPDX identifiers, so they stay text.
-fn license(names: &[String]) -> Option<License> {
+fn license_from_names(names: &[String]) -> Option<License> {
     (!names.is_empty()).then(|| License::Text(names.join(", ")))
 }
 
 /// What a finished build has to say.
 #[derive(Debug)]
-pub struct Finished {
+pub struct BuildSummary {
     /// The report, as it is written to `report.json`.
-    pub report: Report,
+    pub report: BuildReport,
     /// The page `report.html`.
-    pub page: Output,
+    pub page: ReportOutput,
 }
 
 /// Writes `report.json` and `report.html`.
 ///
 /// # Errors
 /// When one cannot be written.
-pub fn write(build: &Build<'_>, report: Report) -> Result<Finished> {
+pub fn write_report(build: &BuildContext<'_>, report: BuildReport) -> Result<BuildSummary> {
     let json = report.to_json()?;
     let html_path = build.dist.join("report.html");
     let html = report::render_html(&report)?;
     write_atomically(&build.dist.join("report.json"), |out| Ok(out.write_all(json.as_bytes())?))?;
     write_atomically(&html_path, |out| Ok(out.write_all(html.as_bytes())?))?;
     let shown_path = html_path.strip_prefix(build.root).unwrap_or(&html_path);
-    let page = Output {
+    let page = ReportOutput {
         name: "report".to_owned(),
         path: shown_path.to_string(),
         size: html.len() as u64,
         on_disk_size: html.len() as u64,
         sha256: None,
     };
-    Ok(Finished { report, page })
+    Ok(BuildSummary { report, page })
 }

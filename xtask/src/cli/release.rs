@@ -3,25 +3,25 @@
 use camino::Utf8PathBuf;
 use clap::{Args, Subcommand};
 
-use super::Format;
-use crate::build::Compression;
+use super::OutputFormat;
+use crate::build::BundleCompression;
 use crate::store::format::Channel;
 
 /// Which store.
 #[derive(Debug, Clone, Args)]
-pub struct StoreAddress {
+pub struct StoreArgs {
     /// The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX] [default:
     /// dist/releases].
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub access: Access,
+    pub access: StoreAccessArgs,
 }
 
 /// How a store is reached.
 #[derive(Debug, Clone, Args)]
-pub struct Access {
+pub struct StoreAccessArgs {
     /// The S3 service [default: $AWS_ENDPOINT_URL, else Amazon's].
     #[arg(long, value_name = "URL")]
     pub endpoint: Option<String>,
@@ -39,9 +39,9 @@ pub struct Access {
 
 /// The verbs of `release`.
 #[derive(Debug, Clone, Subcommand)]
-pub enum Release {
+pub enum ReleaseCommand {
     /// Make a signed release from the build results, in dist/releases. Verifies every file first.
-    Create(Create),
+    Create(ReleaseCreateArgs),
     /// List the releases of the channels.
     List {
         /// Only this channel.
@@ -49,10 +49,10 @@ pub enum Release {
         channel: Option<Channel>,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        store: StoreAddress,
+        store: StoreArgs,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Show a release: its files, components and notes.
     Show {
@@ -60,13 +60,13 @@ pub enum Release {
         version: String,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        which: Which,
+        which: ReleaseArgs,
         /// Print only the notes, as Markdown.
         #[arg(long)]
         notes: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Show what changed between two releases, the older first.
     Diff {
@@ -76,13 +76,13 @@ pub enum Release {
         new: String,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        which: Which,
+        which: ReleaseArgs,
         /// Also every file: unpacks both images.
         #[arg(long)]
         files: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Add a release of one channel to another one.
     Promote {
@@ -93,7 +93,7 @@ pub enum Release {
         to: Channel,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        which: Which,
+        which: ReleaseArgs,
     },
     /// Mark a release as not to be used, in every channel that has it. The release is not removed.
     Yank {
@@ -104,14 +104,14 @@ pub enum Release {
         reason: String,
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-        which: Which,
+        which: ReleaseArgs,
     },
     /// Build the same commit again in another directory, and compare every byte with the build
     /// results.
     ///
     /// Shows differences down to the file inside the filesystem. Uses an empty stage cache and the
     /// existing downloads.
-    Check(ReleaseCheck),
+    Check(ReleaseCheckArgs),
     /// Remove files from a directory store one day after the last release stopped referring to
     /// them.
     Gc {
@@ -127,7 +127,7 @@ pub enum Release {
         store_was_restored: bool,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
-        format: Format,
+        format: OutputFormat,
     },
     /// Summarise all builds in dist as Markdown: sizes, times, failures with stage and log,
     /// changes.
@@ -136,7 +136,7 @@ pub enum Release {
 
 /// Which release.
 #[derive(Debug, Clone, Args)]
-pub struct Which {
+pub struct ReleaseArgs {
     /// The product [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
@@ -145,12 +145,12 @@ pub struct Which {
     pub channel: Option<Channel>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub store: StoreAddress,
+    pub store: StoreArgs,
 }
 
 /// Options of `release create`.
 #[derive(Debug, Clone, Args)]
-pub struct Create {
+pub struct ReleaseCreateArgs {
     /// The channel.
     #[arg(long, value_enum)]
     pub channel: Channel,
@@ -173,12 +173,12 @@ pub struct Create {
     pub store_was_restored: bool,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `release check`.
 #[derive(Debug, Clone, Args)]
-pub struct ReleaseCheck {
+pub struct ReleaseCheckArgs {
     /// The product [default: the one with `default = true`].
     #[arg(long, short)]
     pub product: Option<String>,
@@ -193,15 +193,15 @@ pub struct ReleaseCheck {
     pub keep_stage: Vec<String>,
     /// Compression level of the bundle.
     #[arg(long, value_enum, default_value = "fast")]
-    pub compression: Compression,
+    pub compression: BundleCompression,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }
 
 /// Options of `publish`.
 #[derive(Debug, Clone, Args)]
-pub struct Publish {
+pub struct PublishArgs {
     /// The target: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX].
     pub target: String,
     /// Only this channel; may be repeated [default: all].
@@ -215,8 +215,8 @@ pub struct Publish {
     pub keep: Option<usize>,
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
-    pub access: Access,
+    pub access: StoreAccessArgs,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
-    pub format: Format,
+    pub format: OutputFormat,
 }

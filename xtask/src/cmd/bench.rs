@@ -5,13 +5,14 @@ use std::time::SystemTime;
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::bench::bundle::BundleBenchSettings;
 use crate::bench::{bundle, cold, disk, flash, install};
 use crate::cache::Cache;
-use crate::cli::Bench;
+use crate::cli::BenchArgs;
 use crate::config::workspace_root;
 use crate::out;
 use crate::progress::say;
-use crate::tools::{self, Purpose};
+use crate::tools::{self, ToolPurpose};
 
 /// How often each contender runs; the table shows medians.
 const TURNS: usize = 5;
@@ -20,9 +21,9 @@ const TURNS: usize = 5;
 ///
 /// # Errors
 /// When there is no root filesystem to measure with, or a contender fails.
-pub fn bench(options: &Bench) -> Result<()> {
+pub fn bench(options: &BenchArgs) -> Result<()> {
     if options.only.as_deref() == Some("cold") {
-        tools::require(&[Purpose::Debian], true)?;
+        tools::require_tools(&[ToolPurpose::Debian], true)?;
         // Not in the cache: another disk may be faster, and the root must not be below a home
         // directory that others cannot enter.
         let folder = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
@@ -30,7 +31,7 @@ pub fn bench(options: &Bench) -> Result<()> {
         out!("{}", cold::table(&cold::run(&workspace_root()?, folder)?));
         return Ok(());
     }
-    tools::require(&[Purpose::Test, Purpose::Bench], true)?;
+    tools::require_tools(&[ToolPurpose::Test, ToolPurpose::Bench], true)?;
     let cache = Cache::locate()?;
     let payload = match &options.payload {
         Some(path) => path.clone(),
@@ -53,8 +54,12 @@ pub fn bench(options: &Bench) -> Result<()> {
         out!("{}", install::table(&install::run(&payload, &folder, TURNS)?));
     }
     if wants("bundle") {
-        let settings =
-            bundle::Settings { payload, scratch: folder.clone(), runs: TURNS, slow: options.slow };
+        let settings = BundleBenchSettings {
+            payload,
+            scratch: folder.clone(),
+            runs: TURNS,
+            slow: options.slow,
+        };
         out!("{}", bundle::table(&bundle::run(&settings)?));
     }
     std::fs::remove_dir_all(&folder).with_context(|| format!("removing {folder}"))

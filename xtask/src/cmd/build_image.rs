@@ -2,30 +2,30 @@
 
 use anyhow::{Context, Result};
 
-use crate::build::{self, BuildOptions, ComponentBundle, Finished};
-use crate::cli::{BuildImage, Format};
-use crate::progress::bytes;
+use crate::build::{self, BuildOptions, BuildSummary, ComponentBundle};
+use crate::cli::{BuildImageArgs, OutputFormat};
+use crate::progress::format_bytes;
 use crate::{outln, report, text};
 
 /// `cargo xtask build-image`.
 ///
 /// # Errors
 /// Whatever a stage returns; nothing partial is left under a final name.
-pub fn build_image(options: &BuildImage) -> Result<()> {
-    let asked = asked(options);
+pub fn build_image(options: &BuildImageArgs) -> Result<()> {
+    let asked = build_options(options);
     if options.component.is_some() {
         return show_component(&build::build_component(&asked)?, options.format);
     }
     match build::build_image(&asked)? {
-        Some(finished) => show(finished, options.format),
+        Some(finished) => print_report(finished, options.format),
         None => Ok(()),
     }
 }
 
 /// What was typed, for the pipeline.
-fn asked(options: &BuildImage) -> BuildOptions {
+fn build_options(options: &BuildImageArgs) -> BuildOptions {
     // Taken apart, so that an option that goes nowhere is an error of the compiler.
-    let BuildImage {
+    let BuildImageArgs {
         target,
         until,
         component: _,
@@ -55,14 +55,14 @@ fn asked(options: &BuildImage) -> BuildOptions {
 }
 
 /// Prints the report.
-fn show(finished: Finished, format: Format) -> Result<()> {
-    let Finished { mut report, page } = finished;
+fn print_report(finished: BuildSummary, format: OutputFormat) -> Result<()> {
+    let BuildSummary { mut report, page } = finished;
     let mut out = std::io::stdout().lock();
     match format {
-        Format::Json => outln!("{}", text::printable_json(&report.to_json()?)),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::printable_json(&report.to_json()?)),
+        OutputFormat::Text => {
             report.outputs.push(page);
-            let style = report::Style::of(&out);
+            let style = report::TerminalStyle::for_stream(&out);
             report::render_terminal(&report, &mut out, style).context("printing the report")?;
         }
     }
@@ -70,11 +70,11 @@ fn show(finished: Finished, format: Format) -> Result<()> {
 }
 
 /// Prints the result.
-fn show_component(made: &ComponentBundle, format: Format) -> Result<()> {
+fn show_component(made: &ComponentBundle, format: OutputFormat) -> Result<()> {
     match format {
-        Format::Json => outln!("{}", text::json(made)?),
-        Format::Text => {
-            outln!(" bundle   {}  {}", made.bundle.path, bytes(made.bundle.size));
+        OutputFormat::Json => outln!("{}", text::to_json(made)?),
+        OutputFormat::Text => {
+            outln!(" bundle   {}  {}", made.bundle.path, format_bytes(made.bundle.size));
             outln!(" next     cargo xtask push HOST --component {}", made.component);
         }
     }

@@ -6,36 +6,38 @@ use anyhow::{Context, Result, bail};
 
 use crate::build::output_name;
 use crate::cache::Cache;
-use crate::cli::{Buildroot, BuildrootTarget, Format};
+use crate::cli::{BuildrootCommand, BuildrootTargetArgs, OutputFormat};
 use crate::config::product::Engine;
 use crate::config::{self, workspace_root};
 use crate::facts;
-use crate::plan::fragment::Value;
+use crate::plan::fragment::SymbolValue;
 use crate::plan::{self, BuildrootPlan, Plan};
-use crate::progress::{duration, say};
-use crate::render::title;
-use crate::rootfs::buildroot::check::{Loss, check};
-use crate::rootfs::buildroot::engine::{self, Request};
-use crate::rootfs::buildroot::expr::Values;
-use crate::rootfs::buildroot::info::Info;
-use crate::rootfs::buildroot::make::{Setup, Site};
-use crate::rootfs::buildroot::menus::{self, Change};
-use crate::rootfs::buildroot::tree::{self, Tree};
-use crate::tools::{self, Purpose};
+use crate::progress::{format_duration, say};
+use crate::render::defconfig_title;
+use crate::rootfs::buildroot::check::{LostRequest, check_defconfig};
+use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
+use crate::rootfs::buildroot::expr::KconfigValues;
+use crate::rootfs::buildroot::info::BuildrootInfo;
+use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
+use crate::rootfs::buildroot::menus::{self, MenuChange};
+use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
+use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
 /// `cargo xtask buildroot …`.
 ///
 /// # Errors
 /// Whatever the verb returns.
-pub fn buildroot(verb: &Buildroot) -> Result<()> {
+pub fn buildroot(verb: &BuildrootCommand) -> Result<()> {
     match verb {
-        Buildroot::Check { target, packages, format } => check_boards(target, *packages, *format),
-        Buildroot::Menuconfig(target) => menuconfig(target),
-        Buildroot::LinuxMenuconfig(target) => package_menuconfig(target, "linux"),
-        Buildroot::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
-        Buildroot::Diff(target) => diff(target),
-        Buildroot::Make { target, arguments } => make(target, arguments),
+        BuildrootCommand::Check { target, packages, format } => {
+            check_boards(target, *packages, *format)
+        }
+        BuildrootCommand::Menuconfig(target) => menuconfig(target),
+        BuildrootCommand::LinuxMenuconfig(target) => package_menuconfig(target, "linux"),
+        BuildrootCommand::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
+        BuildrootCommand::Diff(target) => diff(target),
+        BuildrootCommand::Make { target, arguments } => make(target, arguments),
     }
 }
 
@@ -43,17 +45,17 @@ pub fn buildroot(verb: &Buildroot) -> Result<()> {
 struct Case {
     plan: Plan,
     buildroot: BuildrootPlan,
-    tree: Tree,
+    tree: BuildrootTree,
     cache: Cache,
 }
 
 /// The products' file names whose engine is this one.
-fn product_name(target: &BuildrootTarget) -> Result<String> {
+fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
     if let Some(name) = &target.product {
         return Ok(name.clone());
     }
     let root = workspace_root()?;
-    let mut names = config::products(&root)?;
+    let mut names = config::list_products(&root)?;
     names.retain(|name| {
         config::read_product(&root, name).is_ok_and(|p| p.rootfs.engine.value == Engine::Buildroot)
     });
@@ -65,7 +67,7 @@ fn product_name(target: &BuildrootTarget) -> Result<String> {
 }
 
 /// Resolves one board, or the product's default.
-fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<Case> {
+fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
     let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
@@ -75,36 +77,36 @@ fn case(target: &BuildrootTarget, product: &str, board: Option<&str>) -> Result<
         )
     })?;
     let cache = Cache::locate()?;
-    let choice = tree::Choice {
+    let choice = TreeChoice {
         own: target.tree.buildroot.clone(),
         allow_changes: target.tree.allow_changes,
         offline: target.offline,
     };
-    let tree = tree::obtain(&buildroot, &cache.root, &choice)?;
+    let tree = tree::obtain_tree(&buildroot, &cache.root, &choice)?;
     Ok(Case { plan, buildroot, tree, cache })
 }
 
 impl Case {
     /// Directories of the build.
-    fn setup(&self) -> Result<Setup> {
+    fn setup(&self) -> Result<BuildrootSetup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
-        Setup::new(&self.cache.root, &self.tree.path, &root, &name)
+        BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)
     }
 
     /// Directories for Buildroot's own menus: a copy, so that a build depends on the fragments
     /// only.
-    fn menu(&self) -> Result<Setup> {
+    fn menu(&self) -> Result<BuildrootSetup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
-        Setup::new(&self.cache.root, &self.tree.path, &root, &format!("{name}-menu"))
+        BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &format!("{name}-menu"))
     }
 
     /// Applies the fragments' configuration to the build directory.
-    fn configure(&self, setup: &Setup, site: &Site) -> Result<()> {
-        let request = Request {
+    fn configure(&self, setup: &BuildrootSetup, site: &BuildrootSite) -> Result<()> {
+        let request = BuildrootRequest {
             plan: &self.buildroot,
-            title: &title(&self.plan),
+            title: &defconfig_title(&self.plan),
             tree: &self.tree,
             setup,
             site,
@@ -114,53 +116,59 @@ impl Case {
     }
 }
 
-fn one(target: &BuildrootTarget) -> Result<Case> {
-    tools::require(&[Purpose::Buildroot], true)?;
-    case(target, &product_name(target)?, target.board.as_deref())
+fn resolve_one_case(target: &BuildrootTargetArgs) -> Result<Case> {
+    tools::require_tools(&[ToolPurpose::Buildroot], true)?;
+    resolve_case(target, &product_name(target)?, target.board.as_deref())
 }
 
-fn menuconfig(target: &BuildrootTarget) -> Result<()> {
-    let case = one(target)?;
+fn menuconfig(target: &BuildrootTargetArgs) -> Result<()> {
+    let case = resolve_one_case(target)?;
     let setup = case.menu()?;
     let _lock = setup.lock()?;
-    let found = menus::edit(&setup, &case.buildroot.defconfig, &title(&case.plan), |setup| {
-        setup.make().arg("menuconfig").run_on_terminal()
-    })?;
+    let found = menus::edit_menu(
+        &setup,
+        &case.buildroot.defconfig,
+        &defconfig_title(&case.plan),
+        |setup| setup.make().arg("menuconfig").run_on_terminal(),
+    )?;
     say("menu", format!("{} symbols differ from the fragments", found.len()));
-    show(&case)
+    print_changes(&case)
 }
 
-fn package_menuconfig(target: &BuildrootTarget, package: &str) -> Result<()> {
-    let case = one(target)?;
-    let (setup, site) = (case.setup()?, Site::of_machine(target.offline));
+fn package_menuconfig(target: &BuildrootTargetArgs, package: &str) -> Result<()> {
+    let case = resolve_one_case(target)?;
+    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
     setup.fetching(&site).arg(format!("{package}-menuconfig")).run_on_terminal()?;
     let text = setup.make().args(["-s", &format!("{package}-diff-config")]).read()?;
     let found = menus::from_diffconfig(&text);
-    menus::keep(&menus::store(&setup, package), &found)?;
+    menus::save_pending(&menus::pending_changes_path(&setup, package), &found)?;
     // A build depends on the fragments only: the next one merges them again.
     setup.make().args(["-s", &format!("{package}-clean-for-reconfigure")]).run()?;
-    show(&case)
+    print_changes(&case)
 }
 
-fn diff(target: &BuildrootTarget) -> Result<()> {
-    show(&case(target, &product_name(target)?, target.board.as_deref())?)
+fn diff(target: &BuildrootTargetArgs) -> Result<()> {
+    print_changes(&resolve_case(target, &product_name(target)?, target.board.as_deref())?)
 }
 
 /// Prints the pending changes, each line with its file.
-fn show(case: &Case) -> Result<()> {
+fn print_changes(case: &Case) -> Result<()> {
     let defconfig = &case.buildroot.defconfig;
-    let changes: Vec<Change> = menus::waiting(&menus::store(&case.menu()?, "buildroot"))?;
+    let changes: Vec<MenuChange> =
+        menus::read_pending(&menus::pending_changes_path(&case.menu()?, "buildroot"))?;
     let root = workspace_root()?;
     let values = if changes.is_empty() {
-        Values::default()
+        KconfigValues::default()
     } else {
-        let (setup, _lock) = Setup::for_check(&case.cache.root, &case.tree.path, &root)?;
-        Values::parse(&check(&setup, defconfig, &title(&case.plan))?.config)
+        let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        KconfigValues::parse(
+            &check_defconfig(&setup, defconfig, &defconfig_title(&case.plan))?.config,
+        )
     };
     let mut empty = true;
-    for advice in menus::advise(&changes, defconfig, &values) {
+    for advice in menus::advise_changes(&changes, defconfig, &values) {
         outln!("{:<8} {}\n         {}", advice.action, advice.line, advice.place);
         empty = false;
     }
@@ -169,9 +177,12 @@ fn show(case: &Case) -> Result<()> {
         ("uboot", "BR2_TARGET_UBOOT_CONFIG_FRAGMENT_FILES"),
     ];
     for (package, symbol) in fragments {
-        let lines: Vec<String> = menus::waiting(&menus::store(&case.setup()?, package))?;
+        let lines: Vec<String> =
+            menus::read_pending(&menus::pending_changes_path(&case.setup()?, package))?;
         let files = match defconfig.get(symbol).map(|r| &r.value) {
-            Some(Value::Text(text)) => text.replace("$(BR2_EXTERNAL_SLIPWAY_PATH)", "external"),
+            Some(SymbolValue::Text(text)) => {
+                text.replace("$(BR2_EXTERNAL_SLIPWAY_PATH)", "external")
+            }
             _ => String::new(),
         };
         let mut known = std::collections::HashSet::new();
@@ -192,9 +203,9 @@ fn show(case: &Case) -> Result<()> {
     Ok(())
 }
 
-fn make(target: &BuildrootTarget, arguments: &[String]) -> Result<()> {
-    let case = one(target)?;
-    let (setup, site) = (case.setup()?, Site::of_machine(target.offline));
+fn make(target: &BuildrootTargetArgs, arguments: &[String]) -> Result<()> {
+    let case = resolve_one_case(target)?;
+    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
     setup.fetching(&site).args(arguments).run_on_terminal()
@@ -207,10 +218,10 @@ struct Checked {
     board: String,
     compared: usize,
     seconds: f64,
-    losses: Vec<Loss>,
+    losses: Vec<LostRequest>,
 }
 
-fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Result<()> {
+fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputFormat) -> Result<()> {
     let root = workspace_root()?;
     let product = product_name(target)?;
     let boards = match &target.board {
@@ -223,13 +234,14 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
     let mut failure = None;
     for board in &boards {
         let started = Instant::now();
-        let case = case(target, &product, Some(board))?;
-        let (setup, _lock) = Setup::for_check(&case.cache.root, &case.tree.path, &root)?;
-        let verdict = check(&setup, &case.buildroot.defconfig, &title(&case.plan))
-            .with_context(|| format!("checking {product} for {board}"))?;
+        let case = resolve_case(target, &product, Some(board))?;
+        let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        let verdict =
+            check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))
+                .with_context(|| format!("checking {product} for {board}"))?;
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
-            let info = Info::ask(&setup, &Site::default())?;
+            let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
             engine::require_hashes(&info, &setup.tree)?;
             note = format!(", {} packages", info.packages().count());
         }
@@ -240,7 +252,7 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
         let compared = verdict.compared;
         say(
             "check",
-            format!("{board}: {compared} symbols, {outcome}{note}  ({})", duration(seconds)),
+            format!("{board}: {compared} symbols, {outcome}{note}  ({})", format_duration(seconds)),
         );
         if let Err(error) = verdict.require() {
             let error =
@@ -255,8 +267,8 @@ fn check_boards(target: &BuildrootTarget, packages: bool, format: Format) -> Res
             losses: verdict.losses,
         });
     }
-    if format == Format::Json {
-        outln!("{}", text::json(&results)?);
+    if format == OutputFormat::Json {
+        outln!("{}", text::to_json(&results)?);
     }
     match failure {
         Some(messages) => bail!("{}", messages.join("\n")),

@@ -9,14 +9,14 @@ use serde::Deserialize;
 
 use crate::artifact::free_space;
 use crate::cache::Cache;
-use crate::cli::{Check, Format, Test};
+use crate::cli::{CheckArgs, OutputFormat, TestArgs};
 use crate::config::{self, workspace_root};
-use crate::exec::{Tool, find};
+use crate::exec::{Tool, find_program};
 use crate::fuzz;
-use crate::mutants::{self, Fate};
-use crate::progress::{bytes, say, warn};
+use crate::mutants::{self, MutantOutcome};
+use crate::progress::{format_bytes, say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
-use crate::tools::{self, Purpose};
+use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
 /// Enables the system tests that are too slow for every run.
@@ -31,27 +31,27 @@ const FUZZ_SECONDS: u64 = 20;
 /// `cargo xtask check`, or only the part that was asked for.
 ///
 /// # Errors
-/// As [`check`]; when a mutant survives; when a fuzz target finds something.
-pub fn asked(options: &Check) -> Result<()> {
+/// As [`check_all`]; when a mutant survives; when a fuzz target finds something.
+pub fn check(options: &CheckArgs) -> Result<()> {
     let root = workspace_root()?;
     match (&options.mutants, options.fuzz) {
         (Some(filter), _) => notice_faults(&root, filter, options.format),
-        (None, Some(seconds)) => fuzz::run(&root, seconds),
-        (None, None) => check(),
+        (None, Some(seconds)) => fuzz::run_targets(&root, seconds),
+        (None, None) => check_all(),
     }
 }
 
 /// Checks that a test detects every deliberate fault.
-fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
-    let tried = mutants::run(root, filter)?;
-    if format == Format::Json {
-        outln!("{}", text::json(&tried)?);
+fn notice_faults(root: &Utf8Path, filter: &str, format: OutputFormat) -> Result<()> {
+    let tried = mutants::run_mutants(root, filter)?;
+    if format == OutputFormat::Json {
+        outln!("{}", text::to_json(&tried)?);
     } else {
         for one in &tried {
             outln!("{:<24} {:>5} s  {}: {}", one.name, one.seconds, one.fate.word(), one.means);
         }
     }
-    let missed = tried.iter().filter(|one| one.fate != Fate::Caught);
+    let missed = tried.iter().filter(|one| one.fate != MutantOutcome::Caught);
     let missed: Vec<&str> = missed.map(|one| one.name.as_str()).collect();
     ensure!(
         missed.is_empty(),
@@ -71,24 +71,24 @@ fn notice_faults(root: &Utf8Path, filter: &str, format: Format) -> Result<()> {
 ///
 /// # Errors
 /// When formatting, a lint or a dependency is wrong.
-pub fn check() -> Result<()> {
-    cargo("formatting", &["fmt", "--all", "--check"], false)?;
+pub fn check_all() -> Result<()> {
+    run_cargo("formatting", &["fmt", "--all", "--check"], false)?;
     // The system tests are not a default target, so that `cargo test` needs no images.
     for targets in
         [&["--workspace", "--all-targets"][..], &["--package", "xtask", "--test", "system"]]
     {
         let words = [&["clippy", "--quiet"], targets, &["--", "-D", "warnings"]].concat();
-        cargo("lints", &words, false)?;
+        run_cargo("lints", &words, false)?;
     }
-    cargo("house rules", &["test", "--quiet", "--package", "xtask", "--test", "tidy"], false)?;
-    dependencies()
+    run_cargo("house rules", &["test", "--quiet", "--package", "xtask", "--test", "tidy"], false)?;
+    check_dependencies()
 }
 
 /// What `deny.toml` says of licences, sources and versions of dependencies, with cargo-deny where it is installed. Compiling it
 /// takes minutes, so a machine that does not have it is told, and not made to wait. Advisories are left to CI: they need
 /// the network, and change without a change here.
-fn dependencies() -> Result<()> {
-    if find("cargo-deny").is_none() {
+fn check_dependencies() -> Result<()> {
+    if find_program("cargo-deny").is_none() {
         warn(
             "skipped the licences and sources of dependencies (deny.toml): cargo-deny is not installed\n\
              help: cargo install --locked cargo-deny",
@@ -96,24 +96,24 @@ fn dependencies() -> Result<()> {
         return Ok(());
     }
     let words = ["deny", "--log-level", "error", "check", "bans", "licenses", "sources"];
-    cargo("dependencies", &words, false)
+    run_cargo("dependencies", &words, false)
 }
 
 /// `cargo xtask test`.
 ///
 /// # Errors
 /// When something is missing or a test fails.
-pub fn test(options: &Test) -> Result<()> {
-    let mut purposes = super::doctor::purposes(false);
+pub fn test(options: &TestArgs) -> Result<()> {
+    let mut purposes = super::doctor::required_purposes(false);
     if options.all {
-        purposes.push(Purpose::TestAll);
+        purposes.push(ToolPurpose::TestAll);
     }
     if has_pinned_tree()? {
-        purposes.push(Purpose::Buildroot);
+        purposes.push(ToolPurpose::Buildroot);
     }
-    tools::require(&purposes, !options.no_install)?;
+    tools::require_tools(&purposes, !options.no_install)?;
     warn_of_space(if options.quick { QUICK_SPACE } else { SPACE })?;
-    check()?;
+    check_all()?;
     let skipped = tempfile::NamedTempFile::new().context("making the list of skipped tests")?;
     let list = Utf8Path::from_path(skipped.path()).context("TMPDIR is not UTF-8")?;
     let tests = cargo_tool("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
@@ -123,10 +123,10 @@ pub fn test(options: &Test) -> Result<()> {
     outcome?;
     if options.all {
         let root = workspace_root()?;
-        fuzz::run(&root, FUZZ_SECONDS)?;
-        notice_faults(&root, "", Format::Text)?;
+        fuzz::run_targets(&root, FUZZ_SECONDS)?;
+        notice_faults(&root, "", OutputFormat::Text)?;
     }
-    if options.quick { Ok(()) } else { system("system tests", &[], options.all) }
+    if options.quick { Ok(()) } else { run_system_tests("system tests", &[], options.all) }
 }
 
 /// Disk space for `cargo xtask test` on a machine without any caches, with a reserve. Measured: 2.8
@@ -146,8 +146,8 @@ fn warn_of_space(needed: u64) -> Result<()> {
             "{} are free in {folder}, but the tests need about {} on a machine without caches\n\
              help: `cargo xtask clean --dry-run` shows what can be removed; SLIPWAY_CACHE and \
              CARGO_TARGET_DIR select other disks",
-            bytes(least),
-            bytes(needed)
+            format_bytes(least),
+            format_bytes(needed)
         ));
     }
     Ok(())
@@ -158,8 +158,11 @@ fn warn_of_space(needed: u64) -> Result<()> {
 /// # Errors
 /// When something is missing or a test fails.
 pub fn e2e() -> Result<()> {
-    tools::require(&[Purpose::Build, Purpose::Debian, Purpose::Run, Purpose::Test], true)?;
-    system("updates from end to end", &["update::"], false)
+    tools::require_tools(
+        &[ToolPurpose::Build, ToolPurpose::Debian, ToolPurpose::Run, ToolPurpose::Test],
+        true,
+    )?;
+    run_system_tests("updates from end to end", &["update::"], false)
 }
 
 /// How many system tests run in parallel at most: each may boot a machine with a gigabyte of
@@ -168,17 +171,17 @@ const SYSTEM_TESTS: usize = 4;
 
 /// The system tests with these names, one for each core: each builds an image or boots one, reports
 /// its progress, and is idle for much of its time.
-fn system(what: &str, names: &[&str], all: bool) -> Result<()> {
+fn run_system_tests(what: &str, names: &[&str], all: bool) -> Result<()> {
     let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
     let threads = format!("--test-threads={}", cores.min(SYSTEM_TESTS));
     let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture", &threads];
-    cargo(what, &[&words[..], names].concat(), all)
+    run_cargo(what, &[&words[..], names].concat(), all)
 }
 
 /// Whether a product's pinned Buildroot is in the cache.
 fn has_pinned_tree() -> Result<bool> {
     let (root, cache) = (workspace_root()?, Cache::locate()?);
-    for product in config::products(&root)? {
+    for product in config::list_products(&root)? {
         if let Some(pinned) = config::read_product(&root, &product)?.rootfs.buildroot {
             let path = pinned_path(&cache.root, &pinned.release.value);
             if path.join("Makefile").is_file() {
@@ -201,14 +204,14 @@ struct Skipped {
 /// for passed.
 fn say_skipped(list: &Utf8Path) -> Result<()> {
     let text = std::fs::read_to_string(list).with_context(|| format!("reading {list}"))?;
-    for line in skipped(&text)? {
+    for line in skipped_tests(&text)? {
         warn(line);
     }
     Ok(())
 }
 
 /// A sentence for each reason.
-fn skipped(list: &str) -> Result<Vec<String>> {
+fn skipped_tests(list: &str) -> Result<Vec<String>> {
     let mut reasons: BTreeMap<(String, String), BTreeSet<String>> = BTreeMap::new();
     for line in list.lines() {
         let Skipped { test, why, help } =
@@ -222,7 +225,7 @@ fn skipped(list: &str) -> Result<Vec<String>> {
     Ok(told.collect())
 }
 
-fn cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
+fn run_cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
     // Its output is the result, so it inherits this terminal.
     cargo_tool(what, arguments, all)?.run_on_terminal().context(what.to_owned())
 }
@@ -250,13 +253,13 @@ mod tests {
         let list =
             [line("b", "no disk"), line("a", "no disk"), line("b", "no disk"), line("c", "x")];
         assert_eq!(
-            skipped(&list.join("\n")).expect("a list"),
+            skipped_tests(&list.join("\n")).expect("a list"),
             [
                 "skipped 2 tests, because no disk: a, b\nhelp: do it",
                 "skipped 1 tests, because x: c\nhelp: do it"
             ]
         );
-        assert_eq!(skipped("").expect("empty"), [""; 0]);
-        skipped("half").expect_err("no line of ours");
+        assert_eq!(skipped_tests("").expect("empty"), [""; 0]);
+        skipped_tests("half").expect_err("no line of ours");
     }
 }

@@ -6,9 +6,9 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::cache::Cache;
-use crate::cli::Clean;
+use crate::cli::CleanArgs;
 use crate::config::workspace_root;
-use crate::progress::{bytes, say};
+use crate::progress::{format_bytes, say};
 use crate::release::LOCAL;
 
 /// `cargo xtask clean`. Removes results, on request kept stages and downloads; never releases, keys, locks
@@ -16,10 +16,10 @@ use crate::release::LOCAL;
 ///
 /// # Errors
 /// When something cannot be removed.
-pub fn clean(options: &Clean) -> Result<()> {
+pub fn clean(options: &CleanArgs) -> Result<()> {
     let cache = Cache::locate()?;
     let root = workspace_root()?;
-    let mut paths = results(&root.join("dist"), &root.join(LOCAL))?;
+    let mut paths = list_results(&root.join("dist"), &root.join(LOCAL))?;
     if options.stages {
         paths.extend(["stages", "tools", "apt", "bench"].map(|name| cache.root.join(name)));
     }
@@ -27,11 +27,11 @@ pub fn clean(options: &Clean) -> Result<()> {
         paths.push(cache.root.join("downloads"));
     }
     for path in paths.iter().filter(|p| p.exists()) {
-        let size = bytes(allocated(path)?);
+        let size = format_bytes(disk_usage(path)?);
         if options.dry_run {
             say("clean", format!("would remove {path} ({size})"));
         } else {
-            remove(path)?;
+            remove_path(path)?;
             say("clean", format!("removed {path} ({size})"));
         }
     }
@@ -39,7 +39,7 @@ pub fn clean(options: &Clean) -> Result<()> {
 }
 
 /// What is in `dist/` except the releases: a build of another commit cannot reproduce those.
-fn results(dist: &Utf8Path, releases: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+fn list_results(dist: &Utf8Path, releases: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     if !dist.is_dir() {
         return Ok(Vec::new());
     }
@@ -52,12 +52,12 @@ fn results(dist: &Utf8Path, releases: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     Ok(found)
 }
 
-fn remove(path: &Utf8Path) -> Result<()> {
+fn remove_path(path: &Utf8Path) -> Result<()> {
     std::fs::remove_dir_all(path).with_context(|| format!("removing {path}"))
 }
 
 /// The disk usage of a directory in bytes: images are sparse.
-fn allocated(dir: &Utf8Path) -> Result<u64> {
+fn disk_usage(dir: &Utf8Path) -> Result<u64> {
     let mut total = 0;
     let mut folders: Vec<Utf8PathBuf> = vec![dir.to_owned()];
     while let Some(folder) = folders.pop() {

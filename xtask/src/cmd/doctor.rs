@@ -2,43 +2,43 @@
 
 use anyhow::{Result, bail};
 
-use crate::cli::{Doctor, Format};
-use crate::tools::{self, Purpose};
+use crate::cli::{DoctorArgs, OutputFormat};
+use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
 /// `cargo xtask doctor`.
 ///
 /// # Errors
 /// When something is missing and was not installed.
-pub fn doctor(options: &Doctor) -> Result<()> {
-    let purposes = purposes(options.buildroot);
+pub fn doctor(options: &DoctorArgs) -> Result<()> {
+    let purposes = required_purposes(options.buildroot);
     if options.install {
-        tools::require(&purposes, true)?;
+        tools::require_tools(&purposes, true)?;
     }
-    let lacking = tools::missing(&purposes);
-    if options.format == Format::Json {
-        outln!("{}", text::json(&lacking)?);
+    let lacking = tools::missing_tools(&purposes);
+    if options.format == OutputFormat::Json {
+        outln!("{}", text::to_json(&lacking)?);
     }
     match (lacking.is_empty(), options.format) {
-        (true, Format::Text) => {
+        (true, OutputFormat::Text) => {
             outln!("This machine has everything that building and testing need.")
         }
-        (true, Format::Json) => {}
-        (false, _) => bail!("{}", tools::describe(&lacking)),
+        (true, OutputFormat::Json) => {}
+        (false, _) => bail!("{}", tools::describe_missing(&lacking)),
     }
     Ok(())
 }
 
 /// What a machine must be able to do; with `buildroot` also to build production systems.
-pub fn purposes(buildroot: bool) -> Vec<Purpose> {
+pub fn required_purposes(buildroot: bool) -> Vec<ToolPurpose> {
     let mut purposes = vec![
-        Purpose::Build,
-        Purpose::Debian,
-        Purpose::Run,
-        Purpose::Local,
-        Purpose::Push,
-        Purpose::Test,
+        ToolPurpose::Build,
+        ToolPurpose::Debian,
+        ToolPurpose::Run,
+        ToolPurpose::Local,
+        ToolPurpose::Push,
+        ToolPurpose::Test,
     ];
-    purposes.extend(buildroot.then_some(Purpose::Buildroot));
+    purposes.extend(buildroot.then_some(ToolPurpose::Buildroot));
     purposes
 }

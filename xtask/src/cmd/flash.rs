@@ -7,14 +7,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Access;
 use serde_json::json;
 
-use crate::cli::{Flash, Format};
-use crate::flash::card::Disk;
-use crate::flash::device::{self, Device, Objection};
+use crate::cli::{FlashArgs, OutputFormat};
+use crate::flash::card::CardDevice;
+use crate::flash::device::{self, DeviceObjection, FlashDevice};
 use crate::flash::seed::{self, PASSWORD_VARIABLE, SeedFile};
-use crate::flash::source::Source;
-use crate::flash::{self, Outcome, Request};
-use crate::progress::{bytes, duration, say};
-use crate::workspace::{Selection, dist, resolve};
+use crate::flash::source::ImageSource;
+use crate::flash::{self, FlashOutcome, FlashRequest};
+use crate::progress::{format_bytes, format_duration, say};
+use crate::workspace::{BuildSelection, dist_dir, resolve_plan};
 use crate::{err, errln, out, outln, text};
 
 /// `cargo xtask flash`.
@@ -22,27 +22,27 @@ use crate::{err, errln, out, outln, text};
 /// # Errors
 /// When the device may not be written, the write was not confirmed, or the card does not hold the
 /// image.
-pub fn flash(options: &Flash) -> Result<()> {
+pub fn flash(options: &FlashArgs) -> Result<()> {
     if options.list {
         // Without an image, no device is too small.
         let size = match &options.image {
-            Some(_) => Source::open(&image(options)?)?.size,
+            Some(_) => ImageSource::open(&find_image(options)?)?.size,
             None => 0,
         };
-        return list(options.format, size);
+        return list_devices(options.format, size);
     }
-    let seed = seed(options)?;
-    let source = Source::open(&image(options)?)?;
+    let seed = build_seed(options)?;
+    let source = ImageSource::open(&find_image(options)?)?;
     let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
     let device = match &options.device {
-        Some(device) => device::find(device)?,
-        None if terminal => choose(source.size)?,
+        Some(device) => device::find_device(device)?,
+        None if terminal => choose_device(source.size)?,
         None => bail!(
             "no device was given\n{}help: name a device: cargo xtask flash IMAGE DEVICE --yes",
-            table(&device::candidates(device::all()?), source.size)
+            format_devices(&device::select_candidates(device::list_all_devices()?), source.size)
         ),
     };
-    refuse(&device, source.size, options.non_removable.as_deref())?;
+    reject_device(&device, source.size, options.non_removable.as_deref())?;
     ensure!(
         device.path != source.path.canonicalize_utf8()?,
         "the image and the target are the same file\nhelp: name another file or a device"
@@ -56,9 +56,9 @@ pub fn flash(options: &Flash) -> Result<()> {
             device.path
         );
     }
-    agree(options, &source, &device, terminal)?;
-    let card = Disk::open(&device)?;
-    let request = Request {
+    confirm_write(options, &source, &device, terminal)?;
+    let card = CardDevice::open(&device)?;
+    let request = FlashRequest {
         source: &source,
         read_back: !options.no_read_back,
         seed: (!seed.is_empty()).then_some(&seed),
@@ -66,18 +66,18 @@ pub fn flash(options: &Flash) -> Result<()> {
     let outcome = flash::flash(&request, &card)
         .with_context(|| format!("flashing {} to {}", source.path, device.path))?;
     match options.format {
-        Format::Text => outln!("{}", sentence(&outcome, &source, &device)),
-        Format::Json => {
+        OutputFormat::Text => outln!("{}", describe_outcome(&outcome, &source, &device)),
+        OutputFormat::Json => {
             let mut value = serde_json::to_value(&outcome)?;
             value["image"] = json!(source.path);
             value["device"] = json!(device.path);
-            outln!("{}", text::json(&value)?);
+            outln!("{}", text::to_json(&value)?);
         }
     }
     Ok(())
 }
 
-fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
+fn describe_outcome(outcome: &FlashOutcome, source: &ImageSource, device: &FlashDevice) -> String {
     let proof = if outcome.read_back { "written and verified" } else { "written, not verified" };
     let rate = (outcome.bytes as f64 / outcome.seconds.max(0.001)) as u64;
     let seeded = match outcome.seeded.as_slice() {
@@ -88,23 +88,23 @@ fn sentence(outcome: &Outcome, source: &Source, device: &Device) -> String {
         "{} to {}: {} {proof} in {}, {}/s{seeded}",
         source.path,
         device.path,
-        bytes(outcome.bytes),
-        duration(std::time::Duration::from_secs_f64(outcome.seconds)),
-        bytes(rate),
+        format_bytes(outcome.bytes),
+        format_duration(std::time::Duration::from_secs_f64(outcome.seconds)),
+        format_bytes(rate),
     )
 }
 
 /// A path, or the image that was built for a product.
-fn image(options: &Flash) -> Result<Utf8PathBuf> {
+fn find_image(options: &FlashArgs) -> Result<Utf8PathBuf> {
     // No product has either in its name.
     let is_path = |name: &str| name.contains(['/', '.']);
     if let Some(name) = options.image.as_deref().filter(|name| is_path(name)) {
         ensure!(options.board.is_none(), "{name} is an image, but --board needs a product");
         return Ok(name.into());
     }
-    let selection = Selection { product: options.image.clone(), board: options.board.clone() };
-    let (config, _, plan) = resolve(&selection)?;
-    let image = dist(&config.root, &plan).join(format!("{}.img", plan.stem()));
+    let selection = BuildSelection { product: options.image.clone(), board: options.board.clone() };
+    let (config, _, plan) = resolve_plan(&selection)?;
+    let image = dist_dir(&config.root, &plan).join(format!("{}.img", plan.stem()));
     ensure!(
         image.is_file(),
         "there is no image yet: {image}\nhelp: cargo xtask build-image --product {} --board {}",
@@ -114,7 +114,7 @@ fn image(options: &Flash) -> Result<Utf8PathBuf> {
     Ok(image)
 }
 
-fn seed(options: &Flash) -> Result<SeedFile> {
+fn build_seed(options: &FlashArgs) -> Result<SeedFile> {
     if let Some(name) = &options.hostname {
         seed::check_hostname(name)?;
     }
@@ -123,7 +123,7 @@ fn seed(options: &Flash) -> Result<SeedFile> {
         ssh_keys.extend(seed::read_keys(path)?);
     }
     let wifi = match &options.wifi {
-        Some(ssid) => Some(seed::wifi(ssid, password(options, ssid)?)?),
+        Some(ssid) => Some(seed::wifi_network(ssid, wifi_password(options, ssid)?)?),
         None => None,
     };
     Ok(SeedFile { hostname: options.hostname.clone(), ssh_keys, wifi })
@@ -131,7 +131,7 @@ fn seed(options: &Flash) -> Result<SeedFile> {
 
 /// The Wi-Fi password; `None` for an open network. Never from the command line, which every user of
 /// the machine can read.
-fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
+fn wifi_password(options: &FlashArgs, ssid: &str) -> Result<Option<String>> {
     let given = if let Some(path) = &options.wifi_password_file {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
         // Editors on Windows put a byte order mark before the text.
@@ -139,7 +139,7 @@ fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
     } else if let Ok(password) = std::env::var(PASSWORD_VARIABLE) {
         password
     } else if std::io::stdin().is_terminal() {
-        hidden(ssid)?
+        ask_hidden(ssid)?
     } else {
         bail!(
             "cannot ask for the password of the Wi-Fi `{ssid}` (no terminal)\n\
@@ -149,25 +149,25 @@ fn password(options: &Flash, ssid: &str) -> Result<Option<String>> {
     Ok((!given.is_empty()).then_some(given))
 }
 
-fn list(format: Format, size: u64) -> Result<()> {
-    let devices = device::candidates(device::all()?);
+fn list_devices(format: OutputFormat, size: u64) -> Result<()> {
+    let devices = device::select_candidates(device::list_all_devices()?);
     match format {
-        Format::Text => out!("{}", table(&devices, size)),
-        Format::Json => {
+        OutputFormat::Text => out!("{}", format_devices(&devices, size)),
+        OutputFormat::Json => {
             let rows = devices.iter().map(|device| {
                 let mut row = serde_json::to_value(device)?;
                 row["objections"] = serde_json::to_value(device.objections(size, None))?;
                 Ok(row)
             });
             let rows: Vec<_> = rows.collect::<Result<_>>()?;
-            outln!("{}", text::json(&rows)?);
+            outln!("{}", text::to_json(&rows)?);
         }
     }
     Ok(())
 }
 
 /// The devices in human-readable form: those that can be written first.
-fn table(devices: &[Device], size: u64) -> String {
+fn format_devices(devices: &[FlashDevice], size: u64) -> String {
     if devices.is_empty() {
         return "no disks found\n".to_owned();
     }
@@ -178,7 +178,7 @@ fn table(devices: &[Device], size: u64) -> String {
         let mut row = format!(
             "{:<10} {:>9}  {:<6} {:<9}  {:<24} {}\n",
             device.name,
-            bytes(device.size),
+            format_bytes(device.size),
             device.bus,
             if device.removable { "removable" } else { "fixed" },
             or_dash(&device.model),
@@ -187,7 +187,7 @@ fn table(devices: &[Device], size: u64) -> String {
         for (place, at) in &device.mounted {
             row.push_str(&format!("           {place} is mounted at {at}\n"));
         }
-        for Objection { message, .. } in &objections {
+        for DeviceObjection { message, .. } in &objections {
             row.push_str(&format!("           no: {message}\n"));
         }
         rows.push((!objections.is_empty(), row));
@@ -197,17 +197,17 @@ fn table(devices: &[Device], size: u64) -> String {
 }
 
 /// Asks on the terminal which device to write. Typing its name is also the confirmation.
-fn choose(size: u64) -> Result<Device> {
-    let devices = device::candidates(device::all()?);
-    err!("{}", table(&devices, size));
-    let name = ask("Name of the device to write (empty: cancel): ")?;
+fn choose_device(size: u64) -> Result<FlashDevice> {
+    let devices = device::select_candidates(device::list_all_devices()?);
+    err!("{}", format_devices(&devices, size));
+    let name = ask_line("Name of the device to write (empty: cancel): ")?;
     let wanted = Utf8Path::new(&name);
     ensure!(!name.is_empty(), "nothing was written");
     let found = devices.into_iter().find(|device| device.name == name || device.path == wanted);
     found.with_context(|| format!("`{name}` is not one of these devices; nothing was written"))
 }
 
-fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
+fn reject_device(device: &FlashDevice, size: u64, allowed: Option<&str>) -> Result<()> {
     if let Some(name) = allowed {
         ensure!(
             name == device.name || name == device.path.as_str(),
@@ -218,7 +218,7 @@ fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
     let objections = device.objections(size, allowed);
     let Some(first) = objections.first() else { return Ok(()) };
     let mut message = format!("{} cannot be flashed: {}", device.path, first.message);
-    for Objection { message: more, .. } in &objections[1..] {
+    for DeviceObjection { message: more, .. } in &objections[1..] {
         message.push_str(&format!("; {more}"));
     }
     bail!("{message}\nhelp: {}", first.help)
@@ -226,7 +226,12 @@ fn refuse(device: &Device, size: u64, allowed: Option<&str>) -> Result<()> {
 
 /// Asks for confirmation on a terminal, unless the device was just chosen there; never asks in a
 /// script.
-fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> Result<()> {
+fn confirm_write(
+    options: &FlashArgs,
+    source: &ImageSource,
+    device: &FlashDevice,
+    terminal: bool,
+) -> Result<()> {
     if options.yes || options.device.is_none() {
         return Ok(());
     }
@@ -241,7 +246,7 @@ fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> R
     errln!(
         "{}: {}, {}, {}; contents: {}",
         device.path,
-        bytes(device.size),
+        format_bytes(device.size),
         device.bus,
         or(&device.model, "unknown model"),
         or(&device.content, "unknown")
@@ -253,12 +258,12 @@ fn agree(options: &Flash, source: &Source, device: &Device, terminal: bool) -> R
             source.path
         ),
     );
-    let answer = ask(&format!("Type its name ({}) to continue: ", device.name))?;
+    let answer = ask_line(&format!("Type its name ({}) to continue: ", device.name))?;
     ensure!(answer == device.name, "nothing was written");
     Ok(())
 }
 
-fn ask(question: &str) -> Result<String> {
+fn ask_line(question: &str) -> Result<String> {
     err!("{question}");
     std::io::stderr().flush().context("asking")?;
     let mut answer = String::new();
@@ -267,7 +272,7 @@ fn ask(question: &str) -> Result<String> {
 }
 
 /// Asks without showing what is typed.
-fn hidden(ssid: &str) -> Result<String> {
+fn ask_hidden(ssid: &str) -> Result<String> {
     let stdin = std::io::stdin();
     let before = rustix::termios::tcgetattr(&stdin).context("asking for a password")?;
     let mut silent = before.clone();
@@ -280,7 +285,7 @@ fn hidden(ssid: &str) -> Result<String> {
     answer
 }
 
-/// Like [`ask`], but keeps blanks at the ends, which a password may have.
+/// Like [`ask_line`], but keeps blanks at the ends, which a password may have.
 fn ask_whole(question: &str) -> Result<String> {
     err!("{question}");
     std::io::stderr().flush().context("asking")?;

@@ -3,31 +3,31 @@
 use anyhow::{Result, ensure};
 use camino::Utf8Path;
 
-use crate::cli::{Format, Inspect};
-use crate::diff::{Difference, Inventory};
-use crate::inspect::{self, ImageView, Subject, inventory, subject};
-use crate::progress::bytes;
+use crate::cli::{InspectArgs, OutputFormat};
+use crate::diff::{Inventory, InventoryDifference};
+use crate::inspect::{self, ImageView, OutputFileKind, detect_kind, read_inventory};
+use crate::progress::format_bytes;
 use crate::{out, outln, start, text};
 
 /// `cargo xtask inspect`.
 ///
 /// # Errors
 /// When the kind of the file is unknown, or the file is damaged.
-pub fn inspect(options: &Inspect) -> Result<()> {
+pub fn inspect(options: &InspectArgs) -> Result<()> {
     if let (true, Some(new)) = (options.diff, &options.new) {
-        return diff(&options.file, new, options.format);
+        return show_diff(&options.file, new, options.format);
     }
-    match subject(&options.file)? {
-        Subject::Image => image(&options.file, options.format),
-        Subject::Bundle => bundle(&options.file, options.format),
-        Subject::SlotImage => slot(&options.file, options.format),
+    match detect_kind(&options.file)? {
+        OutputFileKind::Image => show_image(&options.file, options.format),
+        OutputFileKind::Bundle => show_bundle(&options.file, options.format),
+        OutputFileKind::SlotImage => show_slot(&options.file, options.format),
     }
 }
 
-fn image(path: &Utf8Path, format: Format) -> Result<()> {
-    let view = inspect::image(path)?;
-    if format == Format::Json {
-        outln!("{}", text::json(&view)?);
+fn show_image(path: &Utf8Path, format: OutputFormat) -> Result<()> {
+    let view = inspect::inspect_image(path)?;
+    if format == OutputFormat::Json {
+        outln!("{}", text::to_json(&view)?);
     } else {
         print_image(path, &view);
         if let Some(reason) = &view.unread {
@@ -44,12 +44,17 @@ fn image(path: &Utf8Path, format: Format) -> Result<()> {
 
 fn print_image(path: &Utf8Path, view: &ImageView) {
     let t = &view.tables;
-    outln!("{path}: {}, {} table", bytes(t.size), t.table.name());
+    outln!("{path}: {}, {} table", format_bytes(t.size), t.table.name());
     outln!("  no     offset          size  type  name");
     for p in &t.partitions {
         let kind = p.kind.get(..8).unwrap_or(&p.kind);
         let name = p.name.as_deref().unwrap_or("");
-        outln!("  {:<2} {:>12} {:>13}  {kind:<8}  {name}", p.number, p.offset, bytes(p.size));
+        outln!(
+            "  {:<2} {:>12} {:>13}  {kind:<8}  {name}",
+            p.number,
+            p.offset,
+            format_bytes(p.size)
+        );
     }
     for state in &view.boot_states {
         let shown = state.words.as_deref().unwrap_or("empty or invalid: slot a is started");
@@ -60,9 +65,14 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
         outln!("  trust at {}: {shown}", copy.offset);
     }
     for volume in &view.volumes {
-        outln!("  volume {} (FAT{}), {} free", volume.label, volume.width, bytes(volume.free));
+        outln!(
+            "  volume {} (FAT{}), {} free",
+            volume.label,
+            volume.width,
+            format_bytes(volume.free)
+        );
         for entry in volume.entries.iter().filter(|e| !e.folder) {
-            outln!("    {:>12}  {}", bytes(entry.size), entry.path);
+            outln!("    {:>12}  {}", format_bytes(entry.size), entry.path);
         }
     }
     for slot in &view.slots {
@@ -73,11 +83,11 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
             slot.packages,
             slot.wheels,
             slot.files,
-            bytes(slot.bytes)
+            format_bytes(slot.bytes)
         );
     }
     let Some(starts) = &view.starts else { return };
-    for line in start::lines(starts) {
+    for line in start::describe_chains(starts) {
         outln!("  {line}");
     }
     for finding in starts.stops.iter().chain(&starts.degrades) {
@@ -85,14 +95,14 @@ fn print_image(path: &Utf8Path, view: &ImageView) {
     }
 }
 
-fn slot(path: &Utf8Path, format: Format) -> Result<()> {
-    let view = inspect::slot(path)?;
+fn show_slot(path: &Utf8Path, format: OutputFormat) -> Result<()> {
+    let view = inspect::inspect_slot(path)?;
     let inventory = Inventory::of_ext4(path, 0)?;
-    if format == Format::Json {
-        outln!("{}", text::json(&inventory)?);
+    if format == OutputFormat::Json {
+        outln!("{}", text::to_json(&inventory)?);
         return Ok(());
     }
-    outln!("{path}: {}, {} files, {}", view.system, view.files, bytes(view.bytes));
+    outln!("{path}: {}, {} files, {}", view.system, view.files, format_bytes(view.bytes));
     for (title, list) in [("packages", &inventory.packages), ("wheels", &inventory.wheels)] {
         outln!("  {title}");
         for (name, version) in list {
@@ -102,10 +112,10 @@ fn slot(path: &Utf8Path, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
-    let view = inspect::bundle(path)?;
-    if format == Format::Json {
-        outln!("{}", text::json(&view)?);
+fn show_bundle(path: &Utf8Path, format: OutputFormat) -> Result<()> {
+    let view = inspect::inspect_bundle(path)?;
+    if format == OutputFormat::Json {
+        outln!("{}", text::to_json(&view)?);
         return Ok(());
     }
     let m = &view.manifest;
@@ -123,9 +133,9 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             outln!(
                 "    {}: {}, stored {}, index {}",
                 payload.role,
-                bytes(payload.size),
-                bytes(payload.data.size),
-                bytes(payload.index.size)
+                format_bytes(payload.size),
+                format_bytes(payload.data.size),
+                format_bytes(payload.index.size)
             );
         }
     }
@@ -133,11 +143,11 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn diff(old: &Utf8Path, new: &Utf8Path, format: Format) -> Result<()> {
-    let difference = Difference::between(&inventory(old)?, &inventory(new)?);
+fn show_diff(old: &Utf8Path, new: &Utf8Path, format: OutputFormat) -> Result<()> {
+    let difference = InventoryDifference::between(&read_inventory(old)?, &read_inventory(new)?);
     match format {
-        Format::Json => out!("{}", text::printable_json(&difference.to_json()?)),
-        Format::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
+        OutputFormat::Json => out!("{}", text::printable_json(&difference.to_json()?)),
+        OutputFormat::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
     }
     Ok(())
 }

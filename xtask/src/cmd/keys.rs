@@ -4,8 +4,8 @@ use anyhow::Result;
 use bundle::BuildKind;
 use serde_json::json;
 
-use crate::cli::{Format, Keys as Verb};
-use crate::keys::{KEY_SET, Keys, Listed, directory};
+use crate::cli::{KeysCommand, OutputFormat};
+use crate::keys::{KEY_SET, KeyDirectory, ListedKey, key_directory};
 use crate::progress::say;
 use crate::{outln, text};
 
@@ -14,18 +14,23 @@ use crate::{outln, text};
 /// # Errors
 /// When the key directory cannot be used, a key exists already (`new`), or no key exists
 /// (`rotate`).
-pub fn keys(verb: &Verb) -> Result<()> {
-    let mut keys = Keys::open(&directory()?)?;
+pub fn keys(verb: &KeysCommand) -> Result<()> {
+    let mut keys = KeyDirectory::open(&key_directory()?)?;
     match verb {
-        Verb::New => {
+        KeysCommand::New => {
             let key = keys.new_key(BuildKind::Release)?;
-            outln!("made the release key {} of epoch {} in {}", key.id, key.epoch, directory()?);
+            outln!(
+                "made the release key {} of epoch {} in {}",
+                key.id,
+                key.epoch,
+                key_directory()?
+            );
         }
-        Verb::Rotate { revoke, development } => {
+        KeysCommand::Rotate { revoke, development } => {
             let kind = if *development { BuildKind::Development } else { BuildKind::Release };
             let key = keys.rotate(kind, *revoke)?;
-            outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, directory()?);
-            let is_older = |listed: &Listed| {
+            outln!("made the {kind} key {} of epoch {} in {}", key.id, key.epoch, key_directory()?);
+            let is_older = |listed: &ListedKey| {
                 let (older, known) = (listed.key.epoch < key.epoch, listed.key.kind == kind);
                 older && known && !listed.key.revoked && listed.secret.is_some()
             };
@@ -47,24 +52,27 @@ pub fn keys(verb: &Verb) -> Result<()> {
                 },
             );
         }
-        Verb::Revoke { id } => {
+        KeysCommand::Revoke { id } => {
             let key = keys.revoke(id)?;
-            outln!("revoked the {} key {} in {}", key.kind, key.id, directory()?);
+            outln!("revoked the {} key {} in {}", key.kind, key.id, key_directory()?);
             say(
                 "keys",
                 "robots learn of it with their next update, or by the key set itself (docs/reference/slotd.md, Keys)",
             );
         }
-        Verb::List { format: Format::Json } => {
+        KeysCommand::List { format: OutputFormat::Json } => {
             let value = json!({ "serial": keys.set().serial, "keys": keys.list() });
-            outln!("{}", text::json(&value)?);
+            outln!("{}", text::to_json(&value)?);
         }
-        Verb::List { format: Format::Text } => {
+        KeysCommand::List { format: OutputFormat::Text } => {
             let list = keys.list();
             if list.is_empty() {
-                outln!("no keys in {}; the first build makes the development key", directory()?);
+                outln!(
+                    "no keys in {}; the first build makes the development key",
+                    key_directory()?
+                );
             } else {
-                outln!("key set {}, serial {}", directory()?.join(KEY_SET), keys.set().serial);
+                outln!("key set {}, serial {}", key_directory()?.join(KEY_SET), keys.set().serial);
             }
             for listed in list {
                 let key = &listed.key;

@@ -2,29 +2,29 @@
 
 use anyhow::{Context, Result, bail};
 
-use crate::build::{COMPILER_LOCK, mirrors, package_spec, python_target};
+use crate::build::{COMPILER_LOCK, load_mirrors, package_spec, python_target};
 use crate::cache::Cache;
-use crate::cli::Lock;
+use crate::cli::LockArgs;
 use crate::config::product::Engine;
-use crate::config::reader::Findings;
+use crate::config::reader::ConfigFindings;
 use crate::plan;
 use crate::progress::say;
-use crate::rootfs::debian::{self, Mirrors, PackagesLock};
-use crate::tools::{self, Purpose};
+use crate::rootfs::debian::{self, AptMirrors, PackagesLock};
+use crate::tools::{self, ToolPurpose};
 use crate::wheel::{self, LockRequest};
-use crate::workspace::{Selection, load};
+use crate::workspace::{BuildSelection, load_config};
 
 /// `cargo xtask lock`.
 ///
 /// # Errors
 /// When there is no network or no solution, or a package or wheel does not exist for the target.
-pub fn lock(options: &Lock) -> Result<()> {
-    tools::require(&[Purpose::Build, Purpose::Debian], true)?;
-    let config = load(&Selection { product: options.product.clone(), board: None })?;
+pub fn lock(options: &LockArgs) -> Result<()> {
+    tools::require_tools(&[ToolPurpose::Build, ToolPurpose::Debian], true)?;
+    let config = load_config(&BuildSelection { product: options.product.clone(), board: None })?;
     let cache = Cache::locate()?;
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     if wants("compiler") {
-        let new = debian::compiler::lock(&Mirrors::from_host()?, &cache.root)?;
+        let new = debian::compiler::lock_compiler(&AptMirrors::from_host()?, &cache.root)?;
         new.save(&config.root.join(COMPILER_LOCK))?;
         say("lock", format!("{COMPILER_LOCK}: {} packages", new.package.len()));
     }
@@ -34,12 +34,12 @@ pub fn lock(options: &Lock) -> Result<()> {
         let path = product.rootfs.lock.as_ref().context("`rootfs.lock` is missing")?.value.clone();
         let full = config.root.join(&path);
         if wants("packages") {
-            let (sources, wrong) = plan::sources(&config);
-            Findings(wrong).check()?;
-            Findings(plan::packages(product, &config.board)).check()?;
+            let (sources, wrong) = plan::plan_sources(&config);
+            ConfigFindings(wrong).check()?;
+            ConfigFindings(plan::check_package_names(product, &config.board)).check()?;
             let spec = package_spec(&config);
-            let mirrors = mirrors(&config.root, &sources)?;
-            let new = debian::lock::lock(&spec, &mirrors, &cache.root)?;
+            let mirrors = load_mirrors(&config.root, &sources)?;
+            let new = debian::lock::lock_packages(&spec, &mirrors, &cache.root)?;
             let old = PackagesLock::load(&full).ok();
             let changes = old.as_ref().map(|old| old.changes(&new));
             let count = changes.as_ref().map_or(new.package.len(), Vec::len);
@@ -68,7 +68,7 @@ pub fn lock(options: &Lock) -> Result<()> {
         std::fs::remove_file(&path).with_context(|| format!("removing the empty {path}"))?;
     }
     say("lock", format!("{}: querying the index", request.requirement));
-    let (lock, changes) = wheel::update(&request, &path)?;
+    let (lock, changes) = wheel::update_lock(&request, &path)?;
     say("lock", format!("{}: {} wheels", api.lock.value, lock.wheels.len()));
     for change in changes {
         say("", change);

@@ -6,37 +6,37 @@ use anyhow::{Context, Result, ensure};
 
 use crate::affected;
 use crate::build::check_locks;
-use crate::cli::{Format, PlanOptions, Show, Target};
+use crate::cli::{OutputFormat, PlanArgs, RenderArgs, TargetArgs};
 use crate::config;
-use crate::disk::layout::exact;
+use crate::disk::layout::exact_size;
 use crate::git;
-use crate::plan::{Plan, SourcePlan};
-use crate::progress::{names, say};
-use crate::publish::pins::Pins;
+use crate::plan::{AptSourcePlan, Plan};
+use crate::progress::{list_names, say};
+use crate::publish::pins::PinnedKinds;
 use crate::render;
-use crate::workspace::{dist, resolve, turn};
+use crate::workspace::{dist_dir, lock_dist_dir, resolve_plan};
 use crate::{out, outln, text};
 
 /// `cargo xtask plan`.
 ///
 /// # Errors
 /// Everything that is wrong with the configuration; after the plan was printed, a lock that no build would obey.
-pub fn plan(options: &PlanOptions) -> Result<()> {
+pub fn plan(options: &PlanArgs) -> Result<()> {
     if options.all || options.changed_since.is_some() {
-        return builds(options);
+        return list_builds(options);
     }
     ensure!(
         options.channel.is_none(),
         "--channel filters a list of builds: add --all or --changed-since"
     );
-    let (config, _, plan) = resolve(&options.target.selection())?;
+    let (config, _, plan) = resolve_plan(&options.target.selection())?;
     match options.format {
-        Format::Json => outln!("{}", text::json(&plan)?),
-        Format::Text => {
-            out!("{}", describe(&plan));
+        OutputFormat::Json => outln!("{}", text::to_json(&plan)?),
+        OutputFormat::Text => {
+            out!("{}", describe_plan(&plan));
             if let (true, Some(commit)) = (plan.modified, &plan.commit) {
-                let changes = git::changes(&config.root, commit)?;
-                outln!(" {:<10} {}", "changes", names(&changes));
+                let changes = git::changed_files(&config.root, commit)?;
+                outln!(" {:<10} {}", "changes", list_names(&changes));
             }
         }
     }
@@ -45,18 +45,18 @@ pub fn plan(options: &PlanOptions) -> Result<()> {
 }
 
 /// The builds for CI: all of them, or those that the changes since a commit affect.
-fn builds(options: &PlanOptions) -> Result<()> {
+fn list_builds(options: &PlanArgs) -> Result<()> {
     let root = config::workspace_root()?;
-    let Target { product, board } = &options.target;
+    let TargetArgs { product, board } = &options.target;
     let mut builds = match &options.changed_since {
         Some(revision) => affected::changed_since(&root, revision, product.as_deref())?,
-        None => affected::all(&root, product.as_deref())?,
+        None => affected::list_builds(&root, product.as_deref())?,
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     if let Some(channel) = options.channel {
-        let pins = Pins::read(Some(&root))?;
+        let pins = PinnedKinds::read(Some(&root))?;
         let mut told = BTreeSet::new();
-        builds.retain(|build| match pins.takes(channel, &build.product) {
+        builds.retain(|build| match pins.check_new_release(channel, &build.product) {
             Ok(()) => true,
             Err(why) => {
                 if told.insert(build.product.clone()) {
@@ -67,8 +67,8 @@ fn builds(options: &PlanOptions) -> Result<()> {
         });
     }
     match options.format {
-        Format::Json => outln!("{}", text::json(&builds)?),
-        Format::Text => out!("{}", affected::describe(&builds)),
+        OutputFormat::Json => outln!("{}", text::to_json(&builds)?),
+        OutputFormat::Text => out!("{}", affected::describe_builds(&builds)),
     }
     Ok(())
 }
@@ -77,22 +77,22 @@ fn builds(options: &PlanOptions) -> Result<()> {
 ///
 /// # Errors
 /// A mistake in the configuration or in a template.
-pub fn render(options: &Show) -> Result<()> {
-    let (config, _, plan) = resolve(&options.target.selection())?;
+pub fn render(options: &RenderArgs) -> Result<()> {
+    let (config, _, plan) = resolve_plan(&options.target.selection())?;
     let rendered = render::render(&config.root, &plan)?;
-    let dist = dist(&config.root, &plan);
-    let _turn = turn(&dist)?;
+    let dist = dist_dir(&config.root, &plan);
+    let _turn = lock_dist_dir(&dist)?;
     let dir = dist.join("rendered");
     rendered.write(&dir)?;
     match options.format {
-        Format::Json => outln!("{}", serde_json::json!({ "rendered": dir })),
-        Format::Text => outln!("{dir}"),
+        OutputFormat::Json => outln!("{}", serde_json::json!({ "rendered": dir })),
+        OutputFormat::Text => outln!("{dir}"),
     }
     Ok(())
 }
 
 /// The plan in human-readable form.
-pub fn describe(plan: &Plan) -> String {
+pub fn describe_plan(plan: &Plan) -> String {
     let mut out = String::new();
     let mut line = |name: &str, text: String| out.push_str(&format!(" {name:<10} {text}\n"));
     let kind = serde_json::to_value(plan.product.kind).unwrap_or_default();
@@ -107,21 +107,24 @@ pub fn describe(plan: &Plan) -> String {
     let engine = serde_json::to_value(plan.rootfs.engine).unwrap_or_default();
     line("engine", format!("{} {}", engine.as_str().unwrap_or(""), plan.rootfs.suite));
     for source in &plan.rootfs.sources {
-        let SourcePlan { name, address, suite, packages, .. } = source;
-        line("source", format!("{name}, {address} {suite}: {}", names(packages)));
+        let AptSourcePlan { name, address, suite, packages, .. } = source;
+        line("source", format!("{name}, {address} {suite}: {}", list_names(packages)));
     }
     if let Some(api) = &plan.api {
         line("api", api.package.clone());
     }
-    line("disk", format!("{}, {}", exact(plan.disk.size), plan.disk.table.name()));
+    line("disk", format!("{}, {}", exact_size(plan.disk.size), plan.disk.table.name()));
     for state in &plan.disk.states {
         line("", format!("{:>12}  {:>9}  boot state", state.offset, "512 B"));
     }
     for copy in &plan.disk.trust {
-        line("", format!("{:>12}  {:>9}  trust", copy.offset, exact(bundle::area::COPY as u64)));
+        line(
+            "",
+            format!("{:>12}  {:>9}  trust", copy.offset, exact_size(bundle::area::COPY as u64)),
+        );
     }
     for p in &plan.disk.partitions {
-        line("", format!("{:>12}  {:>9}  {} {}", p.offset, exact(p.size), p.number, p.name));
+        line("", format!("{:>12}  {:>9}  {} {}", p.offset, exact_size(p.size), p.number, p.name));
     }
     for (n, card) in plan.board.earlier_cards.iter().enumerate() {
         let name = if n == 0 { "also" } else { "" };

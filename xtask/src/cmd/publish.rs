@@ -2,32 +2,32 @@
 
 use anyhow::Result;
 
-use crate::cli::{Format, Publish};
+use crate::cli::{OutputFormat, PublishArgs};
 use crate::config::workspace_root;
-use crate::progress::bytes;
-use crate::publish::{self, Authority};
-use crate::release::create::local;
-use crate::store::directory::Directory;
+use crate::progress::format_bytes;
+use crate::publish::{self, SigningAuthority};
+use crate::release::create::local_store;
+use crate::store::directory::DirectoryStore;
 use crate::store::format::Channel;
 use crate::store::index::Retention;
-use crate::store::{self, Options, Store};
-use crate::tools::{self, Purpose};
+use crate::store::{self, ReleaseStore, StoreOptions};
+use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
 /// `cargo xtask publish`.
 ///
 /// # Errors
 /// When the target cannot be written, or has one of these releases with other content.
-pub fn publish(options: &Publish) -> Result<()> {
+pub fn publish(options: &PublishArgs) -> Result<()> {
     let from = match &options.from {
-        Some(folder) => Directory::new(folder),
-        None => local(&workspace_root()?),
+        Some(folder) => DirectoryStore::new(folder),
+        None => local_store(&workspace_root()?),
     };
     if options.target.starts_with("ssh://") {
-        tools::require(&[Purpose::Push], true)?;
+        tools::require_tools(&[ToolPurpose::Push], true)?;
     }
-    let to = store::open(&options.target, &store_options(&options.access))?;
-    let mut authority = Authority::open(options.access.store_was_restored)?;
+    let to = store::open_store(&options.target, &store_options(&options.access))?;
+    let mut authority = SigningAuthority::open(options.access.store_was_restored)?;
     let mut channels = options.channel.clone();
     channels.sort();
     channels.dedup();
@@ -46,11 +46,17 @@ pub fn publish(options: &Publish) -> Result<()> {
     let mut done = Vec::new();
     for channel in channels {
         let retention = Retention { keep: options.keep };
-        done.push(publish::publish(&from, to.as_ref(), channel, &mut authority, retention)?);
+        done.push(publish::publish_channel(
+            &from,
+            to.as_ref(),
+            channel,
+            &mut authority,
+            retention,
+        )?);
     }
     match options.format {
-        Format::Json => outln!("{}", text::json(&done)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::to_json(&done)?),
+        OutputFormat::Text => {
             for one in &done {
                 let what = if one.releases.is_empty() {
                     (if one.changed { "metadata only" } else { "nothing new" }).to_owned()
@@ -60,7 +66,7 @@ pub fn publish(options: &Publish) -> Result<()> {
                 outln!(
                     " {:<8} {what}; {} sent in {} objects, {} were there already",
                     one.channel,
-                    bytes(one.bytes),
+                    format_bytes(one.bytes),
                     one.sent,
                     one.kept
                 );
@@ -71,11 +77,11 @@ pub fn publish(options: &Publish) -> Result<()> {
 }
 
 /// How a store is reached, as it was typed.
-pub fn store_options(access: &crate::cli::Access) -> Options {
-    Options {
+pub fn store_options(access: &crate::cli::StoreAccessArgs) -> StoreOptions {
+    StoreOptions {
         endpoint: access.endpoint.clone(),
         region: access.region.clone(),
         ssh: access.ssh_option.clone(),
-        ..Options::default()
+        ..StoreOptions::default()
     }
 }

@@ -9,21 +9,23 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::artifact::hash_file;
-use crate::cli::{Create, Format, Release as Verb, ReleaseCheck, StoreAddress, Which};
+use crate::cli::{
+    OutputFormat, ReleaseArgs, ReleaseCheckArgs, ReleaseCommand, ReleaseCreateArgs, StoreArgs,
+};
 use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
-use crate::diff::{Difference, versions};
-use crate::inspect::inventory;
-use crate::progress::bytes;
-use crate::publish::{Authority, change, load, manifest};
-use crate::release::create::{self, local, put, version};
-use crate::release::notes::Past;
+use crate::diff::{InventoryDifference, describe_versions};
+use crate::inspect::read_inventory;
+use crate::progress::format_bytes;
+use crate::publish::{SigningAuthority, change_channel, load_channel, load_manifest};
+use crate::release::create::{self, add_to_channel, local_store, parse_version};
+use crate::release::notes::PastRelease;
 use crate::release::{check, gc, summary};
-use crate::scratch::scratch;
-use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, Index, Manifest, Yanked};
+use crate::scratch::create_scratch_dir;
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{Channel, ChannelEntry, ChannelIndex, ReleaseManifest, YankNotice};
 use crate::store::index::Retention;
-use crate::store::{self, Store};
+use crate::store::{self, ReleaseStore};
 use crate::time::now;
 use crate::{out, outln, text};
 
@@ -31,46 +33,50 @@ use crate::{out, outln, text};
 ///
 /// # Errors
 /// As the functions of the subcommand.
-pub fn release(verb: &Verb) -> Result<()> {
+pub fn release(verb: &ReleaseCommand) -> Result<()> {
     match verb {
-        Verb::Create(options) => create(options),
-        Verb::List { channel, store, format } => list(*channel, store, *format),
-        Verb::Show { version, which, notes, format } => show(version, which, *notes, *format),
-        Verb::Diff { old, new, which, files, format } => diff([old, new], which, *files, *format),
-        Verb::Promote { version, to, which } => promote(version, *to, which),
-        Verb::Yank { version, reason, which } => yank(version, reason, which),
-        Verb::Check(options) => check(options),
-        Verb::Gc { store, dry_run, store_was_restored, format } => {
-            let authority = Authority::open(*store_was_restored)?;
-            collect(store.as_deref(), &authority, *dry_run, *format)
+        ReleaseCommand::Create(options) => create_release(options),
+        ReleaseCommand::List { channel, store, format } => list_releases(*channel, store, *format),
+        ReleaseCommand::Show { version, which, notes, format } => {
+            show_release(version, which, *notes, *format)
         }
-        Verb::Summary => {
-            out!("{}", summary::summary(&workspace_root()?)?);
+        ReleaseCommand::Diff { old, new, which, files, format } => {
+            diff_releases([old, new], which, *files, *format)
+        }
+        ReleaseCommand::Promote { version, to, which } => promote_release(version, *to, which),
+        ReleaseCommand::Yank { version, reason, which } => yank_release(version, reason, which),
+        ReleaseCommand::Check(options) => check_release(options),
+        ReleaseCommand::Gc { store, dry_run, store_was_restored, format } => {
+            let authority = SigningAuthority::open(*store_was_restored)?;
+            collect_garbage(store.as_deref(), &authority, *dry_run, *format)
+        }
+        ReleaseCommand::Summary => {
+            out!("{}", summary::summarise_builds(&workspace_root()?)?);
             Ok(())
         }
     }
 }
 
-fn store(address: &StoreAddress) -> Result<Box<dyn Store>> {
+fn open_store(address: &StoreArgs) -> Result<Box<dyn ReleaseStore>> {
     match &address.store {
-        Some(named) => store::open(named, &store_options(&address.access)),
-        None => Ok(Box::new(local(&workspace_root()?))),
+        Some(named) => store::open_store(named, &store_options(&address.access)),
+        None => Ok(Box::new(local_store(&workspace_root()?))),
     }
 }
 
-fn product(named: Option<&String>) -> Result<String> {
+fn choose_product(named: Option<&String>) -> Result<String> {
     match named {
         Some(name) => Ok(name.clone()),
         None => config::default_product(&workspace_root()?),
     }
 }
 
-fn create(options: &Create) -> Result<()> {
+fn create_release(options: &ReleaseCreateArgs) -> Result<()> {
     let root = workspace_root()?;
-    let product = product(options.product.as_ref())?;
-    let mut authority = Authority::open(options.store_was_restored)?;
-    let created = create::create(
-        &create::Request {
+    let product = choose_product(options.product.as_ref())?;
+    let mut authority = SigningAuthority::open(options.store_was_restored)?;
+    let created = create::create_release(
+        &create::ReleaseRequest {
             root: &root,
             product: &product,
             boards: &options.board,
@@ -81,31 +87,39 @@ fn create(options: &Create) -> Result<()> {
         &mut authority,
     )?;
     match options.format {
-        Format::Json => outln!("{}", text::json(&created)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::to_json(&created)?),
+        OutputFormat::Text => {
             let m = &created.manifest;
             let word = if created.existed { "is there already" } else { "made" };
             let boards: Vec<&str> = m.boards.iter().map(|b| b.board.as_str()).collect();
             let size = m.objects().map(|o| o.size).sum();
             outln!(" release  {} {} for {}: {word}", m.product, m.version, boards.join(", "));
-            outln!(" files    {} in {} objects", bytes(size), m.objects().count());
-            outln!(" manifest {}/{}", create::local(&root).root(), created.entry.manifest.path);
+            outln!(" files    {} in {} objects", format_bytes(size), m.objects().count());
+            outln!(
+                " manifest {}/{}",
+                create::local_store(&root).root(),
+                created.entry.manifest.path
+            );
             outln!(" next     cargo xtask publish TARGET --channel {}", created.channel);
         }
     }
     Ok(())
 }
 
-fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Result<()> {
-    let store = store(address)?;
-    let authority = Authority::open(address.access.store_was_restored)?;
+fn list_releases(
+    channel: Option<Channel>,
+    address: &StoreArgs,
+    format: OutputFormat,
+) -> Result<()> {
+    let store = open_store(address)?;
+    let authority = SigningAuthority::open(address.access.store_was_restored)?;
     let mut indices = Vec::new();
     for one in Channel::ALL.into_iter().filter(|c| channel.is_none_or(|only| only == *c)) {
-        indices.push(load(store.as_ref(), one, &authority)?.0);
+        indices.push(load_channel(store.as_ref(), one, &authority)?.0);
     }
     match format {
-        Format::Json => outln!("{}", text::json(&indices)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::to_json(&indices)?),
+        OutputFormat::Text => {
             for index in indices.iter().filter(|index| index.serial > 0) {
                 outln!("{} (serial {})", index.channel, index.serial);
                 for e in &index.releases {
@@ -124,20 +138,20 @@ fn list(channel: Option<Channel>, address: &StoreAddress, format: Format) -> Res
 }
 
 /// Finds a release by the given version.
-fn find(
-    store: &dyn Store,
+fn find_release(
+    store: &dyn ReleaseStore,
     text: &str,
-    which: &Which,
-    authority: &Authority,
-) -> Result<(Channel, Entry)> {
-    let product = product(which.product.as_ref())?;
+    which: &ReleaseArgs,
+    authority: &SigningAuthority,
+) -> Result<(Channel, ChannelEntry)> {
+    let product = choose_product(which.product.as_ref())?;
     let latest = text == "latest";
     let channels = match (which.channel, latest) {
         (Some(channel), _) => vec![channel],
         (None, true) => vec![Channel::Nightly],
         (None, false) => Channel::ALL.to_vec(),
     };
-    let wanted = if latest { None } else { Some(version(text)?) };
+    let wanted = if latest { None } else { Some(parse_version(text)?) };
     let mut known = Vec::new();
     for channel in channels {
         // A store that is signed by development keys is not evidence about a release product, not
@@ -148,31 +162,31 @@ fn find(
             }
             continue;
         }
-        let (index, _) = load(store, channel, authority)?;
+        let (index, _) = load_channel(store, channel, authority)?;
         let found = match &wanted {
             Some(version) => index.find(&product, version),
-            None => index.of(&product).rev().find(|e| e.yanked.is_none()),
+            None => index.releases_of(&product).rev().find(|e| e.yanked.is_none()),
         };
         if let Some(entry) = found {
             return Ok((channel, entry.clone()));
         }
-        known.extend(index.of(&product).map(|e| e.version.to_string()));
+        known.extend(index.releases_of(&product).map(|e| e.version.to_string()));
     }
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     bail!("there is no release {text} of {product} in {}\nhelp: known: {known}", store.name())
 }
 
-fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
-    let store = store(&which.store)?;
-    let authority = Authority::open(which.store.access.store_was_restored)?;
-    let (channel, entry) = find(store.as_ref(), text, which, &authority)?;
-    let manifest = manifest(store.as_ref(), &entry, authority.keys())?;
-    if format == Format::Json && !notes {
+fn show_release(text: &str, which: &ReleaseArgs, notes: bool, format: OutputFormat) -> Result<()> {
+    let store = open_store(&which.store)?;
+    let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let (channel, entry) = find_release(store.as_ref(), text, which, &authority)?;
+    let manifest = load_manifest(store.as_ref(), &entry, authority.keys())?;
+    if format == OutputFormat::Json && !notes {
         let value = json!({ "channel": channel, "entry": entry, "manifest": manifest });
-        outln!("{}", text::json(&value)?);
+        outln!("{}", text::to_json(&value)?);
         return Ok(());
     }
-    let (_keep, dir) = scratch()?;
+    let (_keep, dir) = create_scratch_dir()?;
     let file = dir.join("notes.md");
     store.get(&manifest.notes.sha256, manifest.notes.size, &file, &|_| ())?;
     let written = std::fs::read_to_string(&file).context("reading the notes")?;
@@ -188,7 +202,7 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     for board in &manifest.boards {
         outln!("  {} ({})", board.board, board.engine);
         for object in &board.objects {
-            outln!("    {:>9}  {}  {}", bytes(object.size), object.name, object.path());
+            outln!("    {:>9}  {}  {}", format_bytes(object.size), object.name, object.path());
         }
         for component in &board.components {
             let digest = component.digest.get(..12).unwrap_or_default();
@@ -199,12 +213,17 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
     Ok(())
 }
 
-fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Result<()> {
-    let store = store(&which.store)?;
-    let authority = Authority::open(which.store.access.store_was_restored)?;
-    let read = |text: &str| -> Result<Past> {
-        let (_, entry) = find(store.as_ref(), text, which, &authority)?;
-        Past::read(store.as_ref(), &entry, authority.keys())
+fn diff_releases(
+    [old, new]: [&str; 2],
+    which: &ReleaseArgs,
+    files: bool,
+    format: OutputFormat,
+) -> Result<()> {
+    let store = open_store(&which.store)?;
+    let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let read = |text: &str| -> Result<PastRelease> {
+        let (_, entry) = find_release(store.as_ref(), text, which, &authority)?;
+        PastRelease::read(store.as_ref(), &entry, authority.keys())
     };
     let (old, new) = (read(old)?, read(new)?);
     let changes = old.changes_to(&new);
@@ -217,12 +236,12 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
             inside.push(difference);
         }
     }
-    if format == Format::Json {
+    if format == OutputFormat::Json {
         let value = json!({
             "old": old.manifest.version, "new": new.manifest.version, "boards": changes,
             "images": inside,
         });
-        outln!("{}", text::json(&value)?);
+        outln!("{}", text::to_json(&value)?);
         return Ok(());
     }
     use std::io::Write as _;
@@ -241,7 +260,7 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
         }
         match inside.get(at) {
             Some(difference) => difference.render_terminal(&mut out)?,
-            None => versions("packages", &board.packages, &mut out)?,
+            None => describe_versions("packages", &board.packages, &mut out)?,
         }
     }
     out!("{}", String::from_utf8_lossy(&out));
@@ -250,20 +269,20 @@ fn diff([old, new]: [&str; 2], which: &Which, files: bool, format: Format) -> Re
 
 /// Unpacks the images of both releases for a board, and compares what is in them.
 fn file_changes(
-    store: &dyn Store,
+    store: &dyn ReleaseStore,
     board: &str,
-    old: &Manifest,
-    new: &Manifest,
-) -> Result<Difference> {
-    let (_keep, dir) = scratch()?;
-    let unpacked = |manifest: &Manifest, name: &str| -> Result<Utf8PathBuf> {
+    old: &ReleaseManifest,
+    new: &ReleaseManifest,
+) -> Result<InventoryDifference> {
+    let (_keep, dir) = create_scratch_dir()?;
+    let unpacked = |manifest: &ReleaseManifest, name: &str| -> Result<Utf8PathBuf> {
         let part = manifest.boards.iter().find(|b| b.board == board).context("the board")?;
         let image =
             part.objects.iter().find(|o| o.role == "image").context("the release has no image")?;
         let packed = dir.join("packed");
         store.get(&image.sha256, image.size, &packed, &|_| ())?;
         let path = dir.join(name);
-        unpack(&packed, &path)?;
+        unpack_image(&packed, &path)?;
         if let Some(expected) = &image.unpacked {
             let found = hash_file(&path)?.1;
             ensure!(found == expected.sha256, "{} unpacked has the hash {found}", image.name);
@@ -271,11 +290,11 @@ fn file_changes(
         Ok(path)
     };
     let (old, new) = (unpacked(old, "old.img")?, unpacked(new, "new.img")?);
-    Ok(Difference::between(&inventory(&old)?, &inventory(&new)?))
+    Ok(InventoryDifference::between(&read_inventory(&old)?, &read_inventory(&new)?))
 }
 
 /// Decompresses into a sparse file, since an image is mostly zeros.
-fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
+fn unpack_image(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
     use std::io::Read as _;
     use std::os::unix::fs::FileExt as _;
     let file = File::open(packed).with_context(|| format!("opening {packed}"))?;
@@ -296,58 +315,61 @@ fn unpack(packed: &Utf8Path, into: &Utf8Path) -> Result<()> {
     }
 }
 
-fn promote(text: &str, to: Channel, which: &Which) -> Result<()> {
-    let store = store(&which.store)?;
-    let mut authority = Authority::open(which.store.access.store_was_restored)?;
-    let (from, entry) = find(store.as_ref(), text, which, &authority)?;
+fn promote_release(text: &str, to: Channel, which: &ReleaseArgs) -> Result<()> {
+    let store = open_store(&which.store)?;
+    let mut authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let (from, entry) = find_release(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
         bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
     }
     // Its objects exist and remain: the release is in a channel.
-    manifest(store.as_ref(), &entry, authority.keys())?;
-    let entry = Entry { added: now()?, ..entry };
-    let new = put(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
+    load_manifest(store.as_ref(), &entry, authority.keys())?;
+    let entry = ChannelEntry { added: now()?, ..entry };
+    let new = add_to_channel(store.as_ref(), to, &entry, Retention::default(), &mut authority)?;
     let word = if new { "is now also" } else { "was already" };
     outln!("{} {} of {from} {word} in {to} of {}", entry.product, entry.version, store.name());
     Ok(())
 }
 
-fn yank(text: &str, reason: &str, which: &Which) -> Result<()> {
+fn yank_release(text: &str, reason: &str, which: &ReleaseArgs) -> Result<()> {
     ensure!(
         !reason.trim().is_empty(),
         "the reason is empty\n\
      help: say what is wrong with the release"
     );
-    let store = store(&which.store)?;
-    let mut authority = Authority::open(which.store.access.store_was_restored)?;
-    let (_, entry) = find(store.as_ref(), text, which, &authority)?;
-    let mark = Yanked { reason: reason.trim().to_owned(), at: now()? };
+    let store = open_store(&which.store)?;
+    let mut authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let (_, entry) = find_release(store.as_ref(), text, which, &authority)?;
+    let mark = YankNotice { reason: reason.trim().to_owned(), at: now()? };
     let (product, version): (&str, &Version) = (&entry.product, &entry.version);
     for channel in Channel::ALL {
-        let mark = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
-            if current.find(product, version).is_none_or(|e| e.yanked.is_some()) {
-                return Ok(None);
-            }
-            let mut next = current.clone();
-            next.yank(product, version, &mark)?;
-            Ok(Some(next))
-        };
-        if change(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
+        let mark =
+            |current: &ChannelIndex, _: &mut SigningAuthority| -> Result<Option<ChannelIndex>> {
+                if current.find(product, version).is_none_or(|e| e.yanked.is_some()) {
+                    return Ok(None);
+                }
+                let mut next = current.clone();
+                next.yank(product, version, &mark)?;
+                Ok(Some(next))
+            };
+        if change_channel(store.as_ref(), channel, &mut authority, mark, |_, _| Ok(()))? {
             outln!("{product} {version} is yanked in {channel} of {}", store.name());
         }
     }
     Ok(())
 }
 
-fn check(options: &ReleaseCheck) -> Result<()> {
+fn check_release(options: &ReleaseCheckArgs) -> Result<()> {
     let root = workspace_root()?;
     let config = config::load(&root, options.product.as_deref(), options.board.as_deref())?;
     let (product, board) = (&config.product.name.value.0, &config.board.name.value.0);
     let comparison = match &options.against {
-        Some(folder) => check::compare(&root.join("dist").join(product).join(board), folder)?,
+        Some(folder) => {
+            check::compare_builds(&root.join("dist").join(product).join(board), folder)?
+        }
         None => {
             let compression = options.compression.to_possible_value();
-            check::rebuild(&check::Request {
+            check::rebuild_and_compare(&check::RebuildRequest {
                 root: &root,
                 product,
                 board,
@@ -357,8 +379,8 @@ fn check(options: &ReleaseCheck) -> Result<()> {
         }
     };
     match options.format {
-        Format::Json => outln!("{}", text::json(&comparison)?),
-        Format::Text => out!("{}", comparison.describe()),
+        OutputFormat::Json => outln!("{}", text::to_json(&comparison)?),
+        OutputFormat::Text => out!("{}", comparison.describe()),
     }
     let different = comparison.outputs.iter().filter(|output| !output.equal).count();
     ensure!(
@@ -370,22 +392,22 @@ fn check(options: &ReleaseCheck) -> Result<()> {
     Ok(())
 }
 
-fn collect(
+fn collect_garbage(
     folder: Option<&Utf8Path>,
-    authority: &Authority,
+    authority: &SigningAuthority,
     dry_run: bool,
-    format: Format,
+    format: OutputFormat,
 ) -> Result<()> {
     let store = match folder {
-        Some(folder) => Directory::new(folder),
-        None => local(&workspace_root()?),
+        Some(folder) => DirectoryStore::new(folder),
+        None => local_store(&workspace_root()?),
     };
-    let removed = gc::collect(&store, authority, dry_run)?;
+    let removed = gc::collect_garbage(&store, authority, dry_run)?;
     match format {
-        Format::Json => outln!("{}", text::json(&removed)?),
-        Format::Text => {
+        OutputFormat::Json => outln!("{}", text::to_json(&removed)?),
+        OutputFormat::Text => {
             let word = if dry_run { "would remove" } else { "removed" };
-            outln!("{word} {} files, {}", removed.files.len(), bytes(removed.bytes));
+            outln!("{word} {} files, {}", removed.files.len(), format_bytes(removed.bytes));
         }
     }
     Ok(())

@@ -2,8 +2,8 @@
 
 use anyhow::{Result, bail};
 
-use crate::cli::{Format, Verify};
-use crate::inspect::{Subject, subject};
+use crate::cli::{OutputFormat, VerifyArgs};
+use crate::inspect::{OutputFileKind, detect_kind};
 use crate::verify::{verify_bundle, verify_image};
 use crate::{outln, text};
 
@@ -11,19 +11,19 @@ use crate::{outln, text};
 ///
 /// # Errors
 /// Whatever is wrong.
-pub fn verify(options: &Verify) -> Result<()> {
-    let result = match subject(&options.file)? {
-        Subject::Bundle => verify_bundle(&options.file, options.keys.as_deref())?,
-        Subject::Image => verify_image(&options.file)?,
-        Subject::SlotImage => bail!(
+pub fn verify(options: &VerifyArgs) -> Result<()> {
+    let result = match detect_kind(&options.file)? {
+        OutputFileKind::Bundle => verify_bundle(&options.file, options.keys.as_deref())?,
+        OutputFileKind::Image => verify_image(&options.file)?,
+        OutputFileKind::SlotImage => bail!(
             "{} is a slot image, which contains no hashes or signatures of its own\n\
              help: verify the bundle or the card image that contains it",
             options.file
         ),
     };
     match options.format {
-        Format::Json => outln!("{}", text::json(&result.0)?),
-        Format::Text => outln!("{}", result.1),
+        OutputFormat::Json => outln!("{}", text::to_json(&result.0)?),
+        OutputFormat::Text => outln!("{}", result.1),
     }
     Ok(())
 }

@@ -4,7 +4,7 @@
 use anyhow::{Context, Result, ensure};
 use contract::api_file::{ApiFile, ApiWheel};
 
-use crate::rootfs::tree::{Origin, Tree};
+use crate::rootfs::tree::{EntryOrigin, RootTree};
 use crate::wheel::InstalledDistribution;
 
 /// Its path in the root.
@@ -14,8 +14,8 @@ pub const API: &str = contract::api_file::PATH;
 ///
 /// # Errors
 /// When the package is not installed in the tree, or has no module of its name.
-pub fn describe(
-    tree: &Tree,
+pub fn describe_api(
+    tree: &RootTree,
     distributions: &[InstalledDistribution],
     minimum_version: Option<&str>,
     libc: Option<&str>,
@@ -25,7 +25,7 @@ pub fn describe(
     // The marker of the requested package (PEP 376) is in its directory of modules.
     let mut marked = tree.iter().filter_map(|(path, entry)| {
         let folder = path.strip_suffix(".dist-info/REQUESTED")?;
-        (entry.origin == Origin::Api).then_some(folder)
+        (entry.origin == EntryOrigin::Api).then_some(folder)
     });
     let marked = marked.next().with_context(|| format!("{} is not in the tree", top.name))?;
     let (site, _) = marked.rsplit_once('/').context("modules are in a directory")?;

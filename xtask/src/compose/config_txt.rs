@@ -18,14 +18,14 @@ const NAME: &str = "config.txt";
 const OVERLAY_MAP: &str = "overlay_map.dtb";
 
 /// Texts of the boot partitions and the names of all their files, by role.
-pub struct Partitions<'a> {
+pub struct BootPartitionFiles<'a> {
     /// Role and name, content.
     pub texts: &'a BTreeMap<(String, String), Vec<u8>>,
     /// Role and name.
     pub names: &'a [(String, String)],
 }
 
-impl Partitions<'_> {
+impl BootPartitionFiles<'_> {
     /// FAT ignores case.
     fn has(&self, role: &str, name: &str) -> bool {
         let name = name.trim_start_matches('/');
@@ -43,9 +43,9 @@ impl Partitions<'_> {
 ///
 /// # Errors
 /// When the facts about models cannot be read.
-pub fn check(
+pub fn check_named_files(
     compatible: &[String],
-    partitions: &Partitions<'_>,
+    partitions: &BootPartitionFiles<'_>,
     missing: &mut Vec<String>,
 ) -> Result<()> {
     let facts = BootFacts::known().map_err(|reason| anyhow!("bootmodel/facts: {reason}"))?;
@@ -63,7 +63,7 @@ pub fn check(
             found
         };
         let mut look = |settings: &[ConfigSetting], first: &[ConfigSetting]| {
-            for (key, file) in named(settings, first) {
+            for (key, file) in named_files(settings, first) {
                 // The line with this value, or with its beginning: a prefix may come from another
                 // line.
                 let says = |setting: &&ConfigSetting| {
@@ -114,7 +114,7 @@ pub fn check(
 
 /// Keys and the files that they name. For most keys the last line applies; `first` are the lines
 /// that apply when the firmware itself is selected.
-fn named(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'static str, String)> {
+fn named_files(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'static str, String)> {
     let last = |key: &str| {
         let value = config::last_value(settings, key).map(|setting| setting.value.as_str());
         value.filter(|value| !value.is_empty())
@@ -166,10 +166,14 @@ mod tests {
         names.extend(files.iter().map(|name| key(name)));
         let compatible: Vec<String> = compatible.iter().map(|name| (*name).to_owned()).collect();
         let mut missing = Vec::new();
-        check(&compatible, &Partitions { texts: &texts, names: &names }, &mut missing)
-            .expect("facts");
-        let file = |said: &String| {
-            let rest = said.split_once(" names ").expect("a file").1;
+        check_named_files(
+            &compatible,
+            &BootPartitionFiles { texts: &texts, names: &names },
+            &mut missing,
+        )
+        .expect("facts");
+        let file = |message: &String| {
+            let rest = message.split_once(" names ").expect("a file").1;
             rest.split_once(" (").expect("a key").0.to_owned()
         };
         let mut files: Vec<String> = missing.iter().map(file).collect();

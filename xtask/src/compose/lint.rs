@@ -5,10 +5,10 @@ use std::collections::BTreeMap;
 
 use anyhow::{Result, bail};
 
-use super::config_txt::{self, Partitions};
-use crate::config::board::BootFlow;
+use super::config_txt::{self, BootPartitionFiles};
+use crate::config::board::BootFlowKind;
 use crate::plan::{Plan, cmdline};
-use crate::rootfs::tree::{Kind, Tree};
+use crate::rootfs::tree::{RootEntryKind, RootTree};
 
 /// Directories that something is mounted on.
 const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "var"];
@@ -17,9 +17,9 @@ const MOUNT_POINTS: [&str; 7] = ["dev", "proc", "sys", "run", "tmp", "data", "va
 ///
 /// # Errors
 /// Lists everything that is missing.
-pub fn check(
+pub fn check_system(
     plan: &Plan,
-    tree: &Tree,
+    tree: &RootTree,
     kernel_release: &str,
     boot: &BTreeMap<(String, String), Vec<u8>>,
     boot_names: &[(String, String)],
@@ -27,27 +27,30 @@ pub fn check(
     let mut missing = Vec::new();
     check_root(tree, kernel_release, &mut missing);
     match plan.board.boot_flow {
-        BootFlow::Uboot => check_uboot(plan, tree, boot, &mut missing),
-        BootFlow::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
+        BootFlowKind::Uboot => check_uboot(plan, tree, boot, &mut missing),
+        BootFlowKind::Tryboot => check_tryboot(plan, boot, boot_names, &mut missing),
     }
-    let partitions = Partitions { texts: boot, names: boot_names };
-    config_txt::check(&plan.board.compatible, &partitions, &mut missing)?;
+    let partitions = BootPartitionFiles { texts: boot, names: boot_names };
+    config_txt::check_named_files(&plan.board.compatible, &partitions, &mut missing)?;
     if missing.is_empty() {
         return Ok(());
     }
     bail!("this image would not boot:\n  - {}", missing.join("\n  - "))
 }
 
-fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
+fn check_root(tree: &RootTree, kernel_release: &str, missing: &mut Vec<String>) {
     match tree.resolve("sbin/init") {
         None => missing.push("/sbin/init is missing, or is a dangling link".to_owned()),
-        Some((path, entry)) if entry.mode & 0o111 == 0 || !matches!(entry.kind, Kind::File(_)) => {
+        Some((path, entry))
+            if entry.mode & 0o111 == 0 || !matches!(entry.kind, RootEntryKind::File(_)) =>
+        {
             missing.push(format!("/sbin/init leads to /{path}, which is not executable"));
         }
         Some(_) => {}
     }
     for dir in MOUNT_POINTS {
-        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.kind, Kind::Folder)) {
+        if !matches!(tree.resolve(dir), Some((_, entry)) if matches!(entry.kind, RootEntryKind::Folder))
+        {
             missing.push(format!("the mount point /{dir} is missing"));
         }
     }
@@ -59,7 +62,7 @@ fn check_root(tree: &Tree, kernel_release: &str, missing: &mut Vec<String>) {
 
 fn check_uboot(
     plan: &Plan,
-    tree: &Tree,
+    tree: &RootTree,
     boot: &BTreeMap<(String, String), Vec<u8>>,
     missing: &mut Vec<String>,
 ) {
@@ -121,12 +124,12 @@ fn script_lines(script: &str) -> Vec<String> {
 
 /// Checks that every argument of the board, and of `ours`, is a separate argument on the line.
 fn check_line(plan: &Plan, file: &str, line: &str, ours: &[&str], missing: &mut Vec<String>) {
-    let found = cmdline::arguments(line);
+    let found = cmdline::split_arguments(line);
     for name in ours.iter().filter(|name| !found.iter().any(|(found, _)| found == *name)) {
         missing.push(format!("{file} does not set `{name}=` on the kernel's command line"));
     }
     for word in &plan.board.cmdline {
-        if cmdline::arguments(word).iter().any(|argument| !found.contains(argument)) {
+        if cmdline::split_arguments(word).iter().any(|argument| !found.contains(argument)) {
             missing.push(format!(
                 "{file} does not pass the argument `{word}` to the kernel, which would get: {line}"
             ));
@@ -196,7 +199,7 @@ mod tests {
     #[test]
     fn an_empty_root_lacks_everything() {
         let mut missing = Vec::new();
-        check_root(&Tree::default(), "6.1", &mut missing);
+        check_root(&RootTree::default(), "6.1", &mut missing);
         assert_eq!(missing.len(), 2 + MOUNT_POINTS.len(), "{missing:?}");
     }
 }

@@ -3,7 +3,7 @@
 
 use anyhow::{Result, bail};
 
-use crate::rootfs::tree::{Kind, Origin, Tree};
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// The directories of units, and of the files that override them.
 const FOLDERS: [&str; 3] =
@@ -32,21 +32,22 @@ const LOGIN: &str = "bin/login";
 ///
 /// # Errors
 /// Lists everything that is missing, with the overlay's file and line.
-pub fn check(tree: &Tree) -> Result<()> {
+pub fn check_programs(tree: &RootTree) -> Result<()> {
     let mut missing = Vec::new();
     for (path, entry) in tree.iter() {
-        let (Origin::Overlay(source), Kind::File(_)) = (&entry.origin, &entry.kind) else {
+        let (EntryOrigin::Overlay(source), RootEntryKind::File(_)) = (&entry.origin, &entry.kind)
+        else {
             continue;
         };
         if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
             let text = tree.read(path)?;
-            let settings = settings(&String::from_utf8_lossy(&text));
+            let settings = effective_settings(&String::from_utf8_lossy(&text));
             let of = |keys: &'static [&str]| {
                 settings.iter().filter(move |setting| keys.contains(&setting.key.as_str()))
             };
             let conditions: Vec<&str> = of(&CONDITIONS).map(|c| c.value.as_str()).collect();
             for Setting { line, value, .. } in of(&KEYS) {
-                let fault = fault(tree, value, &conditions);
+                let fault = find_fault(tree, value, &conditions);
                 missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
             }
         }
@@ -66,7 +67,7 @@ struct Setting {
 }
 
 /// The effective settings of a unit: an empty value resets earlier ones.
-fn settings(text: &str) -> Vec<Setting> {
+fn effective_settings(text: &str) -> Vec<Setting> {
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -88,7 +89,7 @@ fn settings(text: &str) -> Vec<Setting> {
 }
 
 /// The error in a command line of a unit that starts under these conditions, if any.
-fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
+fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<String> {
     // Prefixes of the program: systemd.service(5). With `-` it may fail, so it may be missing.
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
@@ -124,29 +125,33 @@ fn fault(tree: &Tree, command: &str, conditions: &[&str]) -> Option<String> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::tree::{Data, Entry};
+    use crate::rootfs::tree::{FileData, RootEntry};
 
-    fn tree(unit: &str, programs: &[&str]) -> Tree {
-        let mut tree = Tree::with_root(Origin::Base);
+    fn tree(unit: &str, programs: &[&str]) -> RootTree {
+        let mut tree = RootTree::with_root(EntryOrigin::Base);
         for program in programs {
             tree.file(program, 0o755, "").unwrap();
         }
-        let kind = Kind::File(Data::Bytes(unit.as_bytes().to_vec()));
-        let entry = Entry::new(0o644, kind, Origin::Overlay("overlays/x/a.service".into()));
+        let kind = RootEntryKind::File(FileData::Bytes(unit.as_bytes().to_vec()));
+        let entry =
+            RootEntry::new(0o644, kind, EntryOrigin::Overlay("overlays/x/a.service".into()));
         tree.insert("etc/systemd/system/a.service", entry).unwrap();
         tree
     }
 
     fn findings(unit: &str, programs: &[&str]) -> String {
-        check(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
+        check_programs(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
     }
 
     #[test]
     fn a_missing_program_is_named_with_its_line() {
         let unit = "[Service]\nExecStartPre=+/usr/bin/here \\\n  --long\n# ExecStart=/no\nExecStart=!/usr/bin/gone x\n";
-        let said = findings(unit, &["usr/bin/here"]);
-        assert!(said.contains("overlays/x/a.service:5: `/usr/bin/gone` is missing"), "{said}");
-        assert_eq!(said.matches("a.service").count(), 1, "{said}");
+        let message = findings(unit, &["usr/bin/here"]);
+        assert!(
+            message.contains("overlays/x/a.service:5: `/usr/bin/gone` is missing"),
+            "{message}"
+        );
+        assert_eq!(message.matches("a.service").count(), 1, "{message}");
     }
 
     #[test]
@@ -177,8 +182,11 @@ mod tests {
     #[test]
     fn a_getty_needs_the_program_that_logs_in() {
         let getty = "ExecStart=-/usr/sbin/agetty --autologin root - $TERM\n";
-        let said = findings(getty, &["usr/sbin/agetty"]);
-        assert!(said.contains("so logins would fail\nhelp: add the package `login`"), "{said}");
+        let message = findings(getty, &["usr/sbin/agetty"]);
+        assert!(
+            message.contains("so logins would fail\nhelp: add the package `login`"),
+            "{message}"
+        );
         assert_eq!(findings(getty, &["usr/sbin/agetty", "bin/login"]), "");
         assert_eq!(
             findings("ExecStart=-/usr/sbin/agetty -n -l /bin/sh -\n", &["usr/sbin/agetty"]),

@@ -5,21 +5,21 @@ use std::collections::{BTreeMap, HashMap};
 
 use anyhow::{Result, bail};
 
-use crate::progress::bytes;
-use crate::rootfs::tree::{Kind, Origin, Tree};
+use crate::progress::format_bytes;
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// A name and its bytes.
-pub type Sized = (String, u64);
+pub type NamedSize = (String, u64);
 
 /// How the space of a root filesystem is used.
 #[derive(Debug, Clone, Default, serde::Serialize, serde::Deserialize)]
-pub struct Sizes {
+pub struct SpaceUsage {
     /// Bytes by Debian package, as installed after pruning; largest first.
-    pub packages: Vec<Sized>,
+    pub packages: Vec<NamedSize>,
     /// Bytes by directory down to three levels, largest first.
-    pub directories: Vec<Sized>,
+    pub directories: Vec<NamedSize>,
     /// The largest files, largest first.
-    pub files: Vec<Sized>,
+    pub files: Vec<NamedSize>,
 }
 
 /// The number of the largest files to list.
@@ -29,7 +29,7 @@ const LARGEST: usize = 30;
 ///
 /// # Errors
 /// When a package's file list cannot be read.
-pub fn measure(tree: &Tree) -> Result<Sizes> {
+pub fn measure_tree(tree: &RootTree) -> Result<SpaceUsage> {
     let mut owner: HashMap<String, String> = HashMap::new();
     for (path, _) in tree.iter() {
         let Some(list) =
@@ -46,7 +46,7 @@ pub fn measure(tree: &Tree) -> Result<Sizes> {
     let mut directories: BTreeMap<String, u64> = BTreeMap::new();
     let mut files = Vec::new();
     for (path, entry) in tree.iter() {
-        if !matches!(entry.kind, Kind::File(_)) {
+        if !matches!(entry.kind, RootEntryKind::File(_)) {
             continue;
         }
         let size = entry.size();
@@ -56,7 +56,7 @@ pub fn measure(tree: &Tree) -> Result<Sizes> {
                 *directories.entry(format!("/{}", &path[..at])).or_default() += size;
             }
         }
-        if entry.origin == Origin::Base {
+        if entry.origin == EntryOrigin::Base {
             // Packages list their files with the path before the merge of /usr.
             let name = owner.get(path).or_else(|| owner.get(path.strip_prefix("usr/")?));
             let name = match name {
@@ -68,16 +68,16 @@ pub fn measure(tree: &Tree) -> Result<Sizes> {
         }
     }
     let mut largest = files;
-    sort(&mut largest);
+    sort_by_size(&mut largest);
     largest.truncate(LARGEST);
     let mut packages: Vec<_> = packages.into_iter().collect();
     let mut directories: Vec<_> = directories.into_iter().collect();
-    sort(&mut packages);
-    sort(&mut directories);
-    Ok(Sizes { packages, directories, files: largest })
+    sort_by_size(&mut packages);
+    sort_by_size(&mut directories);
+    Ok(SpaceUsage { packages, directories, files: largest })
 }
 
-fn sort(list: &mut [Sized]) {
+fn sort_by_size(list: &mut [NamedSize]) {
     list.sort_by(|a, b| b.1.cmp(&a.1).then_with(|| a.0.cmp(&b.0)));
 }
 
@@ -85,21 +85,21 @@ fn sort(list: &mut [Sized]) {
 ///
 /// # Errors
 /// When the limit is exceeded.
-pub fn budget(
+pub fn check_budget(
     used: u64,
     capacity: u64,
     limit: u32,
     warning: u32,
-    sizes: &Sizes,
+    sizes: &SpaceUsage,
     product_file: &str,
 ) -> Result<Option<String>> {
     let share = |percent: u32| capacity / 100 * u64::from(percent);
     let largest: Vec<String> =
-        sizes.packages.iter().take(5).map(|(n, s)| format!("{n} {}", bytes(*s))).collect();
+        sizes.packages.iter().take(5).map(|(n, s)| format!("{n} {}", format_bytes(*s))).collect();
     let facts = format!(
         "the root filesystem uses {} of {} ({} %)",
-        bytes(used),
-        bytes(capacity),
+        format_bytes(used),
+        format_bytes(capacity),
         used * 100 / capacity.max(1)
     );
     let largest = largest.join(", ");
@@ -121,8 +121,10 @@ mod tests {
 
     #[test]
     fn a_full_slot_fails_and_a_nearly_full_one_warns() {
-        let sizes = Sizes { packages: vec![("libc6".into(), 5 << 20)], ..Sizes::default() };
-        let try_with = |used: u64| budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
+        let sizes =
+            SpaceUsage { packages: vec![("libc6".into(), 5 << 20)], ..SpaceUsage::default() };
+        let try_with =
+            |used: u64| check_budget(used << 20, 100 << 20, 95, 85, &sizes, "configs/x.toml");
         assert!(try_with(80).expect("fits").is_none());
         assert!(try_with(90).expect("fits").is_some_and(|w| w.contains("libc6 5.0 MiB")));
         let error = try_with(96).expect_err("too full").to_string();

@@ -11,10 +11,10 @@ use std::collections::BTreeSet;
 
 use anyhow::{Context, Result, bail, ensure};
 
-use self::install::Install;
-use self::name::{Form, UnitName, why_no_alias};
-use self::preset::{Action, Rule};
-use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
+use self::install::InstallSection;
+use self::name::{UnitName, UnitNameForm, why_no_alias};
+use self::preset::{PresetAction, PresetRule};
+use crate::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
 
 /// The directory for links.
 const CONFIG: &str = "etc/systemd/system";
@@ -30,21 +30,21 @@ const FOLDERS: [&str; 4] =
 /// # Errors
 /// An `enable` line of an overlay that names a unit (not by a pattern) that cannot be enabled; an
 /// invalid line.
-pub fn apply_presets(tree: &mut Tree) -> Result<()> {
-    let rules = preset::rules(tree)?;
+pub fn apply_presets(tree: &mut RootTree) -> Result<()> {
+    let rules = preset::read_rules(tree)?;
     let (mut wanted, mut unwanted) = (Vec::new(), Vec::new());
-    let units = Units::of(tree);
+    let units = Units::from_tree(tree);
     for unit in units.asked(&rules) {
         let Some(rule) = rules.iter().find(|rule| rule.matches(&unit)) else { continue };
         // A named unit must exist and be valid; a unit that matches a pattern may be anything.
         let named = rule.ours && rule.unit().is_some();
         let found = units.find(&unit).map(|found| found.map(|found| found.name));
         match (&rule.action, found) {
-            (Action::Ignore, _) => {}
-            (Action::Disable, Ok(Some(name))) if name == unit => unwanted.push(unit),
-            (Action::Disable, _) => {}
-            (Action::Enable(instances), Ok(Some(name))) if name == unit => {
-                if unit.form() == Form::Template && !instances.is_empty() {
+            (PresetAction::Ignore, _) => {}
+            (PresetAction::Disable, Ok(Some(name))) if name == unit => unwanted.push(unit),
+            (PresetAction::Disable, _) => {}
+            (PresetAction::Enable(instances), Ok(Some(name))) if name == unit => {
+                if unit.form() == UnitNameForm::Template && !instances.is_empty() {
                     let filled = instances.iter().map(|i| {
                         unit.with_instance(i).with_context(|| format!("invalid instance name {i}"))
                     });
@@ -55,8 +55,8 @@ pub fn apply_presets(tree: &mut Tree) -> Result<()> {
                     wanted.push((unit, named, &rule.line));
                 }
             }
-            (Action::Enable(_), _) if !named => {}
-            (Action::Enable(_), found) => {
+            (PresetAction::Enable(_), _) if !named => {}
+            (PresetAction::Enable(_), found) => {
                 let problem = match found {
                     Ok(Some(name)) => anyhow::anyhow!(
                         "{unit} is an alias of {name}\nhelp: use {name} in the preset"
@@ -105,9 +105,9 @@ struct Link {
 }
 
 impl Link {
-    fn make(&self, tree: &mut Tree) -> Result<()> {
+    fn make(&self, tree: &mut RootTree) -> Result<()> {
         if let Some(there) = tree.get(&self.path) {
-            let Kind::Symlink(target) = &there.kind else {
+            let RootEntryKind::Symlink(target) = &there.kind else {
                 bail!("/{} must be a link to {}, but is not a link", self.path, self.to);
             };
             if self.is_already(tree, target) {
@@ -122,13 +122,14 @@ impl Link {
                 self.to
             );
         }
-        let entry = Entry::new(0o777, Kind::Symlink(self.to.clone()), Origin::Compose);
+        let entry =
+            RootEntry::new(0o777, RootEntryKind::Symlink(self.to.clone()), EntryOrigin::Compose);
         tree.insert(&self.path, entry)
     }
 
     /// Whether a link to `target` is equivalent: the same file, or a unit of that name.
-    fn is_already(&self, tree: &Tree, target: &str) -> bool {
-        let there = absolute(&self.path, target);
+    fn is_already(&self, tree: &RootTree, target: &str) -> bool {
+        let there = absolute_target(&self.path, target);
         let known = |path: &str| FOLDERS.iter().any(|folder| folder_of(path) == *folder);
         let to = self.to.trim_start_matches('/');
         let named = file_name(&there) == file_name(to) && known(&there) && known(to);
@@ -145,7 +146,7 @@ struct Unit {
     /// Its file, without the leading slash.
     path: String,
     masked: bool,
-    install: Install,
+    install: InstallSection,
 }
 
 /// How systemd interprets a path.
@@ -160,13 +161,13 @@ enum Found {
 
 /// The units of a tree.
 struct Units<'t> {
-    tree: &'t Tree,
+    tree: &'t RootTree,
     /// The entries below [`FOLDERS`].
     paths: BTreeSet<&'t str>,
 }
 
 impl<'t> Units<'t> {
-    fn of(tree: &'t Tree) -> Self {
+    fn from_tree(tree: &'t RootTree) -> Self {
         let below = |path: &str| {
             FOLDERS.iter().any(|f| path.strip_prefix(f).is_some_and(|p| p.starts_with('/')))
         };
@@ -175,12 +176,12 @@ impl<'t> Units<'t> {
 
     /// The units that lines of overlays select: those that are named, and all that match a pattern;
     /// sorted.
-    fn asked(&self, rules: &[Rule]) -> BTreeSet<UnitName> {
+    fn asked(&self, rules: &[PresetRule]) -> BTreeSet<UnitName> {
         let ours = || rules.iter().filter(|rule| rule.ours);
         let there = self.paths.iter().filter(|path| FOLDERS.contains(&folder_of(path)));
         let there = there.filter_map(|path| UnitName::new(file_name(path)));
         let matched = there.filter(|unit| ours().any(|rule| rule.matches(unit)));
-        matched.chain(ours().filter_map(Rule::unit)).collect()
+        matched.chain(ours().filter_map(PresetRule::unit)).collect()
     }
 
     /// Finds a unit and follows links to it, as systemd does. The name of the result differs from
@@ -213,7 +214,7 @@ impl<'t> Units<'t> {
             let Some(mut next) = UnitName::new(file_name(&target)) else {
                 bail!("/{} is a link to /{target}, which is not a unit", unit.path);
             };
-            if unit.name.form() == Form::Instance && next.form() == Form::Template {
+            if unit.name.form() == UnitNameForm::Instance && next.form() == UnitNameForm::Template {
                 next = next.with_instance(unit.name.instance()).context("a name is too long")?;
             }
             if next == unit.name {
@@ -231,7 +232,7 @@ impl<'t> Units<'t> {
 
     /// The file of a unit, or of its template, with the settings of the file and its drop-ins.
     fn look_up(&self, name: &UnitName) -> Result<Option<(Unit, Found)>> {
-        let template = if name.form() == Form::Instance { name.template() } else { None };
+        let template = if name.form() == UnitNameForm::Instance { name.template() } else { None };
         let names: Vec<&UnitName> = std::iter::once(name).chain(&template).collect();
         let mut candidates = names
             .iter()
@@ -239,14 +240,14 @@ impl<'t> Units<'t> {
         let Some(path) = candidates.find(|path| self.paths.contains(path.as_str())) else {
             return Ok(None);
         };
-        let install = Install::default();
+        let install = InstallSection::default();
         let mut unit = Unit { name: name.clone(), path, masked: false, install };
         let found = self.open(&mut unit)?;
         if matches!(found, Found::Masked) {
             return Ok(Some((unit, found)));
         }
         ensure!(
-            name.form() == Form::Plain || name.may_template(),
+            name.form() == UnitNameForm::Plain || name.may_template(),
             "{name}: units of type {} cannot be templates",
             name.kind()
         );
@@ -281,17 +282,18 @@ impl<'t> Units<'t> {
         let path = unit.path.clone();
         let entry = self.tree.get(&path).with_context(|| format!("/{path} does not exist"))?;
         let target = match &entry.kind {
-            Kind::File(data) if is_empty(data) => return Ok(Found::Masked),
-            Kind::File(_) | Kind::Hardlink(_) => {
+            RootEntryKind::File(data) if is_empty(data) => return Ok(Found::Masked),
+            RootEntryKind::File(_) | RootEntryKind::Hardlink(_) => {
                 let text = self.tree.read(&path)?;
                 unit.install.read(&unit.name, &text).with_context(|| format!("reading /{path}"))?;
                 return Ok(Found::File);
             }
-            Kind::Symlink(target) => absolute(&path, target),
-            Kind::Folder | Kind::Special(..) => bail!("/{path} is not a file"),
+            RootEntryKind::Symlink(target) => absolute_target(&path, target),
+            RootEntryKind::Folder | RootEntryKind::Special(..) => bail!("/{path} is not a file"),
         };
         let end = self.tree.resolve(&target).map(|(_, entry)| &entry.kind);
-        if target == "dev/null" || matches!(end, Some(Kind::File(data)) if is_empty(data)) {
+        if target == "dev/null" || matches!(end, Some(RootEntryKind::File(data)) if is_empty(data))
+        {
             return Ok(Found::Masked);
         }
         if !FOLDERS.iter().any(|f| target.strip_prefix(f).is_some_and(|p| p.starts_with('/'))) {
@@ -319,11 +321,12 @@ impl<'t> Units<'t> {
         loop {
             let before = links.len();
             for &path in &self.paths {
-                let Some(Kind::Symlink(target)) = self.tree.get(path).map(|e| &e.kind) else {
+                let Some(RootEntryKind::Symlink(target)) = self.tree.get(path).map(|e| &e.kind)
+                else {
                     continue;
                 };
                 let Some(name) = UnitName::new(file_name(path)) else { continue };
-                let end = absolute(path, target);
+                let end = absolute_target(path, target);
                 let end = self.tree.resolve(&end).map_or(end.as_str(), |(path, _)| path);
                 let leads = gone.contains(name.as_str())
                     || name.template().is_some_and(|t| gone.contains(t.as_str()))
@@ -388,12 +391,12 @@ impl<'t> Units<'t> {
                 links.push(Link { path: format!("{CONFIG}/{path}"), to: to.clone(), alias: true });
             }
         }
-        let template = unit.name.form() == Form::Template;
+        let template = unit.name.form() == UnitNameForm::Template;
         let mut linked = unit.name.clone();
         if let (true, Some(instance)) = (template, &unit.install.default_instance) {
             linked = linked.with_instance(instance).context("its name is too long")?;
         }
-        let whole = linked.form() != Form::Template;
+        let whole = linked.form() != UnitNameForm::Template;
         let lists = [
             (&unit.install.wanted_by, "wants"),
             (&unit.install.required_by, "requires"),
@@ -405,7 +408,7 @@ impl<'t> Units<'t> {
         {
             let by = unit.install.print(&unit.name, by)?;
             match UnitName::new(&by) {
-                Some(by) if whole || by.form() != Form::Plain => {
+                Some(by) if whole || by.form() != UnitNameForm::Plain => {
                     let path = format!("{CONFIG}/{by}.{word}/{linked}");
                     links.push(Link { path, to: to.clone(), alias: false });
                 }
@@ -441,9 +444,9 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
         let by = by.and_then(UnitName::new);
         let name = UnitName::new(file);
         let fits = |by: &UnitName, name: &UnitName| match name.form() {
-            Form::Plain => name == unit,
-            Form::Instance => name == unit || name.template().as_ref() == Some(unit),
-            Form::Template => by.form() == Form::Template && name == unit,
+            UnitNameForm::Plain => name == unit,
+            UnitNameForm::Instance => name == unit || name.template().as_ref() == Some(unit),
+            UnitNameForm::Template => by.form() == UnitNameForm::Template && name == unit,
         };
         ensure!(
             by.zip(name).is_some_and(|(by, name)| fits(&by, &name)),
@@ -454,7 +457,7 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
     let Some(mut name) = UnitName::new(alias) else {
         bail!("Alias={alias}: not a valid unit name");
     };
-    if name.form() == Form::Template && unit.form() == Form::Instance {
+    if name.form() == UnitNameForm::Template && unit.form() == UnitNameForm::Instance {
         name = name.with_instance(unit.instance()).context("a name is too long")?;
     }
     if name == *unit {
@@ -466,7 +469,7 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
     }
 }
 
-fn remove_empty_parents(tree: &mut Tree, path: &str) {
+fn remove_empty_parents(tree: &mut RootTree, path: &str) {
     let mut folder = folder_of(path);
     while folder.len() > CONFIG.len() {
         let inside = format!("{folder}/");
@@ -478,7 +481,7 @@ fn remove_empty_parents(tree: &mut Tree, path: &str) {
     }
 }
 
-fn is_empty(data: &Data) -> bool {
+fn is_empty(data: &FileData) -> bool {
     data.size() == 0
 }
 
@@ -491,7 +494,7 @@ fn folder_of(path: &str) -> &str {
 }
 
 /// A link's target as a path of the tree, with `.` and `..` resolved textually.
-fn absolute(link: &str, target: &str) -> String {
+fn absolute_target(link: &str, target: &str) -> String {
     let base = if target.starts_with('/') { "" } else { folder_of(link) };
     let mut parts: Vec<&str> = Vec::new();
     for part in base.split('/').chain(target.split('/')) {

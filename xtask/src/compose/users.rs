@@ -4,14 +4,14 @@
 use anyhow::{Context, Result, bail};
 
 use crate::plan::UserPlan;
-use crate::render::Rendered;
-use crate::rootfs::tree::{Entry, Kind, Origin, Tree};
+use crate::render::RenderedFiles;
+use crate::rootfs::tree::{EntryOrigin, RootEntry, RootEntryKind, RootTree};
 
 /// Adds or changes the plan's accounts.
 ///
 /// # Errors
 /// An unknown group; an id that the base system already uses; a missing passwd.
-pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<()> {
+pub fn add_users(tree: &mut RootTree, users: &[UserPlan], rendered: &RenderedFiles) -> Result<()> {
     let mut passwd = Table::read(tree, "etc/passwd", 0o644)?;
     let mut group = Table::read(tree, "etc/group", 0o644)?;
     let mut shadow = Table::read(tree, "etc/shadow", 0o640)?;
@@ -47,8 +47,9 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
         // Homes below /data are created on the robot, where data is writable.
         let home = user.home.trim_start_matches('/');
         if user.uid != 0 && !home.starts_with("data/") {
-            let others = |entry: &&Entry| {
-                matches!(entry.origin, Origin::Base | Origin::Api) && entry.uid != user.uid
+            let others = |entry: &&RootEntry| {
+                matches!(entry.origin, EntryOrigin::Base | EntryOrigin::Api)
+                    && entry.uid != user.uid
             };
             if let Some(there) = tree.get(home).filter(others) {
                 bail!(
@@ -59,7 +60,7 @@ pub fn add(tree: &mut Tree, users: &[UserPlan], rendered: &Rendered) -> Result<(
                     there.uid
                 );
             }
-            let mut entry = Entry::new(0o750, Kind::Folder, Origin::Compose);
+            let mut entry = RootEntry::new(0o750, RootEntryKind::Folder, EntryOrigin::Compose);
             (entry.uid, entry.gid) = (user.uid, user.uid);
             tree.insert(home, entry)?;
         }
@@ -78,7 +79,7 @@ struct Table {
 }
 
 impl Table {
-    fn read(tree: &Tree, path: &'static str, mode: u32) -> Result<Self> {
+    fn read(tree: &RootTree, path: &'static str, mode: u32) -> Result<Self> {
         let bytes = tree.read(path).context("adding accounts")?;
         let text = String::from_utf8(bytes).with_context(|| format!("/{path} is not UTF-8"))?;
         let rows = text
@@ -113,7 +114,7 @@ impl Table {
         Ok(())
     }
 
-    fn write(&self, tree: &mut Tree) -> Result<()> {
+    fn write(&self, tree: &mut RootTree) -> Result<()> {
         let text: String = self.rows.iter().map(|row| row.join(":") + "\n").collect();
         tree.file(self.path, self.mode, text)?;
         let mut entry = tree.get(self.path).context("it was just placed")?.clone();
@@ -125,10 +126,10 @@ impl Table {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::tree::Data;
+    use crate::rootfs::tree::FileData;
 
-    fn tree() -> Tree {
-        let mut tree = Tree::default();
+    fn tree() -> RootTree {
+        let mut tree = RootTree::default();
         tree.file(
             "etc/passwd",
             0o644,
@@ -152,8 +153,8 @@ mod tests {
         }
     }
 
-    fn rendered() -> Rendered {
-        Rendered {
+    fn rendered() -> RenderedFiles {
+        RenderedFiles {
             overlay: vec![],
             boot: Default::default(),
             defconfig: None,
@@ -164,7 +165,7 @@ mod tests {
     #[test]
     fn accounts_get_their_lines_groups_home_and_keys() {
         let mut tree = tree();
-        add(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
+        add_users(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
         let text = |path: &str| String::from_utf8(tree.read(path).expect("there")).expect("UTF-8");
         assert!(text("etc/passwd").ends_with("robot:x:1000:1000::/home/robot:/bin/sh\n"));
         assert!(text("etc/group").contains("video:x:44:robot\n"));
@@ -176,27 +177,29 @@ mod tests {
     #[test]
     fn a_home_is_nobody_elses_folder() {
         let mut tree = tree();
-        let of_base = Entry::new(0o755, Kind::Folder, Origin::Base);
+        let of_base = RootEntry::new(0o755, RootEntryKind::Folder, EntryOrigin::Base);
         tree.insert("home/robot", of_base).expect("placed");
-        let error = add(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
+        let error =
+            add_users(&mut tree, &[user(1000, "video")], &rendered()).expect_err("the base's");
         assert!(format!("{error:#}").contains("its home /home/robot exists already"), "{error:#}");
         // A product's overlay may have put something into it.
         let mut tree = self::tree();
-        let origin = Origin::Overlay("overlays/x/home/robot/.profile".into());
-        let profile = Entry::new(0o644, Kind::File(Data::Bytes(vec![])), origin);
+        let origin = EntryOrigin::Overlay("overlays/x/home/robot/.profile".into());
+        let profile = RootEntry::new(0o644, RootEntryKind::File(FileData::Bytes(vec![])), origin);
         tree.insert("home/robot/.profile", profile).expect("placed");
-        add(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
+        add_users(&mut tree, &[user(1000, "video")], &rendered()).expect("added");
         assert_eq!(tree.get("home/robot").map(|e| (e.uid, e.mode)), Some((1000, 0o750)));
     }
 
     #[test]
     fn a_taken_id_and_an_unknown_group_are_refused() {
-        let error = add(&mut tree(), &[user(1, "video")], &rendered()).expect_err("taken");
+        let error = add_users(&mut tree(), &[user(1, "video")], &rendered()).expect_err("taken");
         assert!(
             format!("{error:#}").contains("uid 1 is already used by the base system's daemon"),
             "{error:#}"
         );
-        let error = add(&mut tree(), &[user(1000, "vidoe")], &rendered()).expect_err("unknown");
+        let error =
+            add_users(&mut tree(), &[user(1000, "vidoe")], &rendered()).expect_err("unknown");
         assert!(format!("{error:#}").contains("there is no group vidoe"), "{error:#}");
     }
 }

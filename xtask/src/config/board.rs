@@ -6,17 +6,17 @@ use std::collections::BTreeMap;
 use anyhow::Context as _;
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::machine::{BootloaderSlot, Drive, Machine};
+use super::machine::{BootloaderOption, CardDrive, QemuMachine};
 use super::product::Engine;
-use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
-use super::units::{Day, Name, Size};
+use super::reader::{ConfigPlace, ConfigSource, FromToml, Located, TableFields, WholeNumber};
+use super::units::{BinarySize, CalendarDay, SafeName};
 use crate::disk::layout::{Filesystem, TableKind};
 use toml::de::DeValue;
 
 /// How the slot that boots is chosen.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum BootFlow {
+pub enum BootFlowKind {
     /// U-Boot reads the boot state from reserved sectors and loads the slot's kernel.
     Uboot,
     /// The Raspberry Pi firmware's one-shot flag and `autoboot.txt`.
@@ -37,7 +37,7 @@ macro_rules! words {
     };
 }
 
-words!(BootFlow, "\"uboot\" or \"tryboot\"", "uboot" => Self::Uboot, "tryboot" => Self::Tryboot);
+words!(BootFlowKind, "\"uboot\" or \"tryboot\"", "uboot" => Self::Uboot, "tryboot" => Self::Tryboot);
 words!(TableKind, "\"mbr\", \"gpt\" or \"hybrid\"",
     "mbr" => Self::Mbr, "gpt" => Self::Gpt, "hybrid" => Self::Hybrid);
 words!(Filesystem, "\"vfat\" or \"ext4\"", "vfat" => Self::Vfat, "ext4" => Self::Ext4);
@@ -45,14 +45,14 @@ words!(Filesystem, "\"vfat\" or \"ext4\"", "vfat" => Self::Vfat, "ext4" => Self:
 /// The bus of a board's disk; the initrd's script uses the same words.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Bus {
+pub enum DiskBus {
     /// A slot for SD cards, or a soldered eMMC.
     Mmc,
     /// The bus of a virtual machine.
     Virtio,
 }
 
-impl Bus {
+impl DiskBus {
     /// The word that `board.toml` uses.
     pub fn word(self) -> &'static str {
         match self {
@@ -62,59 +62,59 @@ impl Bus {
     }
 }
 
-words!(Bus, "\"mmc\" or \"virtio\"", "mmc" => Self::Mmc, "virtio" => Self::Virtio);
+words!(DiskBus, "\"mmc\" or \"virtio\"", "mmc" => Self::Mmc, "virtio" => Self::Virtio);
 
 /// A board, as written.
 #[derive(Debug)]
-pub struct Board {
+pub struct BoardConfig {
     /// The file it was read from.
-    pub place: Place,
+    pub place: ConfigPlace,
     /// The files that it includes: what it shares with other boards, relative to the workspace.
     pub include: Vec<Located<Utf8PathBuf>>,
     /// Its name; equals the directory's name.
-    pub name: Located<Name>,
+    pub name: Located<SafeName>,
     /// Human-readable name: "Raspberry Pi 3".
     pub title: String,
     /// Debian's name for the architecture.
     pub arch: Located<String>,
     /// How the slot that boots is selected.
-    pub boot_flow: Located<BootFlow>,
+    pub boot_flow: Located<BootFlowKind>,
     /// Device-tree `compatible` strings of the models that this board covers.
     pub compatible: Vec<String>,
     /// The oldest release of the firmware in the board's EEPROM that can try a slot.
-    pub eeprom_since: Option<Located<Day>>,
+    pub eeprom_since: Option<Located<CalendarDay>>,
     /// Revisions of the board that are known not to boot; they are excluded on purpose.
     pub left_out_revisions: Vec<String>,
     /// The serial console.
-    pub console: Console,
+    pub console: ConsoleConfig,
     /// The memory of the smallest machine that it covers, for boards with a boot script.
-    pub memory: Option<Memory>,
+    pub memory: Option<MemoryConfig>,
     /// The bus of the disk. The initrd ignores disks on other buses.
-    pub disk_bus: Located<Bus>,
+    pub disk_bus: Located<DiskBus>,
     /// The disk.
-    pub disk: Disk,
+    pub disk: DiskConfig,
     /// The disks of cards that were flashed with earlier images of this board.
-    pub earlier: Vec<Earlier>,
+    pub earlier: Vec<EarlierDiskConfig>,
     /// Its partitions, in order.
-    pub partitions: Vec<Partition>,
+    pub partitions: Vec<PartitionConfig>,
     /// Kernel, command line, device trees, modules.
-    pub kernel: Kernel,
+    pub kernel: KernelConfig,
     /// What the engine `debian` uses for this board.
-    pub debian: Option<DebianFiles>,
+    pub debian: Option<BoardDebianConfig>,
     /// Variables for the boot script's template.
     pub uboot: BTreeMap<String, String>,
     /// What the engine `buildroot` uses for this board.
-    pub buildroot: Option<BuildrootFiles>,
+    pub buildroot: Option<BoardBuildrootConfig>,
     /// Files for the boot partitions.
-    pub boot_files: Vec<BootFile>,
+    pub boot_files: Vec<BootFileConfig>,
     /// How to run it in QEMU, as data for `run`.
-    pub qemu: Option<Qemu>,
+    pub qemu: Option<QemuConfig>,
 }
 
 /// The serial console.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Console {
+pub struct ConsoleConfig {
     /// Linux's name, such as `ttyS1`.
     pub device: String,
     /// Bits per second.
@@ -123,20 +123,20 @@ pub struct Console {
 
 /// The memory of the smallest machine that a board covers.
 #[derive(Debug)]
-pub struct Memory {
+pub struct MemoryConfig {
     /// Address of the first byte.
-    pub start: Located<Address>,
+    pub start: Located<MemoryAddress>,
     /// How much the smallest machine has.
-    pub smallest: Located<Size>,
+    pub smallest: Located<BinarySize>,
     /// How much of its end the firmware and U-Boot use themselves.
-    pub reserved: Located<Size>,
+    pub reserved: Located<BinarySize>,
 }
 
 /// An address in memory, written in hexadecimal: `"0x0c000000"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Address(pub u64);
+pub struct MemoryAddress(pub u64);
 
-impl FromToml for Address {
+impl FromToml for MemoryAddress {
     const EXPECTED: &'static str = "an address such as \"0x0c000000\", of 16 digits at most";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let digits = value.as_str().and_then(|text| text.strip_prefix("0x"));
@@ -148,43 +148,43 @@ impl FromToml for Address {
 /// The layout of cards that were flashed with earlier images. Updates do not change the layout of a
 /// card.
 #[derive(Debug)]
-pub struct Earlier {
+pub struct EarlierDiskConfig {
     /// The last date of images with this layout, for the reader.
     pub until: String,
     /// The disk.
-    pub disk: Disk,
+    pub disk: DiskConfig,
     /// Its partitions, in order.
-    pub partitions: Vec<Partition>,
+    pub partitions: Vec<PartitionConfig>,
     /// Where the table is in the file.
-    pub place: Place,
+    pub place: ConfigPlace,
 }
 
 /// The disk.
 #[derive(Debug)]
-pub struct Disk {
+pub struct DiskConfig {
     /// Kind of partition table.
     pub table: Located<TableKind>,
     /// Size of the image.
-    pub size: Located<Size>,
+    pub size: Located<BinarySize>,
     /// Where the first partition starts.
-    pub first_partition: Located<Size>,
+    pub first_partition: Located<BinarySize>,
     /// Byte offsets of the two raw boot-state sectors (flow `uboot`).
-    pub boot_state: Vec<Located<Size>>,
+    pub boot_state: Vec<Located<BinarySize>>,
     /// Byte offsets of the two copies of what a robot trusts, 64 KiB each.
-    pub trust: Vec<Located<Size>>,
+    pub trust: Vec<Located<BinarySize>>,
 }
 
 /// A partition.
 #[derive(Debug)]
-pub struct Partition {
+pub struct PartitionConfig {
     /// `boot`, `root-a`, `root-b`, `data`, and for tryboot `boot-a`, `boot-b`.
-    pub role: Located<Name>,
+    pub role: Located<SafeName>,
     /// What it holds.
     pub filesystem: Located<Filesystem>,
     /// Its size.
-    pub size: Located<Size>,
+    pub size: Located<BinarySize>,
     /// Where it starts; directly after the previous one when absent.
-    pub start: Option<Located<Size>>,
+    pub start: Option<Located<BinarySize>>,
     /// Carries the MBR's boot flag.
     pub bootable: bool,
     /// Shown in the hybrid MBR as well.
@@ -193,7 +193,7 @@ pub struct Partition {
 
 /// Kernel, command line, device trees, modules.
 #[derive(Debug)]
-pub struct Kernel {
+pub struct KernelConfig {
     /// Command line, one argument an element, without the serial console.
     pub cmdline: Vec<Located<String>>,
     /// Globs of the device trees that the slot carries.
@@ -206,7 +206,7 @@ pub struct Kernel {
 
 /// What the engine `debian` uses for this board from packages that are unpacked, not installed.
 #[derive(Debug)]
-pub struct DebianFiles {
+pub struct BoardDebianConfig {
     /// The packages.
     pub packages: Vec<Located<String>>,
     /// Firmware files for the boot partition: globs of paths inside the packages.
@@ -217,12 +217,12 @@ pub struct DebianFiles {
     /// them.
     pub kernels: Vec<Located<String>>,
     /// The machines that these packages can boot.
-    pub machines: Machines,
+    pub machines: EngineMachines,
 }
 
 /// What the engine `buildroot` uses for this board.
 #[derive(Debug)]
-pub struct BuildrootFiles {
+pub struct BoardBuildrootConfig {
     /// Fragments of the defconfig, relative to the workspace.
     pub fragments: Vec<Located<Utf8PathBuf>>,
     /// Firmware files for the boot partition: globs below Buildroot's `images`.
@@ -230,12 +230,12 @@ pub struct BuildrootFiles {
     /// The U-Boot binary below Buildroot's `images`.
     pub bootloader: Option<Located<String>>,
     /// The machines that its kernel and firmware can boot.
-    pub machines: Machines,
+    pub machines: EngineMachines,
 }
 
 /// The machines that an engine's kernel and firmware can boot, where these differ from the board's.
 #[derive(Debug)]
-pub struct Machines {
+pub struct EngineMachines {
     /// Replaces the board's own list; empty: use the board's list.
     pub compatible: Vec<String>,
     /// Adds to the board's own list.
@@ -245,9 +245,9 @@ pub struct Machines {
 /// How to run the board's image in QEMU.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Qemu {
+pub struct QemuConfig {
     /// The machine.
-    pub machine: Machine,
+    pub machine: QemuMachine,
     /// Device tree that QEMU passes to U-Boot instead of the firmware, by its path in the base
     /// system.
     pub device_tree: Option<String>,
@@ -255,22 +255,22 @@ pub struct Qemu {
     pub device_tree_changes: Option<Utf8PathBuf>,
 }
 
-words!(BootloaderSlot, "\"bios\" or \"kernel\"", "bios" => Self::Bios, "kernel" => Self::Kernel);
-words!(Drive, "\"sd\" or \"virtio\"", "sd" => Self::Sd, "virtio" => Self::Virtio);
+words!(BootloaderOption, "\"bios\" or \"kernel\"", "bios" => Self::Bios, "kernel" => Self::Kernel);
+words!(CardDrive, "\"sd\" or \"virtio\"", "sd" => Self::Sd, "virtio" => Self::Virtio);
 
 /// What Linux can set a serial line to: B50 to B4000000 (termios(3)).
-const BAUD: Whole = Whole { of: "bits per second", from: 50, to: 4_000_000 };
+const BAUD: WholeNumber = WholeNumber { of: "bits per second", from: 50, to: 4_000_000 };
 /// The most that a machine of QEMU has, `virt` (`-machine virt -cpu help`, `MachineClass::max_cpus`).
-const CPUS: Whole = Whole { of: "processors", from: 1, to: 512 };
+const CPUS: WholeNumber = WholeNumber { of: "processors", from: 1, to: 512 };
 /// Each port below it is one more argument for QEMU; the machines that start here have seven at most.
-const SERIAL_PORT: Whole = Whole { of: "", from: 0, to: 7 };
+const SERIAL_PORT: WholeNumber = WholeNumber { of: "", from: 0, to: 7 };
 /// A day; a machine that needs longer hangs.
-const BOOT_TIMEOUT: Whole = Whole { of: "seconds", from: 1, to: 86_400 };
+const BOOT_TIMEOUT: WholeNumber = WholeNumber { of: "seconds", from: 1, to: 86_400 };
 
-fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
+fn read_qemu(f: &mut TableFields<'_>) -> Option<QemuConfig> {
     let machine = f.required("machine");
     let cpu = f.optional("cpu");
-    let memory = f.required::<Size>("memory");
+    let memory = f.required::<BinarySize>("memory");
     let cpus = f.number("cpus", CPUS);
     let bootloader = f.required("bootloader");
     let since = f.optional("since");
@@ -282,8 +282,8 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
     let network = f.optional("network");
     let arguments = f.list("arguments");
     let boot_timeout = f.number_or("boot-timeout", BOOT_TIMEOUT, 300);
-    Some(Qemu {
-        machine: Machine {
+    Some(QemuConfig {
+        machine: QemuMachine {
             machine: machine?.value,
             since: since?.map(|l| l.value),
             cpu: cpu?.map(|l| l.value),
@@ -294,7 +294,7 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
             power_of_two_card: power_of_two_card?,
             serial_port: u8::try_from(serial_port?).ok()?,
             network: network?.map(|l| l.value),
-            arguments: values(arguments?),
+            arguments: into_values(arguments?),
             boot_timeout: u64::from(boot_timeout?),
         },
         device_tree: device_tree?.map(|l| l.value),
@@ -304,13 +304,13 @@ fn qemu(f: &mut Fields<'_>) -> Option<Qemu> {
 
 /// One entry of a boot partition: a rendered template, or files of the base system.
 #[derive(Debug)]
-pub struct BootFile {
+pub struct BootFileConfig {
     /// Where the content comes from.
-    pub source: BootSource,
+    pub source: BootSourceConfig,
     /// Its name in the partition; `.` keeps the names of several files.
     pub path: String,
     /// The partition's role; `boot-slot` stands for `boot-a` and `boot-b` alike.
-    pub partition: Located<Name>,
+    pub partition: Located<SafeName>,
     /// The only engine whose images need it.
     pub engine: Option<Engine>,
     /// Aliases to add to a device tree, `name=/path`.
@@ -322,25 +322,25 @@ pub struct BootFile {
     Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, serde::Serialize, serde::Deserialize,
 )]
 #[serde(rename_all = "kebab-case")]
-pub enum Compile {
+pub enum BootFileFormat {
     /// Wrapped as a U-Boot script.
     BootScript,
     /// Lines `name=value` become U-Boot's environment in a file.
     UbootEnvironment,
 }
 
-words!(Compile, "\"boot-script\" or \"u-boot-environment\"",
+words!(BootFileFormat, "\"boot-script\" or \"u-boot-environment\"",
     "boot-script" => Self::BootScript, "u-boot-environment" => Self::UbootEnvironment);
 
 /// Where a boot file comes from.
 #[derive(Debug)]
-pub enum BootSource {
+pub enum BootSourceConfig {
     /// A template, looked up in the board's directory, then in `board/common`.
     Template {
         /// File name.
         name: Located<Utf8PathBuf>,
         /// How it is processed; `None`: a plain text file.
-        compile: Option<Compile>,
+        compile: Option<BootFileFormat>,
     },
     /// The firmware files of the base system.
     Firmware,
@@ -356,7 +356,7 @@ pub enum BootSource {
     Initrd,
 }
 
-impl FromToml for BootSource {
+impl FromToml for BootSourceConfig {
     const EXPECTED: &'static str =
         "\"firmware\", \"device-trees\", \"bootloader\", \"kernel\" or \"initrd\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
@@ -371,7 +371,7 @@ impl FromToml for BootSource {
     }
 }
 
-fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
+fn into_values<T>(list: Vec<Located<T>>) -> Vec<T> {
     list.into_iter().map(|l| l.value).collect()
 }
 
@@ -379,10 +379,10 @@ fn values<T>(list: Vec<Located<T>>) -> Vec<T> {
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn parse(
+pub fn parse_board(
     name: &str,
-    read: &dyn Fn(&Utf8Path) -> anyhow::Result<Source>,
-) -> anyhow::Result<Board> {
+    read: &dyn Fn(&Utf8Path) -> anyhow::Result<ConfigSource>,
+) -> anyhow::Result<BoardConfig> {
     let shown = Utf8Path::new("board").join(name).join("board.toml");
     let own = read(&shown)?;
     let shared = own.paths("include");
@@ -398,7 +398,7 @@ pub fn parse(
         .map(|path| read(&path).with_context(|| format!("{shown} includes {path}")));
     let included = included.collect::<anyhow::Result<Vec<_>>>()?;
     own.parse_over(included, |fields| {
-        let board = build(fields)?;
+        let board = read_board(fields)?;
         if let Some(nested) = board.include.iter().find(|path| path.place.file != shown) {
             let message = format!(
                 "`include`: {} includes other files, which an included file may not do",
@@ -437,12 +437,15 @@ pub fn parse(
     })
 }
 
-fn machines(f: &mut Fields<'_>) -> Option<Machines> {
+fn read_machines(f: &mut TableFields<'_>) -> Option<EngineMachines> {
     let (compatible, left_out) = (f.list("compatible"), f.list("left-out-revisions"));
-    Some(Machines { compatible: values(compatible?), left_out_revisions: values(left_out?) })
+    Some(EngineMachines {
+        compatible: into_values(compatible?),
+        left_out_revisions: into_values(left_out?),
+    })
 }
 
-fn build(f: &mut Fields<'_>) -> Option<Board> {
+fn read_board(f: &mut TableFields<'_>) -> Option<BoardConfig> {
     let include = f.list("include");
     let name = f.required("name");
     let title = f.required::<String>("title");
@@ -454,12 +457,12 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     let console = f.table("console", |f| {
         let device = f.required("device");
         let baud = f.number_or("baud", BAUD, 115_200);
-        Some(Console { device: device?.value, baud: baud? })
+        Some(ConsoleConfig { device: device?.value, baud: baud? })
     });
     let memory = f.optional_table("memory", |f| {
         let (start, smallest, reserved) =
             (f.required("start"), f.required("smallest"), f.required("reserved"));
-        Some(Memory { start: start?, smallest: smallest?, reserved: reserved? })
+        Some(MemoryConfig { start: start?, smallest: smallest?, reserved: reserved? })
     });
     let disk = f.table("disk", |f| {
         let bus = f.required("bus");
@@ -469,17 +472,17 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     let earlier = f.tables("earlier-cards", |f| {
         let until = f.required::<String>("until");
         let disk = f.table("disk", disk_of);
-        let partitions = f.tables("partitions", partition);
+        let partitions = f.tables("partitions", read_partition);
         let place = f.place();
-        Some(Earlier { until: until?.value, disk: disk?, partitions: partitions?, place })
+        Some(EarlierDiskConfig { until: until?.value, disk: disk?, partitions: partitions?, place })
     });
-    let partitions = f.tables("partitions", partition);
+    let partitions = f.tables("partitions", read_partition);
     let kernel = f.table("kernel", |f| {
         let cmdline = f.list("cmdline");
         let device_trees = f.list("device-trees");
         let initrd_modules = f.list("initrd-modules");
         let modules_keep = f.list("modules-keep");
-        Some(Kernel {
+        Some(KernelConfig {
             cmdline: cmdline?,
             device_trees: device_trees?,
             initrd_modules: initrd_modules?,
@@ -491,8 +494,8 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
         let kernels = f.list("kernels");
-        let machines = machines(f);
-        Some(DebianFiles {
+        let machines = read_machines(f);
+        Some(BoardDebianConfig {
             packages: packages?,
             firmware: firmware?,
             bootloader: bootloader?,
@@ -505,8 +508,8 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         let fragments = f.list("fragments");
         let firmware = f.list("firmware");
         let bootloader = f.optional("bootloader");
-        let machines = machines(f);
-        Some(BuildrootFiles {
+        let machines = read_machines(f);
+        Some(BoardBuildrootConfig {
             fragments: fragments?,
             firmware: firmware?,
             bootloader: bootloader?,
@@ -514,19 +517,19 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
         })
     });
     let boot_files = f.tables("boot-files", boot_file);
-    let qemu = f.optional_table("qemu", qemu);
+    let qemu = f.optional_table("qemu", read_qemu);
     let place = f.place();
     let (disk_bus, disk) = disk?;
-    Some(Board {
+    Some(BoardConfig {
         place,
         include: include?,
         name: name?,
         title: title?.value,
         arch: arch?,
         boot_flow: boot_flow?,
-        compatible: values(compatible?),
+        compatible: into_values(compatible?),
         eeprom_since: eeprom_since?,
-        left_out_revisions: values(left_out_revisions?),
+        left_out_revisions: into_values(left_out_revisions?),
         console: console?,
         memory: memory?,
         disk_bus,
@@ -542,22 +545,22 @@ fn build(f: &mut Fields<'_>) -> Option<Board> {
     })
 }
 
-fn boot_file(f: &mut Fields<'_>) -> Option<BootFile> {
+fn boot_file(f: &mut TableFields<'_>) -> Option<BootFileConfig> {
     let template = f.optional::<Utf8PathBuf>("template");
-    let source = f.optional::<BootSource>("source");
+    let source = f.optional::<BootSourceConfig>("source");
     let device_tree = f.optional::<String>("device-tree");
     let aliases = f.list::<String>("aliases");
     let path = f.required::<String>("path");
     let partition = f.optional("partition");
-    let compile = f.optional::<Compile>("compile");
+    let compile = f.optional::<BootFileFormat>("compile");
     let engine = f.optional::<Engine>("engine");
     let place = f.place();
-    let partition = partition?.unwrap_or(Located { value: Name("boot".to_owned()), place });
+    let partition = partition?.unwrap_or(Located { value: SafeName("boot".to_owned()), place });
     let compile = compile?.map(|located| located.value);
     let source = match (template?, source?, device_tree?) {
-        (Some(name), None, None) => BootSource::Template { name, compile },
+        (Some(name), None, None) => BootSourceConfig::Template { name, compile },
         (None, Some(source), None) => source.value,
-        (None, None, Some(path)) => BootSource::DeviceTree(path.value),
+        (None, None, Some(path)) => BootSourceConfig::DeviceTree(path.value),
         _ => {
             let message = "a boot file has one of `template`, `source` and `device-tree`";
             f.reject(&f.place(), message, "write one of the three");
@@ -565,17 +568,17 @@ fn boot_file(f: &mut Fields<'_>) -> Option<BootFile> {
         }
     };
     let engine = engine?.map(|located| located.value);
-    let aliases = values(aliases?);
-    Some(BootFile { source, path: path?.value, partition, engine, aliases })
+    let aliases = into_values(aliases?);
+    Some(BootFileConfig { source, path: path?.value, partition, engine, aliases })
 }
 
-fn disk_of(f: &mut Fields<'_>) -> Option<Disk> {
+fn disk_of(f: &mut TableFields<'_>) -> Option<DiskConfig> {
     let table = f.required("table");
     let size = f.required("size");
     let first_partition = f.required("first-partition");
     let boot_state = f.optional_table("boot-state", |f| f.list("offsets"));
     let trust = f.optional_table("trust", |f| f.list("offsets"));
-    Some(Disk {
+    Some(DiskConfig {
         table: table?,
         size: size?,
         first_partition: first_partition?,
@@ -584,14 +587,14 @@ fn disk_of(f: &mut Fields<'_>) -> Option<Disk> {
     })
 }
 
-fn partition(f: &mut Fields<'_>) -> Option<Partition> {
+fn read_partition(f: &mut TableFields<'_>) -> Option<PartitionConfig> {
     let role = f.required("role");
     let filesystem = f.required("filesystem");
     let size = f.required("size");
     let start = f.optional("start");
     let bootable = f.or("bootable", false);
     let hybrid_mbr = f.or("hybrid-mbr", false);
-    Some(Partition {
+    Some(PartitionConfig {
         role: role?,
         filesystem: filesystem?,
         size: size?,

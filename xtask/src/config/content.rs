@@ -9,27 +9,27 @@ use crate::ssh_keys;
 
 /// Something that is wrong with a file's content.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Problem {
+pub struct ContentProblem {
     /// What was found. Never includes the content.
     pub message: String,
     /// What to do.
     pub help: String,
 }
 
-impl Problem {
+impl ContentProblem {
     fn new(message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { message: message.into(), help: help.into() }
     }
 
     /// The finding as an error that names the file in the workspace.
-    pub fn about(self, source: &Utf8Path) -> anyhow::Error {
+    pub fn into_error(self, source: &Utf8Path) -> anyhow::Error {
         anyhow::anyhow!("{source}: {}\nhelp: {}", self.message, self.help)
     }
 }
 
 /// The destination of a file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Place<'a> {
+pub enum FileDestination<'a> {
     /// Into the root filesystem, at this path without the leading slash.
     Root(&'a Utf8Path),
     /// Onto a boot partition: text for the firmware, U-Boot or the kernel.
@@ -37,9 +37,9 @@ pub enum Place<'a> {
 }
 
 /// What is wrong with a file for this destination.
-pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
-    if let Some(kind) = secret::found(bytes) {
-        return Some(Problem::new(
+pub fn find_problem(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProblem> {
+    if let Some(kind) = secret::find_secret(bytes) {
+        return Some(ContentProblem::new(
             format!(
                 "the file contains a secret key ({kind}), which everyone with the image or its \
                  update could read"
@@ -47,11 +47,11 @@ pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
             "leave it out; a robot's own secrets are made on the robot, or put on its `data` (docs/reference/robot.md)",
         ));
     }
-    pointer(bytes).or_else(|| line_ends(place, bytes)).or_else(|| match place {
-        Place::Root(target) if ssh_keys::is_list(target) => {
-            let bad = ssh_keys::parse(bytes).err()?;
+    find_lfs_pointer(bytes).or_else(|| line_ends(place, bytes)).or_else(|| match place {
+        FileDestination::Root(target) if ssh_keys::is_list(target) => {
+            let bad = ssh_keys::parse_keys(bytes).err()?;
             let line = bad.line.map_or(String::new(), |line| format!("line {line}: "));
-            Some(Problem::new(
+            Some(ContentProblem::new(
                 format!("sshd cannot read these keys: {line}{}", bad.message),
                 bad.help,
             ))
@@ -62,7 +62,7 @@ pub fn problem(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
 
 /// The pointer file of a larger file that was not fetched. F: "Git LFS Specification", docs/spec.md
 /// of git-lfs; git-annex(1), "pointer file".
-fn pointer(bytes: &[u8]) -> Option<Problem> {
+fn find_lfs_pointer(bytes: &[u8]) -> Option<ContentProblem> {
     let (program, help) = if bytes.starts_with(b"version https://git-lfs.github.com/spec/") {
         ("git-lfs", "fetch the file itself: `git lfs install && git lfs pull`")
     } else if bytes.starts_with(b"/annex/objects/") {
@@ -70,7 +70,10 @@ fn pointer(bytes: &[u8]) -> Option<Problem> {
     } else {
         return None;
     };
-    Some(Problem::new(format!("the file is a pointer of {program}, not the content itself"), help))
+    Some(ContentProblem::new(
+        format!("the file is a pointer of {program}, not the content itself"),
+        help,
+    ))
 }
 
 /// Directories whose readers treat the carriage return of a line end as part of the last word, or
@@ -116,21 +119,21 @@ const LINE_FILES: [&str; 10] = [
 ];
 
 /// Line ends of Windows, and the byte order mark that its editors put before the first line.
-fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
+fn line_ends(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProblem> {
     let marked = bytes.strip_prefix(&[0xef, 0xbb, 0xbf]);
     let text = marked.unwrap_or(bytes);
     let (what, consequence) = match place {
-        Place::Boot => ("boot file", "no boot loader accepts it"),
-        Place::Root(_) if text.starts_with(b"#!") => {
+        FileDestination::Boot => ("boot file", "no boot loader accepts it"),
+        FileDestination::Root(_) if text.starts_with(b"#!") => {
             ("script", "the kernel would not find its interpreter")
         }
-        Place::Root(path)
+        FileDestination::Root(path)
             if LINE_READERS.iter().any(|folder| path.starts_with(folder))
                 || LINE_FILES.iter().any(|file| path == *file) =>
         {
             ("configuration", "its reader would treat the extra bytes as content")
         }
-        Place::Root(_) => return None,
+        FileDestination::Root(_) => return None,
     };
     // Not a text: a picture, or a program.
     if text.contains(&0) {
@@ -140,13 +143,13 @@ fn line_ends(place: Place<'_>, bytes: &[u8]) -> Option<Problem> {
      converted the line ends: \
                 `git config core.autocrlf false`, then check the file out again";
     if marked.is_some() {
-        return Some(Problem::new(
+        return Some(ContentProblem::new(
             format!("the {what} begins with a byte order mark: {consequence}"),
             help,
         ));
     }
     let line = text.split(|byte| *byte == b'\n').position(|line| line.ends_with(b"\r"))?;
-    Some(Problem::new(
+    Some(ContentProblem::new(
         format!("line {} of the {what} ends with CR LF: {consequence}", line + 1),
         help,
     ))
@@ -175,7 +178,8 @@ mod tests {
     use super::*;
 
     fn root(path: &str, bytes: &[u8]) -> String {
-        problem(Place::Root(Utf8Path::new(path)), bytes).map_or(String::new(), |p| p.message)
+        find_problem(FileDestination::Root(Utf8Path::new(path)), bytes)
+            .map_or(String::new(), |p| p.message)
     }
 
     #[test]
@@ -186,13 +190,13 @@ mod tests {
             root("etc/systemd/system/a.service", b"[Unit]\nA=b\r\n").contains("line 2 of the conf")
         );
         assert!(root("etc/fstab", b"a b c\r\n").contains("configuration"));
-        assert!(problem(Place::Boot, b"kernel=u-boot.bin\r\n").is_some());
+        assert!(find_problem(FileDestination::Boot, b"kernel=u-boot.bin\r\n").is_some());
         // Files with tolerant readers, and binary files.
         assert_eq!(root("srv/page.html", b"<p>\r\n</p>\r\n"), "");
         assert_eq!(root("etc/issue", b"Hello\r\n"), "");
         assert_eq!(root("usr/lib/slipway/picture", b"GIF\0\r\n"), "");
         assert_eq!(root("opt/x", b"#!/bin/sh\nprintf 'a\\r\\n'\n"), "");
-        assert_eq!(problem(Place::Boot, b"kernel=u-boot.bin\n"), None);
+        assert_eq!(find_problem(FileDestination::Boot, b"kernel=u-boot.bin\n"), None);
     }
 
     #[test]
@@ -209,7 +213,10 @@ mod tests {
     fn keys_in_an_overlay_are_looked_at() {
         let secret = b"-----BEGIN OPENSSH PRIVATE KEY-----\nb3BlbnNzaC1rZXktdjEAAAAABG5vbmU\n";
         assert!(root("etc/any", secret).contains("secret key"));
-        assert!(problem(Place::Boot, secret).is_some_and(|p| p.message.contains("secret key")));
+        assert!(
+            find_problem(FileDestination::Boot, secret)
+                .is_some_and(|p| p.message.contains("secret key"))
+        );
         for path in ["etc/ssh/authorized_keys.d/robot", "root/.ssh/authorized_keys"] {
             assert!(root(path, b"# me\nssh-ed25519 AAAA me\n").contains("line 2: "), "{path}");
         }

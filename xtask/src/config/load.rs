@@ -5,9 +5,11 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::file::source;
-use super::{Config, Input, board, content, product, reader, tree};
+use super::file::read_source;
+use super::{Config, InputFile, board, content, product, reader, tree};
 use crate::artifact::hash_file;
+use crate::config::board::BoardConfig;
+use crate::config::product::ProductConfig;
 
 /// The workspace's root: the nearest parent directory that contains both `configs` and `board`.
 ///
@@ -32,8 +34,8 @@ pub fn workspace_root() -> Result<Utf8PathBuf> {
 ///
 /// # Errors
 /// When `configs` cannot be read.
-pub fn products(root: &Utf8Path) -> Result<Vec<String>> {
-    list(&root.join("configs"), product_name)
+pub fn list_products(root: &Utf8Path) -> Result<Vec<String>> {
+    list_names(&root.join("configs"), product_name)
 }
 
 /// The name of the product that a file defines. A link to a product file is accepted; a lock file
@@ -52,9 +54,9 @@ const EXAMPLES: &str = "configs/examples";
 ///
 /// # Errors
 /// When their directory cannot be read.
-pub fn examples(root: &Utf8Path) -> Result<Vec<String>> {
+pub fn list_examples(root: &Utf8Path) -> Result<Vec<String>> {
     let dir = root.join(EXAMPLES);
-    if dir.is_dir() { list(&dir, product_name) } else { Ok(Vec::new()) }
+    if dir.is_dir() { list_names(&dir, product_name) } else { Ok(Vec::new()) }
 }
 
 /// The path of a product's file, relative to the workspace.
@@ -68,14 +70,14 @@ pub fn product_file(root: &Utf8Path, name: &str) -> Utf8PathBuf {
 ///
 /// # Errors
 /// When `board` cannot be read.
-pub fn boards(root: &Utf8Path) -> Result<Vec<String>> {
+pub fn list_boards(root: &Utf8Path) -> Result<Vec<String>> {
     let names = |entry: &camino::Utf8DirEntry| {
         entry.path().join("board.toml").is_file().then(|| entry.file_name().to_owned())
     };
-    list(&root.join("board"), names)
+    list_names(&root.join("board"), names)
 }
 
-fn list(
+fn list_names(
     dir: &Utf8Path,
     name: impl Fn(&camino::Utf8DirEntry) -> Option<String>,
 ) -> Result<Vec<String>> {
@@ -93,7 +95,7 @@ fn list(
 /// When there is none, or more than one.
 pub fn default_product(root: &Utf8Path) -> Result<String> {
     let (mut defaults, mut broken) = (Vec::new(), Vec::new());
-    for name in products(root)? {
+    for name in list_products(root)? {
         match read_product(root, &name) {
             Ok(product) => defaults.extend(product.default.then_some(name)),
             Err(error) => broken.push(error),
@@ -104,13 +106,13 @@ pub fn default_product(root: &Utf8Path) -> Result<String> {
         // A product with mistakes may be the default: then report the mistakes, not a missing
         // default.
         [] if !broken.is_empty() => {
-            let said: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
-            bail!("looking for the default product\n{}", said.join("\n"))
+            let messages: Vec<String> = broken.iter().map(|error| format!("{error:#}")).collect();
+            bail!("looking for the default product\n{}", messages.join("\n"))
         }
         [] => bail!(
             "no product was given, and there is no default product\n\
              help: use --product ({}), or write `default = true` in the file of one product",
-            products(root)?.join(", ")
+            list_products(root)?.join(", ")
         ),
         several => bail!(
             "no product was given, and several products have `default = true`: {}\n\
@@ -136,7 +138,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         }
         None => default_product(root)?,
     };
-    known("product", &name, &[products(root)?, examples(root)?].concat())?;
+    require_known("product", &name, &[list_products(root)?, list_examples(root)?].concat())?;
     let product = read_product(root, &name)?;
     let board_name = board.unwrap_or(&product.default_board.value.0);
     let default = &product.default_board;
@@ -144,10 +146,11 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         let message =
             format!("`default-board` is {}, which is not among `boards`", default.value.0);
         let help = "add it to `boards`, or choose one of them";
-        reader::Findings(vec![reader::Finding::new(&default.place, message, help)]).check()?;
+        reader::ConfigFindings(vec![reader::ConfigFinding::new(&default.place, message, help)])
+            .check()?;
     }
-    let all = boards(root)?;
-    known("board", board_name, &all)?;
+    let all = list_boards(root)?;
+    require_known("board", board_name, &all)?;
     if !product.boards.iter().any(|b| b.value.0 == board_name) {
         let names: Vec<_> = product.boards.iter().map(|b| b.value.0.as_str()).collect();
         bail!(
@@ -159,12 +162,15 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         );
     }
     let board = read_board(root, board_name)?;
-    let overlays =
-        product.overlays.iter().map(|name| tree::read(root, name)).collect::<Result<Vec<_>>>()?;
+    let overlays = product
+        .overlays
+        .iter()
+        .map(|name| tree::read_overlay(root, name))
+        .collect::<Result<Vec<_>>>()?;
     let extra_packages = extra_packages(root, &product)?;
     let mut config = Config {
         root: root.to_owned(),
-        templates: templates(root, &board),
+        templates: template_paths(root, &board),
         product,
         board,
         boards: all,
@@ -176,7 +182,7 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
         inputs: Vec::new(),
     };
     let mut texts = Vec::new();
-    for path in fragments(&config) {
+    for path in fragment_paths(&config) {
         let full = root.join(path);
         if full.is_file() {
             let text = std::fs::read_to_string(&full).with_context(|| format!("reading {path}"))?;
@@ -185,10 +191,10 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
     }
     config.fragments = texts;
     let sources = &config.product.rootfs.sources;
-    config.source_keys = contents(root, sources.iter().map(|source| &source.key.value))?;
+    config.source_keys = read_contents(root, sources.iter().map(|source| &source.key.value))?;
     let users = config.product.users.iter().flat_map(|user| &user.authorized_keys);
-    config.authorized_keys = contents(root, users.map(|path| &path.value))?;
-    config.inputs = inputs(&config)?;
+    config.authorized_keys = read_contents(root, users.map(|path| &path.value))?;
+    config.inputs = collect_inputs(&config)?;
     Ok(config)
 }
 
@@ -196,23 +202,23 @@ pub fn load(root: &Utf8Path, product: Option<&str>, board: Option<&str>) -> Resu
 ///
 /// # Errors
 /// When it cannot be read; all findings in it.
-pub fn read_product(root: &Utf8Path, name: &str) -> Result<product::Product> {
-    product::parse(source(root, &product_file(root, name))?, name)
+pub fn read_product(root: &Utf8Path, name: &str) -> Result<ProductConfig> {
+    product::parse_product(read_source(root, &product_file(root, name))?, name)
 }
 
 /// Reads a board's file, and those that it includes.
 ///
 /// # Errors
 /// When one cannot be read; all findings in them.
-pub fn read_board(root: &Utf8Path, name: &str) -> Result<board::Board> {
-    board::parse(name, &|path| source(root, path))
+pub fn read_board(root: &Utf8Path, name: &str) -> Result<BoardConfig> {
+    board::parse_board(name, &|path| read_source(root, path))
 }
 
 /// One package lock covers all boards of a product, so it contains every board's packages.
-fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<String>> {
+fn extra_packages(root: &Utf8Path, product: &ProductConfig) -> Result<Vec<String>> {
     let unpacked = product.rootfs.unpacked.iter().map(|p| p.value.clone());
     let mut packages: std::collections::BTreeSet<String> = unpacked.collect();
-    let known = boards(root)?;
+    let known = list_boards(root)?;
     for name in product.boards.iter().filter(|b| known.contains(&b.value.0)) {
         if let Some(debian) = read_board(root, &name.value.0)?.debian {
             packages.extend(debian.packages.into_iter().map(|p| p.value));
@@ -221,34 +227,34 @@ fn extra_packages(root: &Utf8Path, product: &product::Product) -> Result<Vec<Str
     Ok(packages.into_iter().collect())
 }
 
-fn known(noun: &str, name: &str, names: &[String]) -> Result<()> {
+fn require_known(noun: &str, name: &str, names: &[String]) -> Result<()> {
     if names.iter().any(|n| n == name) {
         return Ok(());
     }
-    let near = reader::nearest(name, names.iter().map(String::as_str));
+    let near = reader::nearest_name(name, names.iter().map(String::as_str));
     let hint = near.map_or(String::new(), |n| format!("; did you mean {n}?"));
     bail!("there is no {noun} {name}{hint}\nhelp: known: {}", names.join(", "))
 }
 
 /// The paths of the templates that a board's boot files name.
-fn templates(root: &Utf8Path, board: &board::Board) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
+fn template_paths(root: &Utf8Path, board: &BoardConfig) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let names = board.boot_files.iter().filter_map(|file| match &file.source {
-        board::BootSource::Template { name, .. } => Some(&name.value),
+        board::BootSourceConfig::Template { name, .. } => Some(&name.value),
         _ => None,
     });
-    names.map(|name| (name.clone(), template(root, &dir, name))).collect()
+    names.map(|name| (name.clone(), template_path(root, &dir, name))).collect()
 }
 
 /// The path of a board's template: in its own directory, else in `board/common`, relative to the
 /// workspace.
-fn template(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8PathBuf {
+fn template_path(root: &Utf8Path, board_dir: &Utf8Path, name: &Utf8Path) -> Utf8PathBuf {
     let own = board_dir.join(name);
     if root.join(&own).is_file() { own } else { Utf8Path::new("board/common").join(name) }
 }
 
 /// The paths of the defconfig's fragments, in order; none for another engine.
-fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
+fn fragment_paths(config: &Config) -> Vec<&Utf8PathBuf> {
     let product = &config.product.rootfs;
     if product.engine.value != product::Engine::Buildroot {
         return Vec::new();
@@ -258,7 +264,7 @@ fn fragments(config: &Config) -> Vec<&Utf8PathBuf> {
 }
 
 /// The contents of those files that exist.
-fn contents<'a>(
+fn read_contents<'a>(
     root: &Utf8Path,
     paths: impl Iterator<Item = &'a Utf8PathBuf>,
 ) -> Result<Vec<(Utf8PathBuf, Vec<u8>)>> {
@@ -270,13 +276,13 @@ fn contents<'a>(
     Ok(found)
 }
 
-fn inputs(config: &Config) -> Result<Vec<Input>> {
+fn collect_inputs(config: &Config) -> Result<Vec<InputFile>> {
     let product = &config.product;
     let mut paths = vec![product.place.file.clone(), config.board.place.file.clone()];
     paths.extend(config.board.include.iter().map(|path| path.value.clone()));
     paths.extend(product.rootfs.lock.iter().map(|l| l.value.clone()));
     paths.extend(product.rootfs.sources.iter().map(|source| source.key.value.clone()));
-    paths.extend(fragments(config).into_iter().cloned());
+    paths.extend(fragment_paths(config).into_iter().cloned());
     paths.extend(product.api.iter().map(|api| api.lock.value.clone()));
     paths.extend(product.users.iter().flat_map(|u| &u.authorized_keys).map(|k| k.value.clone()));
     paths.extend(config.templates.values().cloned());
@@ -285,11 +291,11 @@ fn inputs(config: &Config) -> Result<Vec<Input>> {
         let full = config.root.join(&path);
         // A missing file is reported by the plan, which knows the line that names it.
         if full.is_file() {
-            inputs.push(Input { sha256: hash_file(&full)?.1, path });
+            inputs.push(InputFile { sha256: hash_file(&full)?.1, path });
         }
     }
     for file in config.overlays.iter().flat_map(|o| &o.files) {
-        inputs.push(Input { path: file.source.clone(), sha256: file.sha256.clone() });
+        inputs.push(InputFile { path: file.source.clone(), sha256: file.sha256.clone() });
     }
     inputs.sort();
     inputs.dedup();

@@ -5,7 +5,7 @@ use serde::{Deserialize, Serialize};
 /// How the boot loader is passed to the machine.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum BootloaderSlot {
+pub enum BootloaderOption {
     /// As flash content (`-bios`).
     Bios,
     /// As the machine's kernel (`-kernel`).
@@ -15,7 +15,7 @@ pub enum BootloaderSlot {
 /// How the card is attached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Drive {
+pub enum CardDrive {
     /// The machine's own SD slot.
     Sd,
     /// A virtio block device.
@@ -25,7 +25,7 @@ pub enum Drive {
 /// A board's machine in QEMU.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Machine {
+pub struct QemuMachine {
     /// The value of `-M`.
     pub machine: String,
     /// The first version of QEMU that supports it, such as `9.0`; `None`: all versions in use.
@@ -37,9 +37,9 @@ pub struct Machine {
     /// Number of processors.
     pub cpus: u32,
     /// How the boot loader is passed.
-    pub bootloader: BootloaderSlot,
+    pub bootloader: BootloaderOption,
     /// How the card is attached.
-    pub drive: Drive,
+    pub drive: CardDrive,
     /// Whether the card's size must be a power of two (QEMU's SD card rejects others).
     pub power_of_two_card: bool,
     /// Which of the machine's serial ports is the console, from 0.

@@ -14,11 +14,13 @@ pub mod units;
 
 use std::collections::BTreeMap;
 
+use crate::config::board::BoardConfig;
+use crate::config::product::ProductConfig;
 use camino::Utf8PathBuf;
 
 pub use load::{
-    boards, default_product, examples, load, product_file, products, read_board, read_product,
-    workspace_root,
+    default_product, list_boards, list_examples, list_products, load, product_file, read_board,
+    read_product, workspace_root,
 };
 
 /// Everything that one build reads from the workspace.
@@ -27,9 +29,9 @@ pub struct Config {
     /// The workspace's root directory.
     pub root: Utf8PathBuf,
     /// The product.
-    pub product: product::Product,
+    pub product: ProductConfig,
     /// The board.
-    pub board: board::Board,
+    pub board: BoardConfig,
     /// The names of all boards, sorted.
     pub boards: Vec<String>,
     /// The board's templates, by the names that its boot files have for them; paths relative to the workspace. One
@@ -47,12 +49,12 @@ pub struct Config {
     /// The files of SSH public keys, path and content. One that is missing is a finding of the plan.
     pub authorized_keys: Vec<(Utf8PathBuf, Vec<u8>)>,
     /// Every file that was read, with its SHA-256, sorted by path.
-    pub inputs: Vec<Input>,
+    pub inputs: Vec<InputFile>,
 }
 
 /// A file of the workspace that the build depends on.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, serde::Serialize)]
-pub struct Input {
+pub struct InputFile {
     /// Path relative to the workspace.
     pub path: Utf8PathBuf,
     /// SHA-256 of the content.

@@ -12,7 +12,7 @@ pub struct Overlay {
     /// Its files and links, sorted by target.
     pub files: Vec<OverlayFile>,
     /// Directories that it requests with an explicit mode or owner.
-    pub directories: Vec<(Utf8PathBuf, Attributes)>,
+    pub directories: Vec<(Utf8PathBuf, FileAttributes)>,
     /// Files that editors and desktops left in it, relative to the workspace; they are not copied
     /// to the robot.
     pub junk: Vec<Utf8PathBuf>,
@@ -20,7 +20,7 @@ pub struct Overlay {
 
 /// Mode and numeric owner.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
-pub struct Attributes {
+pub struct FileAttributes {
     /// Permission bits.
     pub mode: u32,
     /// Numeric user id.
@@ -32,7 +32,7 @@ pub struct Attributes {
 /// The kind of an overlay file.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum EntryKind {
+pub enum OverlayFileKind {
     /// Copied as it is.
     Literal,
     /// Rendered; the target's name lacks the `.j2`.
@@ -49,9 +49,9 @@ pub struct OverlayFile {
     /// Path on the robot, without the leading slash.
     pub target: Utf8PathBuf,
     /// Its kind.
-    pub kind: EntryKind,
+    pub kind: OverlayFileKind,
     /// Mode and owner on the robot.
-    pub attributes: Attributes,
+    pub attributes: FileAttributes,
     /// SHA-256 of the content (of the link's target for a link).
     pub sha256: String,
 }

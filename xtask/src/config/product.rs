@@ -4,8 +4,8 @@ pub use bundle::{BuildKind, Version};
 use camino::Utf8PathBuf;
 use toml::de::DeValue;
 
-use super::reader::{Fields, FromToml, Located, Place, Source, Whole};
-use super::units::{Name, Percent};
+use super::reader::{ConfigPlace, ConfigSource, FromToml, Located, TableFields, WholeNumber};
+use super::units::{Percent, SafeName};
 
 impl FromToml for BuildKind {
     const EXPECTED: &'static str = "\"development\" or \"release\"";
@@ -41,11 +41,11 @@ impl FromToml for Engine {
 
 /// A product, as written.
 #[derive(Debug)]
-pub struct Product {
+pub struct ProductConfig {
     /// The file it was read from.
-    pub place: Place,
+    pub place: ConfigPlace,
     /// Its name; equals the file's name.
-    pub name: Located<Name>,
+    pub name: Located<SafeName>,
     /// Human-readable title.
     pub title: String,
     /// Its version.
@@ -55,34 +55,34 @@ pub struct Product {
     /// Built when no product is named.
     pub default: bool,
     /// Boards that it is built for.
-    pub boards: Vec<Located<Name>>,
+    pub boards: Vec<Located<SafeName>>,
     /// The default board.
-    pub default_board: Located<Name>,
+    pub default_board: Located<SafeName>,
     /// Overlays, later ones over earlier ones.
-    pub overlays: Vec<Located<Name>>,
+    pub overlays: Vec<Located<SafeName>>,
     /// Replaces the board's serial console: a device, or `none`.
-    pub console: Option<Located<Terminal>>,
+    pub console: Option<Located<ConsoleDevice>>,
     /// The base system.
-    pub rootfs: Rootfs,
+    pub rootfs: RootfsConfig,
     /// The API wheel; `None` for a bare system.
-    pub api: Option<Api>,
+    pub api: Option<ApiConfig>,
     /// Accounts in addition to the system's own.
-    pub users: Vec<User>,
+    pub users: Vec<UserConfig>,
     /// SSH policy.
-    pub ssh: Ssh,
+    pub ssh: SshConfig,
     /// Network defaults.
-    pub network: Network,
+    pub network: NetworkConfig,
     /// Update policy.
-    pub update: Update,
+    pub update: UpdateConfig,
 }
 
 /// The base system.
 #[derive(Debug)]
-pub struct Rootfs {
+pub struct RootfsConfig {
     /// Which engine.
     pub engine: Located<Engine>,
     /// Debian suite (engine `debian`).
-    pub suite: Option<Located<Name>>,
+    pub suite: Option<Located<SafeName>>,
     /// Debian archive components (engine `debian`).
     pub components: Vec<Located<String>>,
     /// Packages (engine `debian`), without their dependencies.
@@ -94,7 +94,7 @@ pub struct Rootfs {
     /// Further apt archives (engine `debian`).
     pub sources: Vec<AptSource>,
     /// The pinned Buildroot (engine `buildroot`).
-    pub buildroot: Option<Buildroot>,
+    pub buildroot: Option<BuildrootConfig>,
     /// The build fails when more than this share of the slot is used.
     pub fill_limit: Percent,
     /// The build warns when more than this share of the slot is used.
@@ -109,7 +109,7 @@ pub struct Rootfs {
 #[derive(Debug)]
 pub struct AptSource {
     /// Its name in messages and in the lock.
-    pub name: Located<Name>,
+    pub name: Located<SafeName>,
     /// Its address, without a slash at the end.
     pub address: Located<String>,
     /// Its suite.
@@ -162,7 +162,7 @@ impl FromToml for PackagePattern {
 
 /// The pinned Buildroot, and the Python and C library for which wheels are locked.
 #[derive(Debug)]
-pub struct Buildroot {
+pub struct BuildrootConfig {
     /// The git repository that it is cloned from.
     pub url: Located<String>,
     /// Release, such as `2025.02.16`: the name of its tag.
@@ -179,7 +179,7 @@ pub struct Buildroot {
 
 /// The API wheel.
 #[derive(Debug)]
-pub struct Api {
+pub struct ApiConfig {
     /// Requirement, such as `opentrons==10.1.0`.
     pub package: Located<String>,
     /// Wheel lock.
@@ -190,9 +190,9 @@ pub struct Api {
 
 /// An account.
 #[derive(Debug)]
-pub struct User {
+pub struct UserConfig {
     /// Login name.
-    pub name: Located<Name>,
+    pub name: Located<SafeName>,
     /// Numeric id; the group of the same name has it too. The system's `root` is 0.
     pub uid: Located<u32>,
     /// Further groups.
@@ -231,21 +231,21 @@ impl FromToml for RootLogin {
 /// SSH policy.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Ssh {
+pub struct SshConfig {
     /// Passwords are accepted; a release product may not.
     pub password_authentication: bool,
     /// Whether root may log in.
     pub permit_root_login: RootLogin,
     /// The place of `password-authentication`, for messages.
     #[serde(skip)]
-    pub place: Place,
+    pub place: ConfigPlace,
 }
 
 /// The serial console of a product: Linux's name of a device, or none.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Terminal(pub Option<String>);
+pub struct ConsoleDevice(pub Option<String>);
 
-impl FromToml for Terminal {
+impl FromToml for ConsoleDevice {
     const EXPECTED: &'static str = "\"none\" or a device such as \"ttyUSB0\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let name = value.as_str().ok_or(String::new())?;
@@ -262,9 +262,9 @@ impl FromToml for Terminal {
 
 /// A country for the radio's regulatory domain: a two-letter code of ISO 3166-1 in capitals.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Country(pub String);
+pub struct CountryCode(pub String);
 
-impl FromToml for Country {
+impl FromToml for CountryCode {
     const EXPECTED: &'static str = "a country code of two capitals, such as \"DE\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let code = value.as_str().unwrap_or_default();
@@ -283,7 +283,7 @@ impl FromToml for Country {
 /// Network defaults.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Network {
+pub struct NetworkConfig {
     /// Host name until the robot gets its own.
     pub hostname: String,
     /// A link-local address when no DHCP server answers.
@@ -294,7 +294,7 @@ pub struct Network {
 
 /// Update policy.
 #[derive(Debug)]
-pub struct Update {
+pub struct UpdateConfig {
     /// The robot rejects bundles below this version.
     pub minimum_version: Located<Version>,
     /// The lowest key epoch whose bundles the robot accepts; 0: any.
@@ -305,9 +305,9 @@ pub struct Update {
 ///
 /// # Errors
 /// All findings of the file at once.
-pub fn parse(source: Source, name: &str) -> anyhow::Result<Product> {
+pub fn parse_product(source: ConfigSource, name: &str) -> anyhow::Result<ProductConfig> {
     source.parse(|fields| {
-        let product = build(fields)?;
+        let product = read_product(fields)?;
         if product.name.value.0 != name {
             let message = format!(
                 "`name`: expected \"{name}\" as the file, found \"{}\"",
@@ -325,11 +325,11 @@ pub fn parse(source: Source, name: &str) -> anyhow::Result<Product> {
 }
 
 /// What a bundle's manifest has room for.
-const KEY_EPOCH: Whole = Whole { of: "", from: 0, to: u32::MAX };
+const KEY_EPOCH: WholeNumber = WholeNumber { of: "", from: 0, to: u32::MAX };
 /// Root's 0, and those of people: Debian Policy 9.2.2 gives 60000 and above to others.
-const UID: Whole = Whole { of: "", from: 0, to: 59_999 };
+const UID: WholeNumber = WholeNumber { of: "", from: 0, to: 59_999 };
 
-fn build(f: &mut Fields<'_>) -> Option<Product> {
+fn read_product(f: &mut TableFields<'_>) -> Option<ProductConfig> {
     let name = f.required("name");
     let title = f.required::<String>("title");
     let version = f.required("version");
@@ -339,28 +339,28 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let default_board = f.required("default-board");
     let overlays = f.list("overlays");
     let console = f.optional("console");
-    let rootfs = f.table("rootfs", rootfs);
+    let rootfs = f.table("rootfs", read_rootfs);
     let api = f.optional_table("api", |f| {
         let package = f.required("package");
         let lock = f.required("lock");
         let minimum_version = f.optional("minimum-version");
-        Some(Api { package: package?, lock: lock?, minimum_version: minimum_version? })
+        Some(ApiConfig { package: package?, lock: lock?, minimum_version: minimum_version? })
     });
-    let users = f.tables("users", user);
+    let users = f.tables("users", read_user);
     let ssh = f.table("ssh", |f| {
         let password_authentication = f.or("password-authentication", false);
         let permit_root_login = f.or("permit-root-login", RootLogin::No);
-        Some(Ssh {
+        Some(SshConfig {
             password_authentication: password_authentication?,
             permit_root_login: permit_root_login?,
             place: f.place(),
         })
     });
     let network = f.table("network", |f| {
-        let hostname = f.required::<Name>("hostname");
+        let hostname = f.required::<SafeName>("hostname");
         let link_local = f.or("link-local", true);
-        let country = f.optional::<Country>("country");
-        Some(Network {
+        let country = f.optional::<CountryCode>("country");
+        Some(NetworkConfig {
             hostname: hostname?.value.0,
             link_local: link_local?,
             country: country?.map(|located| located.value.0),
@@ -369,10 +369,10 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     let update = f.table("update", |f| {
         let minimum_version = f.required("minimum-version");
         let key_epoch = f.number_or("key-epoch", KEY_EPOCH, 0);
-        Some(Update { minimum_version: minimum_version?, key_epoch: key_epoch? })
+        Some(UpdateConfig { minimum_version: minimum_version?, key_epoch: key_epoch? })
     });
     let place = f.place();
-    Some(Product {
+    Some(ProductConfig {
         place,
         name: name?,
         title: title?.value,
@@ -392,14 +392,14 @@ fn build(f: &mut Fields<'_>) -> Option<Product> {
     })
 }
 
-fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
+fn read_rootfs(f: &mut TableFields<'_>) -> Option<RootfsConfig> {
     let engine = f.required("engine");
     let suite = f.optional("suite");
     let components = f.list("components");
     let packages = f.list("packages");
     let unpacked = f.list("unpacked");
     let lock = f.optional("lock");
-    let sources = f.tables("sources", source);
+    let sources = f.tables("sources", read_apt_source);
     let buildroot = f.optional_table("buildroot", |f| {
         let url = f.required("url");
         let release = f.required("release");
@@ -407,7 +407,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
         let python = f.required("python");
         let libc = f.required("libc");
         let fragments = f.list("fragments");
-        Some(Buildroot {
+        Some(BuildrootConfig {
             url: url?,
             release: release?,
             commit: commit?,
@@ -420,7 +420,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     let fill_warning = f.or("fill-warning", Percent(85));
     let prune = f.list::<String>("prune");
     let keep = f.list::<String>("keep");
-    Some(Rootfs {
+    Some(RootfsConfig {
         engine: engine?,
         suite: suite?,
         components: components?,
@@ -436,7 +436,7 @@ fn rootfs(f: &mut Fields<'_>) -> Option<Rootfs> {
     })
 }
 
-fn source(f: &mut Fields<'_>) -> Option<AptSource> {
+fn read_apt_source(f: &mut TableFields<'_>) -> Option<AptSource> {
     let name = f.required("name");
     let address = f.required("address").and_then(|address| plain_address(f, address));
     let suite = f.required("suite");
@@ -454,7 +454,7 @@ fn source(f: &mut Fields<'_>) -> Option<AptSource> {
 }
 
 /// The address of an archive in apt's form, without trailing slashes.
-fn plain_address(f: &Fields<'_>, mut address: Located<String>) -> Option<Located<String>> {
+fn plain_address(f: &TableFields<'_>, mut address: Located<String>) -> Option<Located<String>> {
     let text = address.value.trim_end_matches('/').to_owned();
     let rest = text.strip_prefix("https://").or_else(|| text.strip_prefix("http://"));
     let host = rest.and_then(|rest| rest.split('/').next()).unwrap_or_default();
@@ -481,7 +481,7 @@ fn plain_address(f: &Fields<'_>, mut address: Located<String>) -> Option<Located
     Some(address)
 }
 
-fn user(f: &mut Fields<'_>) -> Option<User> {
+fn read_user(f: &mut TableFields<'_>) -> Option<UserConfig> {
     let name = f.required("name");
     let uid = f.number("uid", UID);
     let groups = f.list::<String>("groups");
@@ -489,13 +489,13 @@ fn user(f: &mut Fields<'_>) -> Option<User> {
     let home = f.optional::<String>("home");
     let password = f.required("password");
     let authorized_keys = f.list("authorized-keys");
-    let name: Located<Name> = name?;
+    let name: Located<SafeName> = name?;
     let home = match home? {
         Some(home) => home.value,
         None if name.value.0 == "root" => "/root".to_owned(),
         None => format!("/home/{}", name.value.0),
     };
-    Some(User {
+    Some(UserConfig {
         uid: uid?,
         groups: groups?.into_iter().map(|l| l.value).collect(),
         shell: shell?,

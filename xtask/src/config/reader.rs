@@ -15,7 +15,7 @@ use toml::de::{DeTable, DeValue};
 
 /// A place in a configuration file.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Place {
+pub struct ConfigPlace {
     /// The file, relative to the workspace where possible.
     pub file: Utf8PathBuf,
     /// Line, counted from 1; 0 when the finding is about the file as a whole.
@@ -24,9 +24,9 @@ pub struct Place {
     pub text: String,
 }
 
-impl Place {
+impl ConfigPlace {
     /// The place of a range of bytes in a file's text.
-    pub fn of(file: &Utf8Path, text: &str, at: &Range<usize>) -> Self {
+    pub fn from_range(file: &Utf8Path, text: &str, at: &Range<usize>) -> Self {
         let before = text.get(..at.start.min(text.len())).unwrap_or_default();
         let line = before.matches('\n').count() + 1;
         let shown = text.lines().nth(line - 1).unwrap_or_default().trim().to_owned();
@@ -40,38 +40,38 @@ pub struct Located<T> {
     /// The value.
     pub value: T,
     /// Where it was written.
-    pub place: Place,
+    pub place: ConfigPlace,
 }
 
 /// One thing that is wrong in the configuration.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Finding {
+pub struct ConfigFinding {
     /// Where.
-    pub place: Place,
+    pub place: ConfigPlace,
     /// What was expected and what was found.
     pub message: String,
     /// What to do; empty when the message says it.
     pub help: String,
 }
 
-impl Finding {
+impl ConfigFinding {
     /// Makes a finding at a place.
-    pub fn new(place: &Place, message: impl Into<String>, help: impl Into<String>) -> Self {
+    pub fn new(place: &ConfigPlace, message: impl Into<String>, help: impl Into<String>) -> Self {
         Self { place: place.clone(), message: message.into(), help: help.into() }
     }
 }
 
 /// Everything that is wrong, in the order of the files.
 #[derive(Debug, Clone, Default, Serialize)]
-pub struct Findings(pub Vec<Finding>);
+pub struct ConfigFindings(pub Vec<ConfigFinding>);
 
-impl std::fmt::Display for Findings {
+impl std::fmt::Display for ConfigFindings {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         for (i, finding) in self.0.iter().enumerate() {
             if i > 0 {
                 writeln!(f)?;
             }
-            let Place { file, line, text } = &finding.place;
+            let ConfigPlace { file, line, text } = &finding.place;
             if *line == 0 {
                 write!(f, "{file}: {}", finding.message)?;
             } else {
@@ -85,9 +85,9 @@ impl std::fmt::Display for Findings {
     }
 }
 
-impl std::error::Error for Findings {}
+impl std::error::Error for ConfigFindings {}
 
-impl Findings {
+impl ConfigFindings {
     /// `Ok` when nothing is wrong.
     ///
     /// # Errors
@@ -109,10 +109,10 @@ pub fn written_lock<T: DeserializeOwned>(text: &str, path: &Utf8Path, help: &str
     ensure!(!text.trim().is_empty(), "{path} is empty: nothing was locked yet\nhelp: {help}");
     toml::from_str(text).map_err(|error| {
         let place = match error.span() {
-            Some(at) => Place::of(path, text, &at),
-            None => Place { file: path.to_owned(), line: 0, text: String::new() },
+            Some(at) => ConfigPlace::from_range(path, text, &at),
+            None => ConfigPlace { file: path.to_owned(), line: 0, text: String::new() },
         };
-        Findings(vec![Finding::new(&place, error.message(), DAMAGED)]).into()
+        ConfigFindings(vec![ConfigFinding::new(&place, error.message(), DAMAGED)]).into()
     })
 }
 
@@ -123,32 +123,36 @@ pub fn in_entry(
     entry: &Range<usize>,
     key: &str,
     message: impl Into<String>,
-) -> Finding {
+) -> ConfigFinding {
     let rest = text.get(entry.start..).unwrap_or_default();
     // Its first line may be the header, which is not an end.
     let mut at = entry.start;
     for (n, line) in rest.split_inclusive('\n').enumerate() {
         let names = line.trim_start().strip_prefix(key);
         if names.is_some_and(|rest| rest.trim_start().starts_with('=')) {
-            return Finding::new(&Place::of(path, text, &(at..at)), message, DAMAGED);
+            return ConfigFinding::new(
+                &ConfigPlace::from_range(path, text, &(at..at)),
+                message,
+                DAMAGED,
+            );
         }
         if n > 0 && line.starts_with('[') {
             break;
         }
         at += line.len();
     }
-    Finding::new(&Place::of(path, text, entry), message, DAMAGED)
+    ConfigFinding::new(&ConfigPlace::from_range(path, text, entry), message, DAMAGED)
 }
 
 /// One configuration file being read.
 #[derive(Debug)]
-pub struct Source {
+pub struct ConfigSource {
     path: Utf8PathBuf,
     text: String,
-    findings: RefCell<Vec<Finding>>,
+    findings: RefCell<Vec<ConfigFinding>>,
 }
 
-impl Source {
+impl ConfigSource {
     /// Takes a file's content; `shown` is the path that messages use.
     ///
     /// # Errors
@@ -169,11 +173,11 @@ impl Source {
     ///
     /// # Errors
     /// All findings of the file, when there are any.
-    pub fn parse<T>(self, build: impl FnOnce(&mut Fields<'_>) -> Option<T>) -> Result<T> {
+    pub fn parse<T>(self, build: impl FnOnce(&mut TableFields<'_>) -> Option<T>) -> Result<T> {
         self.parse_over(Vec::new(), build)
     }
 
-    /// Like [`Source::parse`], for a file that includes others: a value that it does not define
+    /// Like [`ConfigSource::parse`], for a file that includes others: a value that it does not define
     /// comes from the first included file that does; lists and arrays of tables are joined, the
     /// included ones first, in order. Every value keeps its place.
     ///
@@ -182,7 +186,7 @@ impl Source {
     pub fn parse_over<T>(
         self,
         included: Vec<Self>,
-        build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
+        build: impl FnOnce(&mut TableFields<'_>) -> Option<T>,
     ) -> Result<T> {
         let sources: Vec<Self> = std::iter::once(self).chain(included).collect();
         let mut tables = Vec::new();
@@ -201,7 +205,7 @@ impl Source {
                 table: table.get_ref(),
                 at: table.span(),
             });
-            let mut fields = Fields::new(layers.collect(), String::new());
+            let mut fields = TableFields::new(layers.collect(), String::new());
             let built = build(&mut fields);
             fields.finish();
             built
@@ -210,7 +214,7 @@ impl Source {
         };
         drop(tables);
         let findings = sources.into_iter().flat_map(|source| source.findings.into_inner());
-        Findings(findings.collect()).check()?;
+        ConfigFindings(findings.collect()).check()?;
         built.context("a configuration file was rejected without a finding")
     }
 
@@ -223,12 +227,12 @@ impl Source {
         paths.filter_map(|item| Utf8PathBuf::from_toml(item.get_ref()).ok()).collect()
     }
 
-    fn place(&self, at: &Range<usize>) -> Place {
-        Place::of(&self.path, &self.text, at)
+    fn place(&self, at: &Range<usize>) -> ConfigPlace {
+        ConfigPlace::from_range(&self.path, &self.text, at)
     }
 
     fn finding(&self, at: &Range<usize>, message: impl Into<String>, help: impl Into<String>) {
-        self.findings.borrow_mut().push(Finding::new(&self.place(at), message, help));
+        self.findings.borrow_mut().push(ConfigFinding::new(&self.place(at), message, help));
     }
 }
 
@@ -260,7 +264,7 @@ impl FromToml for bool {
 
 /// A whole number with the range of its key.
 #[derive(Debug, Clone, Copy)]
-pub struct Whole {
+pub struct WholeNumber {
     /// What is counted, such as "seconds"; empty: nothing.
     pub of: &'static str,
     /// The lowest one.
@@ -269,7 +273,7 @@ pub struct Whole {
     pub to: u32,
 }
 
-impl Whole {
+impl WholeNumber {
     /// What a person should have written.
     pub fn expected(&self) -> String {
         let of = if self.of.is_empty() { String::new() } else { format!(" of {}", self.of) };
@@ -308,13 +312,13 @@ impl<T> OkOrDefault<T> for Option<T> {
 /// A table in one of the files that include one another.
 #[derive(Debug, Clone)]
 struct Layer<'a> {
-    source: &'a Source,
+    source: &'a ConfigSource,
     table: &'a DeTable<'a>,
     at: Range<usize>,
 }
 
 /// The fields of one table; each may be read once, and a key that was not read is an unknown key.
-pub struct Fields<'a> {
+pub struct TableFields<'a> {
     /// The file's own table, if any, before those of the files that it includes.
     layers: Vec<Layer<'a>>,
     prefix: String,
@@ -323,9 +327,9 @@ pub struct Fields<'a> {
 }
 
 /// A value, and the file that contains it.
-type Found<'a> = (&'a Source, &'a Spanned<DeValue<'a>>);
+type Found<'a> = (&'a ConfigSource, &'a Spanned<DeValue<'a>>);
 
-impl<'a> Fields<'a> {
+impl<'a> TableFields<'a> {
     fn new(layers: Vec<Layer<'a>>, prefix: String) -> Self {
         Self { layers, prefix, known: BTreeSet::new(), open: false }
     }
@@ -341,7 +345,7 @@ impl<'a> Fields<'a> {
         self.values(key).into_iter().next()
     }
 
-    /// Like [`Fields::values`], in the order in which lists are joined.
+    /// Like [`TableFields::values`], in the order in which lists are joined.
     fn parts(&mut self, key: &'static str) -> Vec<Found<'a>> {
         let own = self.layers.first().is_some_and(|layer| layer.table.contains_key(key));
         let mut values = self.values(key);
@@ -360,11 +364,11 @@ impl<'a> Fields<'a> {
         let name = format!("{}{key}", self.prefix);
         let Layer { source, at, .. } = self.own();
         let place = if self.prefix.is_empty() {
-            Place { file: source.path.clone(), line: 0, text: String::new() }
+            ConfigPlace { file: source.path.clone(), line: 0, text: String::new() }
         } else {
             source.place(at)
         };
-        source.findings.borrow_mut().push(Finding::new(
+        source.findings.borrow_mut().push(ConfigFinding::new(
             &place,
             format!("`{name}` is missing"),
             format!("add `{key} = …`: {expected}"),
@@ -402,7 +406,7 @@ impl<'a> Fields<'a> {
     }
 
     /// A required whole number.
-    pub fn number(&mut self, key: &'static str, whole: Whole) -> Option<Located<u32>> {
+    pub fn number(&mut self, key: &'static str, whole: WholeNumber) -> Option<Located<u32>> {
         let Some(found) = self.value(key) else {
             self.missing(key, &whole.expected());
             return None;
@@ -412,7 +416,12 @@ impl<'a> Fields<'a> {
     }
 
     /// A whole number with a default.
-    pub fn number_or(&mut self, key: &'static str, whole: Whole, default: u32) -> Option<u32> {
+    pub fn number_or(
+        &mut self,
+        key: &'static str,
+        whole: WholeNumber,
+        default: u32,
+    ) -> Option<u32> {
         if self.value(key).is_none() {
             return Some(default);
         }
@@ -475,7 +484,7 @@ impl<'a> Fields<'a> {
     pub fn table<T>(
         &mut self,
         key: &'static str,
-        build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
+        build: impl FnOnce(&mut TableFields<'_>) -> Option<T>,
     ) -> Option<T> {
         match self.optional_table(key, build)? {
             Some(built) => Some(built),
@@ -490,7 +499,7 @@ impl<'a> Fields<'a> {
     pub fn optional_table<T>(
         &mut self,
         key: &'static str,
-        build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
+        build: impl FnOnce(&mut TableFields<'_>) -> Option<T>,
     ) -> Option<Option<T>> {
         let values = self.values(key);
         if values.is_empty() {
@@ -503,7 +512,7 @@ impl<'a> Fields<'a> {
     pub fn tables<T>(
         &mut self,
         key: &'static str,
-        mut build: impl FnMut(&mut Fields<'_>) -> Option<T>,
+        mut build: impl FnMut(&mut TableFields<'_>) -> Option<T>,
     ) -> Option<Vec<T>> {
         let mut built = Vec::new();
         for (source, value) in self.parts(key) {
@@ -523,7 +532,7 @@ impl<'a> Fields<'a> {
         &self,
         key: &str,
         values: &[Found<'a>],
-        build: impl FnOnce(&mut Fields<'_>) -> Option<T>,
+        build: impl FnOnce(&mut TableFields<'_>) -> Option<T>,
     ) -> Option<T> {
         let mut layers = Vec::new();
         for &(source, value) in values {
@@ -535,7 +544,7 @@ impl<'a> Fields<'a> {
             layers.push(Layer { source, table, at: value.span() });
         }
         let prefix = format!("{}{key}.", self.prefix);
-        let mut fields = Fields::new(layers, prefix);
+        let mut fields = TableFields::new(layers, prefix);
         let built = build(&mut fields);
         fields.finish();
         built
@@ -557,14 +566,14 @@ impl<'a> Fields<'a> {
     }
 
     /// Where this table was written.
-    pub fn place(&self) -> Place {
+    pub fn place(&self) -> ConfigPlace {
         let Layer { source, at, .. } = self.own();
         source.place(at)
     }
 
     /// Adds a finding from the caller.
-    pub fn reject(&self, place: &Place, message: impl Into<String>, help: impl Into<String>) {
-        self.own().source.findings.borrow_mut().push(Finding::new(place, message, help));
+    pub fn reject(&self, place: &ConfigPlace, message: impl Into<String>, help: impl Into<String>) {
+        self.own().source.findings.borrow_mut().push(ConfigFinding::new(place, message, help));
     }
 
     fn finish(self) {
@@ -577,7 +586,7 @@ impl<'a> Fields<'a> {
                 if self.known.contains(name) {
                     continue;
                 }
-                let help = match nearest(name, self.known.iter().copied()) {
+                let help = match nearest_name(name, self.known.iter().copied()) {
                     Some(near) => format!("did you mean `{near}`?"),
                     None => {
                         let known: Vec<_> = self.known.iter().copied().collect();
@@ -593,17 +602,17 @@ impl<'a> Fields<'a> {
 
 /// The known name nearest to a misspelt one, when one is near enough: two letters (a transposition
 /// is two), or a third of a long name.
-pub fn nearest<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
+pub fn nearest_name<'n>(name: &str, known: impl IntoIterator<Item = &'n str>) -> Option<&'n str> {
     known
         .into_iter()
-        .map(|candidate| (distance(name, candidate), candidate))
+        .map(|candidate| (edit_distance(name, candidate), candidate))
         .filter(|(d, candidate)| *d <= (candidate.len().max(name.len()) / 3).max(2))
         .min()
         .map(|(_, candidate)| candidate)
 }
 
 /// Levenshtein distance.
-fn distance(a: &str, b: &str) -> usize {
+fn edit_distance(a: &str, b: &str) -> usize {
     let b: Vec<char> = b.chars().collect();
     let mut row: Vec<usize> = (0..=b.len()).collect();
     for (i, x) in a.chars().enumerate() {

@@ -8,10 +8,12 @@ use anyhow::{Context, Result};
 use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 
 use super::content;
-use super::file::source;
-use super::overlay::{Attributes, EntryKind, Overlay, OverlayFile};
-use super::reader::{Fields, Finding, Findings, Located, Place, Whole};
-use super::units::Name;
+use super::file::read_source;
+use super::overlay::{FileAttributes, Overlay, OverlayFile, OverlayFileKind};
+use super::reader::{
+    ConfigFinding, ConfigFindings, ConfigPlace, Located, TableFields, WholeNumber,
+};
+use super::units::SafeName;
 use crate::artifact::hash_bytes;
 
 /// The file of exceptions; it is not copied to the robot.
@@ -21,7 +23,7 @@ const EXCEPTIONS: &str = "overlay.toml";
 ///
 /// # Errors
 /// A missing directory, or all findings of its `overlay.toml`.
-pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
+pub fn read_overlay(root: &Utf8Path, name: &Located<SafeName>) -> Result<Overlay> {
     let base = Utf8Path::new("overlays").join(&name.value.0);
     let about = root.join(&base).symlink_metadata();
     if !about.as_ref().is_ok_and(|about| about.is_dir()) {
@@ -38,18 +40,18 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
                 "create the directory, or remove the name from `overlays`",
             ),
         };
-        return Err(Findings(vec![Finding::new(&name.place, message, help)]).into());
+        return Err(ConfigFindings(vec![ConfigFinding::new(&name.place, message, help)]).into());
     }
     let exceptions = read_exceptions(root, &base)?;
     let mut found = Found::default();
-    walk(root, &base, Utf8Path::new(""), &mut found)?;
+    walk_overlay(root, &base, Utf8Path::new(""), &mut found)?;
     let Found { mut files, mut junk, mut findings } = found;
     files.sort_by(|a, b| a.target.cmp(&b.target));
     junk.sort();
     for (path, attributes, place) in exceptions.files {
         match files.iter_mut().find(|file| file.target == path) {
             Some(file) => file.attributes = attributes,
-            None => findings.push(Finding::new(
+            None => findings.push(ConfigFinding::new(
                 &place,
                 format!("the overlay has no file {path}"),
                 "name the file as on the robot, without `.j2`",
@@ -62,10 +64,10 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
         {
             let message =
                 format!("{} and {} are both /{}", first.source, second.source, first.target);
-            findings.push(Finding::new(&name.place, message, "remove one of the two"));
+            findings.push(ConfigFinding::new(&name.place, message, "remove one of the two"));
         }
     }
-    Findings(findings).check()?;
+    ConfigFindings(findings).check()?;
     let directories = exceptions.directories.into_iter().map(|(p, a, _)| (p, a)).collect();
     Ok(Overlay { name: name.value.0.clone(), files, directories, junk })
 }
@@ -75,17 +77,27 @@ pub fn read(root: &Utf8Path, name: &Located<Name>) -> Result<Overlay> {
 struct Found {
     files: Vec<OverlayFile>,
     junk: Vec<Utf8PathBuf>,
-    findings: Vec<Finding>,
+    findings: Vec<ConfigFinding>,
 }
 
 impl Found {
-    fn wrong(&mut self, source: &Utf8Path, message: impl Into<String>, help: impl Into<String>) {
-        let place = Place { file: source.to_owned(), line: 0, text: String::new() };
-        self.findings.push(Finding::new(&place, message, help));
+    fn add_problem(
+        &mut self,
+        source: &Utf8Path,
+        message: impl Into<String>,
+        help: impl Into<String>,
+    ) {
+        let place = ConfigPlace { file: source.to_owned(), line: 0, text: String::new() };
+        self.findings.push(ConfigFinding::new(&place, message, help));
     }
 }
 
-fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -> Result<()> {
+fn walk_overlay(
+    root: &Utf8Path,
+    base: &Utf8Path,
+    inner: &Utf8Path,
+    found: &mut Found,
+) -> Result<()> {
     let dir = root.join(base).join(inner);
     for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
         let entry = entry.with_context(|| format!("reading {dir}"))?;
@@ -102,40 +114,41 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
         }
         let metadata = full.symlink_metadata().with_context(|| format!("reading {source}"))?;
         if metadata.is_dir() {
-            walk(root, base, &target, found)?;
+            walk_overlay(root, base, &target, found)?;
         } else if metadata.is_symlink() {
             let link = full.read_link_utf8().with_context(|| format!("reading {source}"))?;
-            if leaves(root, &target, &link) {
+            if link_leaves_overlay(root, &target, &link) {
                 let message = format!("the link points to {link}, outside of the overlay");
                 let help = "a link is copied unchanged: let it point to a path on the robot, or \
                  copy the file";
-                found.wrong(&source, message, help);
+                found.add_problem(&source, message, help);
             }
-            let attributes = Attributes { mode: 0o777, uid: 0, gid: 0 };
+            let attributes = FileAttributes { mode: 0o777, uid: 0, gid: 0 };
             let sha256 = hash_bytes(link.as_str().as_bytes());
-            let kind = EntryKind::Symlink;
+            let kind = OverlayFileKind::Symlink;
             found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
         } else if metadata.is_file() {
             let executable = metadata.permissions().mode() & 0o100 != 0;
             let mode = if executable { 0o755 } else { 0o644 };
             let (kind, target) = match target.as_str().strip_suffix(".j2") {
-                Some(rendered) => (EntryKind::Template, Utf8PathBuf::from(rendered)),
-                None => (EntryKind::Literal, target),
+                Some(rendered) => (OverlayFileKind::Template, Utf8PathBuf::from(rendered)),
+                None => (OverlayFileKind::Literal, target),
             };
             let bytes = std::fs::read(full).with_context(|| format!("reading {source}"))?;
             // The content of a template is checked when it is rendered.
-            if kind == EntryKind::Literal
-                && let Some(problem) = content::problem(content::Place::Root(&target), &bytes)
+            if kind == OverlayFileKind::Literal
+                && let Some(problem) =
+                    content::find_problem(content::FileDestination::Root(&target), &bytes)
             {
-                found.wrong(&source, problem.message, problem.help);
+                found.add_problem(&source, problem.message, problem.help);
             }
             let sha256 = hash_bytes(&bytes);
-            let attributes = Attributes { mode, uid: 0, gid: 0 };
+            let attributes = FileAttributes { mode, uid: 0, gid: 0 };
             found.files.push(OverlayFile { source, target, kind, attributes, sha256 });
         } else {
             let help = "remove it; create such a file on the robot (tmpfiles.d(5))";
             let message = "a pipe, a socket or a device; expected a file, a directory or a link";
-            found.wrong(&source, message, help);
+            found.add_problem(&source, message, help);
         }
     }
     Ok(())
@@ -143,7 +156,7 @@ fn walk(root: &Utf8Path, base: &Utf8Path, inner: &Utf8Path, found: &mut Found) -
 
 /// Whether a link at that path of an overlay points to something on this machine: above the root,
 /// or into the workspace.
-fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
+fn link_leaves_overlay(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
     if link.is_absolute() {
         return root != "/" && link.starts_with(root);
     }
@@ -161,8 +174,8 @@ fn leaves(root: &Utf8Path, target: &Utf8Path, link: &Utf8Path) -> bool {
 /// Modes and owners of files, and directories that the overlay requests.
 #[derive(Default)]
 struct Exceptions {
-    files: Vec<(Utf8PathBuf, Attributes, Place)>,
-    directories: Vec<(Utf8PathBuf, Attributes, Place)>,
+    files: Vec<(Utf8PathBuf, FileAttributes, ConfigPlace)>,
+    directories: Vec<(Utf8PathBuf, FileAttributes, ConfigPlace)>,
 }
 
 fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
@@ -170,17 +183,17 @@ fn read_exceptions(root: &Utf8Path, base: &Utf8Path) -> Result<Exceptions> {
     if !root.join(&shown).is_file() {
         return Ok(Exceptions::default());
     }
-    source(root, &shown)?.parse(|f| {
-        let files = f.tables("files", exception);
-        let directories = f.tables("directories", exception);
+    read_source(root, &shown)?.parse(|f| {
+        let files = f.tables("files", read_exception);
+        let directories = f.tables("directories", read_exception);
         Some(Exceptions { files: files?, directories: directories? })
     })
 }
 
 /// Ids of ext4 have 32 bits, and the highest one means "none" (chown(2)).
-const OWNER: Whole = Whole { of: "", from: 0, to: u32::MAX - 1 };
+const OWNER: WholeNumber = WholeNumber { of: "", from: 0, to: u32::MAX - 1 };
 
-fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
+fn read_exception(f: &mut TableFields<'_>) -> Option<(Utf8PathBuf, FileAttributes, ConfigPlace)> {
     let path = f.required::<Utf8PathBuf>("path");
     let mode = f.required::<String>("mode");
     let uid = f.number_or("uid", OWNER, 0);
@@ -194,5 +207,5 @@ fn exception(f: &mut Fields<'_>) -> Option<(Utf8PathBuf, Attributes, Place)> {
         f.reject(&mode.place, message, "");
         return None;
     };
-    Some((path?.value, Attributes { mode: bits, uid: uid?, gid: gid? }, f.place()))
+    Some((path?.value, FileAttributes { mode: bits, uid: uid?, gid: gid? }, f.place()))
 }

@@ -6,13 +6,13 @@ use super::reader::FromToml;
 
 /// A size in bytes, written with a binary unit: `"512B"`, `"8KiB"`, `"64MiB"`, `"4GiB"`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Size(pub u64);
+pub struct BinarySize(pub u64);
 
-impl FromToml for Size {
+impl FromToml for BinarySize {
     const EXPECTED: &'static str = "a size with its unit, such as \"64MiB\" or \"4GiB\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;
-        parse_size(text).map(Size)
+        parse_size(text).map(BinarySize)
     }
 }
 
@@ -66,9 +66,9 @@ impl FromToml for bundle::Version {
 /// A name that is safe in file names, host names and labels: `[a-z0-9][a-z0-9-]*`, at most 32 long,
 /// the same rule as in a bundle's manifest.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Name(pub String);
+pub struct SafeName(pub String);
 
-impl FromToml for Name {
+impl FromToml for SafeName {
     const EXPECTED: &'static str = "a name of lower-case letters, digits and `-`";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;
@@ -86,9 +86,9 @@ impl FromToml for Name {
 
 /// A day, written `"2024-05-13"`.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub struct Day(pub String);
+pub struct CalendarDay(pub String);
 
-impl FromToml for Day {
+impl FromToml for CalendarDay {
     const EXPECTED: &'static str = "a day from \"2000-01-01\" to \"2999-12-31\"";
     fn from_toml(value: &DeValue<'_>) -> Result<Self, String> {
         let text = value.as_str().ok_or(String::new())?;

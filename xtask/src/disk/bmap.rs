@@ -13,12 +13,12 @@ use sha2::{Digest, Sha256};
 
 use super::layout::BLOCK;
 use crate::artifact::{self, Artifact};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// A run of blocks with one checksum. Runs are at most [`LONGEST_RANGE`] long, so that a check can
 /// use every core.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Range {
+pub struct BlockRange {
     /// The first block.
     pub first: u64,
     /// The last block.
@@ -42,7 +42,7 @@ pub struct BlockMap {
     /// Bytes in a block.
     pub block_size: u64,
     /// The mapped ranges, in order.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<BlockRange>,
 }
 
 /// The path of an image's block map.
@@ -73,7 +73,7 @@ impl BlockMap {
             self.block_size,
             self.mapped_blocks(),
         );
-        for Range { first, last, sha256 } in &self.ranges {
+        for BlockRange { first, last, sha256 } in &self.ranges {
             let span = if first == last { first.to_string() } else { format!("{first}-{last}") };
             writeln!(text, "        <Range chksum=\"{sha256}\"> {span} </Range>")
                 .expect("writing to a String cannot fail");
@@ -91,7 +91,7 @@ impl BlockMap {
         let own = artifact::hash_bytes(self.text(&"0".repeat(64)).as_bytes());
         let text = self.text(&own);
         // Not synced, like the image: some filesystems would also sync the image.
-        let temporary = artifact::partial(path);
+        let temporary = artifact::partial_path(path);
         std::fs::write(&temporary, &text).with_context(|| format!("writing {temporary}"))?;
         std::fs::rename(&temporary, path).with_context(|| format!("renaming {temporary}"))?;
         Ok(Artifact {
@@ -106,18 +106,18 @@ impl BlockMap {
     /// # Errors
     /// When the file cannot be read or is not a valid map of version 2.0 with SHA-256.
     pub fn read(path: &Utf8Path) -> Result<Self> {
-        let doing = || format!("reading the block map {path}");
-        let size = std::fs::metadata(path).with_context(doing)?.len();
-        ensure!(size <= LARGEST_FILE, "{}: too large for a block map ({size} bytes)", doing());
-        let text = std::fs::read_to_string(path).with_context(doing)?;
-        Self::parse(&text).with_context(doing)
+        let context = || format!("reading the block map {path}");
+        let size = std::fs::metadata(path).with_context(context)?.len();
+        ensure!(size <= LARGEST_FILE, "{}: too large for a block map ({size} bytes)", context());
+        let text = std::fs::read_to_string(path).with_context(context)?;
+        Self::parse(&text).with_context(context)
     }
 
     fn parse(text: &str) -> Result<Self> {
         ensure!(text.contains("<bmap version=\"2.0\">"), "not a block map of version 2.0");
-        let kind = element(text, "ChecksumType")?;
+        let kind = find_element(text, "ChecksumType")?;
         ensure!(kind == "sha256", "its checksums are `{kind}`, expected `sha256`");
-        let own = element(text, "BmapFileChecksum")?;
+        let own = find_element(text, "BmapFileChecksum")?;
         ensure!(own.len() == 64, "its own checksum has {} characters, expected 64", own.len());
         let found = artifact::hash_bytes(text.replacen(own, &"0".repeat(64), 1).as_bytes());
         ensure!(found == own, "the map is damaged: its SHA-256 is {found}, but it contains {own}");
@@ -136,17 +136,17 @@ impl BlockMap {
             let (first, last) = span.split_once('-').unwrap_or((span, span));
             let (first, last): (u64, u64) =
                 (first.parse().map_err(|_| bad())?, last.parse().map_err(|_| bad())?);
-            let after = ranges.last().map_or(0, |r: &Range| r.last + 1);
+            let after = ranges.last().map_or(0, |r: &BlockRange| r.last + 1);
             ensure!(
                 first >= after && last >= first && last < u64::MAX,
                 "range {} ({span}) is out of order",
                 ranges.len() + 1
             );
-            ranges.push(Range { first, last, sha256: sha256.to_owned() });
+            ranges.push(BlockRange { first, last, sha256: sha256.to_owned() });
         }
         let map = Self {
-            image_size: number(text, "ImageSize")?,
-            block_size: number(text, "BlockSize")?,
+            image_size: parse_number(text, "ImageSize")?,
+            block_size: parse_number(text, "BlockSize")?,
             ranges,
         };
         ensure!(
@@ -159,7 +159,7 @@ impl BlockMap {
             map.ranges.last().is_none_or(|r| r.last < blocks),
             "its last range ends beyond the image's {blocks} blocks"
         );
-        let counted = number(text, "MappedBlocksCount")?;
+        let counted = parse_number(text, "MappedBlocksCount")?;
         ensure!(
             counted == map.mapped_blocks(),
             "the map counts {counted} mapped blocks, but lists {}",
@@ -169,15 +169,15 @@ impl BlockMap {
     }
 }
 
-fn element<'a>(text: &'a str, name: &str) -> Result<&'a str> {
+fn find_element<'a>(text: &'a str, name: &str) -> Result<&'a str> {
     let missing = || anyhow!("the map has no {name}");
     let (_, rest) = text.split_once(&format!("<{name}>")).ok_or_else(missing)?;
     let (value, _) = rest.split_once(&format!("</{name}>")).ok_or_else(missing)?;
     Ok(value.trim())
 }
 
-fn number(text: &str, name: &str) -> Result<u64> {
-    let value = element(text, name)?;
+fn parse_number(text: &str, name: &str) -> Result<u64> {
+    let value = find_element(text, name)?;
     value.parse().with_context(|| format!("its {name} is `{value}`, expected a number"))
 }
 
@@ -186,19 +186,24 @@ fn number(text: &str, name: &str) -> Result<u64> {
 /// # Errors
 /// When either file cannot be read, the sizes differ, or a range has another checksum; the message
 /// names the first damaged ranges by their bytes.
-pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
+pub fn check_image(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
     let map = BlockMap::read(map)?;
-    let doing = || format!("checking {image} against its block map");
-    let file = File::open(image).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
+    let context = || format!("checking {image} against its block map");
+    let file = File::open(image).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
     if size != map.image_size {
-        bail!("{}: the image has {size} bytes, but the map is for {}", doing(), map.image_size);
+        bail!("{}: the image has {size} bytes, but the map is for {}", context(), map.image_size);
     }
     let total = map.mapped_blocks() * map.block_size;
-    let step = Step::new("verify", image.file_name().unwrap_or("image"), total, Unit::Bytes);
+    let step = ProgressStep::new(
+        "verify",
+        image.file_name().unwrap_or("image"),
+        total,
+        ProgressUnit::Bytes,
+    );
     let next = AtomicUsize::new(0);
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let work = || -> Result<Vec<&Range>> {
+    let work = || -> Result<Vec<&BlockRange>> {
         let mut damaged = Vec::new();
         let mut buffer = vec![0; READ];
         while let Some(range) = map.ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
@@ -208,7 +213,7 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         }
         Ok(damaged)
     };
-    let mut damaged = std::thread::scope(|scope| -> Result<Vec<&Range>> {
+    let mut damaged = std::thread::scope(|scope| -> Result<Vec<&BlockRange>> {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
@@ -216,13 +221,13 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         }
         Ok(all)
     })
-    .with_context(doing)?;
+    .with_context(context)?;
     if damaged.is_empty() {
         return Ok(map);
     }
     damaged.sort();
     let count = damaged.len();
-    let mut message = format!("{}: {count} of {} ranges are damaged", doing(), map.ranges.len());
+    let mut message = format!("{}: {count} of {} ranges are damaged", context(), map.ranges.len());
     for range in damaged.iter().take(8) {
         let (first, after) = (range.first * map.block_size, (range.last + 1) * map.block_size);
         message.push_str(&format!("\n  bytes {first} to {}", after - 1));
@@ -233,9 +238,9 @@ pub fn check(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
 fn hash_range(
     file: &File,
     map: &BlockMap,
-    range: &Range,
+    range: &BlockRange,
     buffer: &mut [u8],
-    step: &Step,
+    step: &ProgressStep,
 ) -> Result<String> {
     let mut hasher = Sha256::new();
     let mut offset = range.first * map.block_size;
@@ -256,7 +261,7 @@ mod tests {
     use super::*;
 
     fn map() -> BlockMap {
-        let range = |first, last| Range { first, last, sha256: "ab".repeat(32) };
+        let range = |first, last| BlockRange { first, last, sha256: "ab".repeat(32) };
         BlockMap { image_size: 40960, block_size: 4096, ranges: vec![range(0, 3), range(5, 5)] }
     }
 

@@ -9,7 +9,7 @@ use anyhow::{Context, Result, anyhow};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::{self, Artifact};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// Bytes of the image in each frame. Frames are independent and together are one valid file, so the
 /// result does not depend on the number of cores; at 32 MiB the loss is below 1 %.
@@ -24,7 +24,7 @@ pub fn path_for(image: &Utf8Path) -> Utf8PathBuf {
 ///
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
-pub fn compress(image: &Utf8Path, level: i32) -> Result<Artifact> {
+pub fn compress_image(image: &Utf8Path, level: i32) -> Result<Artifact> {
     compress_to(image, &path_for(image), level)
 }
 
@@ -33,10 +33,15 @@ pub fn compress(image: &Utf8Path, level: i32) -> Result<Artifact> {
 /// # Errors
 /// When reading or writing fails; nothing is left under the final name then.
 pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artifact> {
-    let doing = || format!("compressing {image}");
-    let file = File::open(image).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
-    let step = Step::new("image", out.file_name().unwrap_or("image.zst"), size, Unit::Bytes);
+    let context = || format!("compressing {image}");
+    let file = File::open(image).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
+    let step = ProgressStep::new(
+        "image",
+        out.file_name().unwrap_or("image.zst"),
+        size,
+        ProgressUnit::Bytes,
+    );
     let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
     artifact::write_atomically(out, |writer| {
         std::thread::scope(|scope| {
@@ -59,8 +64,8 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
             Ok(())
         })
     })
-    .with_context(doing)?;
-    Artifact::of(out)
+    .with_context(context)?;
+    Artifact::from_file(out)
 }
 
 fn work(

@@ -7,12 +7,12 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result};
 
-use super::bmap::Range;
+use super::bmap::BlockRange;
 use super::layout::BLOCK;
-use super::pages::Pages;
-use super::sums::{Summed, Sums};
-use super::windows::{WINDOW, WINDOW_BLOCKS, Windows, bits, non_zero, runs};
-use crate::progress::Step;
+use super::pages::SparsePages;
+use super::sums::{BlockChecksums, ChecksummedImage};
+use super::windows::{FileWindows, WINDOW, WINDOW_BLOCKS, bit_mask, non_zero, set_bit_runs};
+use crate::progress::ProgressStep;
 
 /// The maximum size of a write in bytes. The page cache allocates one block of memory for each
 /// write. Up to this size (Linux: PAGE_ALLOC_COSTLY_ORDER, eight pages) it reuses recently freed
@@ -24,29 +24,29 @@ const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// What fills a region.
 #[derive(Debug)]
-pub enum Payload<'a> {
+pub enum RegionContent<'a> {
     /// Blocks in memory; blocks that were written are mapped.
-    Memory(&'a Pages),
+    Memory(&'a SparsePages),
     /// An open filesystem image; the blocks of its ranges are mapped.
-    Image(&'a File, &'a Summed),
+    Image(&'a File, &'a ChecksummedImage),
     /// This many blocks of zeros, all mapped.
     Zeros(u64),
 }
 
 /// A region, and its byte offsets in the image.
 #[derive(Debug)]
-pub struct Region<'a> {
+pub struct ImageRegion<'a> {
     /// Its content.
-    pub payload: Payload<'a>,
+    pub payload: RegionContent<'a>,
     /// Multiples of the block size.
     pub places: Vec<u64>,
 }
 
 /// The result.
 #[derive(Debug, Default)]
-pub struct Written {
+pub struct CopyResult {
     /// The mapped ranges of the image, in order.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<BlockRange>,
     /// Bytes written.
     pub bytes: u64,
 }
@@ -55,22 +55,26 @@ pub struct Written {
 ///
 /// # Errors
 /// When reading or writing fails.
-pub fn write(regions: &[Region<'_>], image: &File, step: &Step) -> Result<Written> {
+pub fn write_regions(
+    regions: &[ImageRegion<'_>],
+    image: &File,
+    step: &ProgressStep,
+) -> Result<CopyResult> {
     let mut writer = Writer { image, step, bytes: 0 };
     let mut ranges = Vec::new();
     for region in regions {
         let places = &region.places;
         let own = match &region.payload {
-            Payload::Memory(pages) => &writer.memory(pages, places)?,
-            Payload::Image(file, summed) => {
+            RegionContent::Memory(pages) => &writer.memory(pages, places)?,
+            RegionContent::Image(file, summed) => {
                 writer.image(file, summed, places)?;
                 &summed.ranges
             }
-            Payload::Zeros(blocks) => &zeros(*blocks),
+            RegionContent::Zeros(blocks) => &zero_ranges(*blocks),
         };
         for place in places {
             let shift = place / BLOCK;
-            ranges.extend(own.iter().map(|range| Range {
+            ranges.extend(own.iter().map(|range| BlockRange {
                 first: range.first + shift,
                 last: range.last + shift,
                 sha256: range.sha256.clone(),
@@ -78,27 +82,27 @@ pub fn write(regions: &[Region<'_>], image: &File, step: &Step) -> Result<Writte
         }
     }
     ranges.sort();
-    Ok(Written { ranges, bytes: writer.bytes })
+    Ok(CopyResult { ranges, bytes: writer.bytes })
 }
 
 /// The ranges of blocks that are zero and mapped.
-fn zeros(blocks: u64) -> Vec<Range> {
-    let mut sums = Sums::default();
+fn zero_ranges(blocks: u64) -> Vec<BlockRange> {
+    let mut sums = BlockChecksums::default();
     for first in (0..blocks).step_by(WINDOW_BLOCKS as usize) {
-        sums.add(first, bits(0, (blocks - first).min(WINDOW_BLOCKS)), None);
+        sums.add(first, bit_mask(0, (blocks - first).min(WINDOW_BLOCKS)), None);
     }
     sums.finish()
 }
 
 struct Writer<'a> {
     image: &'a File,
-    step: &'a Step,
+    step: &'a ProgressStep,
     bytes: u64,
 }
 
 impl Writer<'_> {
-    fn memory(&mut self, pages: &Pages, places: &[u64]) -> Result<Vec<Range>> {
-        let mut sums = Sums::default();
+    fn memory(&mut self, pages: &SparsePages, places: &[u64]) -> Result<Vec<BlockRange>> {
+        let mut sums = BlockChecksums::default();
         let mut buffer = vec![0; WINDOW];
         for first in (0..pages.blocks()).step_by(WINDOW_BLOCKS as usize) {
             let present = |bit: &u64| pages.block(first + bit).is_some();
@@ -115,10 +119,10 @@ impl Writer<'_> {
         Ok(sums.finish())
     }
 
-    fn image(&mut self, file: &File, summed: &Summed, places: &[u64]) -> Result<()> {
+    fn image(&mut self, file: &File, summed: &ChecksummedImage, places: &[u64]) -> Result<()> {
         let mapped: Vec<_> = summed.ranges.iter().map(|r| r.first..r.last + 1).collect();
         let blocks = 0..summed.size.div_ceil(BLOCK);
-        Windows::new(file, summed.size, blocks, &mapped).each(|window| match window.bytes {
+        FileWindows::new(file, summed.size, blocks, &mapped).each(|window| match window.bytes {
             Some(bytes) => self.write(window.first, window.filled, bytes, places),
             None => Ok(()),
         })
@@ -127,7 +131,7 @@ impl Writer<'_> {
     /// Writes the blocks of a window that are set in `mask`.
     fn write(&mut self, first: u64, mask: u64, bytes: &[u8], places: &[u64]) -> Result<()> {
         for place in places {
-            for (start, end) in runs(mask) {
+            for (start, end) in set_bit_runs(mask) {
                 let run = &bytes[(start * BLOCK) as usize..(end * BLOCK) as usize];
                 let mut offset = place + (first + start) * BLOCK;
                 for piece in run.chunks(PIECE) {

@@ -24,7 +24,7 @@ const BLOCK_UNINIT: u16 = 0x2;
 
 /// How full an ext4 volume is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
+pub struct Ext4Usage {
     /// Bytes in a block.
     pub block_size: u64,
     /// Bytes of the whole volume.
@@ -90,24 +90,24 @@ impl Super {
 ///
 /// # Errors
 /// When the file cannot be read or is not an ext4 volume.
-pub fn usage(image: &Utf8Path) -> Result<Usage> {
-    let doing = || format!("reading the ext4 volume {image}");
-    let file = File::open(image).with_context(doing)?;
-    let Some(volume) = Super::read(&file).with_context(doing)? else {
-        bail!("{}: no ext4 superblock", doing());
+pub fn read_usage(image: &Utf8Path) -> Result<Ext4Usage> {
+    let context = || format!("reading the ext4 volume {image}");
+    let file = File::open(image).with_context(context)?;
+    let Some(volume) = Super::read(&file).with_context(context)? else {
+        bail!("{}: no ext4 superblock", context());
     };
     let block_size = volume.block_size();
     let (size, free) = (volume.blocks() * block_size, volume.wide(12, 0x158) * block_size);
     let id = &volume.bytes[104..120];
     let label = &volume.bytes[120..136];
-    Ok(Usage {
+    Ok(Ext4Usage {
         block_size,
         size,
         used: size.saturating_sub(free),
         free,
         inodes: volume.u32(0).into(),
         free_inodes: volume.u32(16).into(),
-        uuid: uuid::Uuid::from_slice(id).with_context(doing)?.to_string(),
+        uuid: uuid::Uuid::from_slice(id).with_context(context)?.to_string(),
         label: String::from_utf8_lossy(label).trim_end_matches('\0').to_owned(),
     })
 }
@@ -167,7 +167,7 @@ pub fn used_bytes(file: &File) -> Result<Option<Vec<Range<u64>>>> {
             .with_context(|| format!("reading the block bitmap of group {group}"))?;
         add_bitmap(&bitmap, start..(start + per_group).min(blocks), &mut used);
     }
-    Ok(Some(merge(used, blocks, block)))
+    Ok(Some(merge_ranges(used, blocks, block)))
 }
 
 /// Whether a group contains a copy of the superblock.
@@ -201,7 +201,7 @@ fn add_bitmap(bitmap: &[u8], group: Range<u64>, used: &mut Vec<Range<u64>>) {
 }
 
 /// Sorts and joins ranges of blocks, cuts them at the volume's end, and converts them to bytes.
-fn merge(mut used: Vec<Range<u64>>, blocks: u64, block: u64) -> Vec<Range<u64>> {
+fn merge_ranges(mut used: Vec<Range<u64>>, blocks: u64, block: u64) -> Vec<Range<u64>> {
     used.sort_by_key(|range| range.start);
     let mut merged: Vec<Range<u64>> = Vec::new();
     for range in used {

@@ -63,11 +63,11 @@ impl Ext4Read for Slice {
 ///
 /// # Errors
 /// When the image cannot be read.
-pub(crate) fn length(image: &Utf8Path, offset: u64) -> Result<u64> {
-    let doing = || format!("reading {image}");
-    let mut file = File::open(image).with_context(doing)?;
+pub(crate) fn remaining_length(image: &Utf8Path, offset: u64) -> Result<u64> {
+    let context = || format!("reading {image}");
+    let mut file = File::open(image).with_context(context)?;
     // The metadata of a block device do not contain its size.
-    let end = file.seek(SeekFrom::End(0)).with_context(doing)?;
+    let end = file.seek(SeekFrom::End(0)).with_context(context)?;
     Ok(end.saturating_sub(offset))
 }
 
@@ -140,15 +140,15 @@ pub(crate) fn needs_replay(image: &Utf8Path, offset: u64) -> Result<bool> {
 ///
 /// # Errors
 /// When there is none, or its superblock is invalid.
-pub(crate) fn open(image: &Utf8Path, offset: u64) -> Result<Ext4> {
-    let doing = || format!("reading the ext4 filesystem at byte {offset} of {image}");
-    let length = length(image, offset)?;
+pub(crate) fn open_ext4(image: &Utf8Path, offset: u64) -> Result<Ext4> {
+    let context = || format!("reading the ext4 filesystem at byte {offset} of {image}");
+    let length = remaining_length(image, offset)?;
     Superblock::read(image, offset)
         .and_then(|superblock| superblock.check(length))
-        .with_context(doing)?;
+        .with_context(context)?;
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let slice = Slice { file, offset, window: Vec::new(), window_start: 0 };
-    Ext4::load(Box::new(slice)).with_context(doing)
+    Ext4::load(Box::new(slice)).with_context(context)
 }
 
 /// Reads a file of at most `most` bytes.

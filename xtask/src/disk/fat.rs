@@ -11,9 +11,9 @@ use fatfs::{
     Date, DateTime, FileSystem, FormatVolumeOptions, FsOptions, Time, TimeProvider, format_volume,
 };
 
-use super::layout::{BLOCK, Placed, SECTOR};
-use super::pages::Pages;
-use super::spec::{Content, FatFile, Source};
+use super::layout::{BLOCK, PlacedPartition, SECTOR};
+use super::pages::SparsePages;
+use super::spec::{FatFile, FileSource, PartitionContent};
 use super::table::{HEADS, SECTORS_PER_TRACK};
 use crate::progress;
 
@@ -74,66 +74,66 @@ impl TimeProvider for Fixed {
 ///
 /// # Errors
 /// When a file cannot be read or does not fit, a name cannot be stored, or two names are the same.
-pub fn make(
-    placed: &Placed,
+pub fn make_fat(
+    placed: &PlacedPartition,
     label: &str,
     volume_id: u32,
     says_where: bool,
     files: &[FatFile],
     epoch: u64,
     size_key: &str,
-) -> Result<Pages> {
+) -> Result<SparsePages> {
     let name = &placed.name;
-    let doing = || format!("making the FAT volume of `{name}`");
-    let label = stored_label(label).with_context(doing)?;
+    let context = || format!("making the FAT volume of `{name}`");
+    let label = stored_label(label).with_context(context)?;
     let now = dos_time(epoch);
-    let mut pages = Pages::new(placed.size);
+    let mut pages = SparsePages::new(placed.size);
     let options = FormatVolumeOptions::new()
         .bytes_per_sector(SECTOR as u16)
         .bytes_per_cluster(cluster_size(placed.size))
-        .total_sectors(u32::try_from(placed.sectors).with_context(doing)?)
+        .total_sectors(u32::try_from(placed.sectors).with_context(context)?)
         .sectors_per_track(SECTORS_PER_TRACK as u16)
         .heads(HEADS as u16)
         .drive_num(FIXED_DISK)
         .volume_id(volume_id)
         .volume_label(label);
-    format_volume(&mut pages, options).with_context(doing)?;
+    format_volume(&mut pages, options).with_context(context)?;
     let hidden = if says_where { placed.first_sector } else { 0 };
-    finish_format(&mut pages, hidden, now).with_context(doing)?;
+    finish_format(&mut pages, hidden, now).with_context(context)?;
     // fatfs needs a `'static` clock; leaking it costs 16 bytes for each volume.
     let clock: &'static Fixed = Box::leak(Box::new(Fixed(now)));
     let volume =
-        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(doing)?;
+        FileSystem::new(&mut pages, FsOptions::new().time_provider(clock)).with_context(context)?;
     for file in files {
         write_file(&volume, file, placed, size_key)
-            .with_context(|| format!("{}: writing {}", doing(), file.path))?;
+            .with_context(|| format!("{}: writing {}", context(), file.path))?;
     }
-    volume.unmount().with_context(doing)?;
-    finish_folders(&mut pages).with_context(doing)?;
+    volume.unmount().with_context(context)?;
+    finish_folders(&mut pages).with_context(context)?;
     Ok(pages)
 }
 
 /// Writes the volume that both slots share to a file, for an update bundle.
 ///
 /// # Errors
-/// As [`make`], or when the file cannot be written.
+/// As [`make_fat`], or when the file cannot be written.
 pub fn write_shared(
-    placed: &Placed,
-    content: &Content,
+    placed: &PlacedPartition,
+    content: &PartitionContent,
     epoch: u64,
     size_key: &str,
     out: &Utf8Path,
 ) -> Result<()> {
-    let Content::Fat { label, volume_id, placed: says_where, files } = content else {
+    let PartitionContent::Fat { label, volume_id, placed: says_where, files } = content else {
         bail!("`{}` contains no FAT volume", placed.name);
     };
-    let pages = make(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
-    let doing = || format!("writing {out}");
-    let file = File::create(out).with_context(doing)?;
-    file.set_len(placed.size).with_context(doing)?;
+    let pages = make_fat(placed, label, *volume_id, *says_where, files, epoch, size_key)?;
+    let context = || format!("writing {out}");
+    let file = File::create(out).with_context(context)?;
+    file.set_len(placed.size).with_context(context)?;
     for index in 0..pages.blocks() {
         if let Some(block) = pages.block(index) {
-            file.write_all_at(block, index * BLOCK).with_context(doing)?;
+            file.write_all_at(block, index * BLOCK).with_context(context)?;
         }
     }
     Ok(())
@@ -157,7 +157,7 @@ struct Geometry {
 }
 
 impl Geometry {
-    fn read(pages: &mut Pages) -> Result<Self> {
+    fn read(pages: &mut SparsePages) -> Result<Self> {
         let mut boot = [0u8; 512];
         pages.read_at(0, &mut boot)?;
         let u16_at = |at: usize| u64::from(u16::from_le_bytes([boot[at], boot[at + 1]]));
@@ -183,7 +183,7 @@ impl Geometry {
     }
 
     /// The pieces of the directory that starts at this cluster: byte offset and length.
-    fn folder(&self, pages: &mut Pages, first: u64) -> Result<Vec<(u64, u64)>> {
+    fn folder(&self, pages: &mut SparsePages, first: u64) -> Result<Vec<(u64, u64)>> {
         let mut pieces = Vec::new();
         let (width, end) = if self.fat32 { (4, 0x0fff_fff8) } else { (2, 0xfff8) };
         let mut cluster = first;
@@ -199,7 +199,7 @@ impl Geometry {
 
 /// Sets what `fatfs` omits when it formats: the offset of the volume on the disk, which firmware
 /// reads instead of the partition table, and the time of the label.
-fn finish_format(pages: &mut Pages, hidden: u64, now: DateTime) -> Result<()> {
+fn finish_format(pages: &mut SparsePages, hidden: u64, now: DateTime) -> Result<()> {
     let geometry = Geometry::read(pages)?;
     let hidden = u32::try_from(hidden).unwrap_or(0).to_le_bytes();
     pages.write_at(HIDDEN_SECTORS, &hidden)?;
@@ -218,7 +218,7 @@ fn finish_format(pages: &mut Pages, hidden: u64, now: DateTime) -> Result<()> {
 
 /// Writes the entries `.` and `..` as the specification requires: `fatfs` 0.3 gives them long names
 /// and points `..` at the root's cluster in a FAT32, and `fsck.fat` rejects both.
-fn finish_folders(pages: &mut Pages) -> Result<()> {
+fn finish_folders(pages: &mut SparsePages) -> Result<()> {
     let geometry = Geometry::read(pages)?;
     let mut left = if geometry.fat32 {
         geometry.folder(pages, geometry.root_cluster)?
@@ -248,7 +248,7 @@ fn finish_folders(pages: &mut Pages) -> Result<()> {
 
 /// Turns the first four entries of a directory (long name of `.`, `.`, long name of `..`, `..`)
 /// into `.`, `..` and two deleted ones.
-fn finish_folder(pages: &mut Pages, at: u64, root_cluster: u64) -> Result<()> {
+fn finish_folder(pages: &mut SparsePages, at: u64, root_cluster: u64) -> Result<()> {
     let mut entries = [0u8; 4 * ENTRY];
     pages.read_at(at, &mut entries)?;
     let is = |n: usize, name: &[u8]| entries[n * ENTRY..].starts_with(name);
@@ -313,9 +313,9 @@ fn dos_time(epoch: u64) -> DateTime {
 }
 
 fn write_file(
-    volume: &FileSystem<&mut Pages>,
+    volume: &FileSystem<&mut SparsePages>,
     file: &FatFile,
-    placed: &Placed,
+    placed: &PlacedPartition,
     size_key: &str,
 ) -> Result<()> {
     let parts: Vec<&str> = file.path.split('/').collect();
@@ -332,8 +332,8 @@ fn write_file(
     }
     let mut bytes = Vec::new();
     let content: &[u8] = match &file.source {
-        Source::Bytes(bytes) => bytes,
-        Source::File(path) => {
+        FileSource::Bytes(bytes) => bytes,
+        FileSource::File(path) => {
             File::open(path)
                 .and_then(|mut f| f.read_to_end(&mut bytes))
                 .with_context(|| format!("reading {path}"))?;
@@ -345,10 +345,10 @@ fn write_file(
     let too_large = || {
         anyhow!(
             "the file has {}, but `{}` ({}) has only {} free\nhelp: raise {size_key}",
-            progress::bytes(content.len() as u64),
+            progress::format_bytes(content.len() as u64),
             placed.name,
-            progress::bytes(placed.size),
-            progress::bytes(free),
+            progress::format_bytes(placed.size),
+            progress::format_bytes(free),
         )
     };
     if content.len() as u64 > free {

@@ -108,7 +108,7 @@ pub struct DiskRequest {
 
 /// A partition with its offset.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Placed {
+pub struct PlacedPartition {
     /// The number in the table, from 1.
     pub number: u32,
     /// The role's name.
@@ -132,7 +132,7 @@ pub struct Placed {
     pub record: Option<u64>,
 }
 
-impl Placed {
+impl PlacedPartition {
     /// The first byte after the partition.
     pub fn end(&self) -> u64 {
         self.offset + self.size
@@ -153,9 +153,9 @@ pub struct StateSector {
     pub sector: u64,
 }
 
-/// A disk with all offsets assigned; it has passed every check of [`place`].
+/// A disk with all offsets assigned; it has passed every check of [`lay_out_disk`].
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Layout {
+pub struct DiskLayout {
     /// The kind of the partition table.
     pub table: TableKind,
     /// Bytes of the whole disk.
@@ -167,12 +167,12 @@ pub struct Layout {
     /// The copies of the trust record.
     pub trust: Vec<StateSector>,
     /// The partitions, by offset and by number.
-    pub partitions: Vec<Placed>,
+    pub partitions: Vec<PlacedPartition>,
 }
 
-impl Layout {
+impl DiskLayout {
     /// The partition with this name.
-    pub fn partition(&self, name: &str) -> Option<&Placed> {
+    pub fn partition(&self, name: &str) -> Option<&PlacedPartition> {
         self.partitions.iter().find(|p| p.name == name)
     }
 
@@ -184,7 +184,7 @@ impl Layout {
 }
 
 /// A size for messages: exact, in the largest unit that divides it.
-pub fn exact(bytes: u64) -> String {
+pub fn exact_size(bytes: u64) -> String {
     let units = [(1u64 << 40, "TiB"), (1 << 30, "GiB"), (1 << 20, "MiB"), (1 << 10, "KiB")];
     match units.iter().find(|(unit, _)| bytes > 0 && bytes.is_multiple_of(*unit)) {
         Some((unit, name)) => format!("{} {name}", bytes / unit),
@@ -196,19 +196,21 @@ pub fn exact(bytes: u64) -> String {
 ///
 /// # Errors
 /// All errors, one sentence for each, in the order of the request.
-pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
+pub fn lay_out_disk(request: &DiskRequest) -> Result<DiskLayout, Vec<String>> {
     let mut findings = Vec::new();
     if request.alignment == 0 || !request.alignment.is_multiple_of(BLOCK) {
         findings.push(format!(
             "the alignment is {}, it must be a multiple of 4 KiB",
-            exact(request.alignment)
+            exact_size(request.alignment)
         ));
         // All later rules depend on it.
         return Err(findings);
     }
     if !request.size.is_multiple_of(BLOCK) {
-        findings
-            .push(format!("the disk is {}, it must be a multiple of 4 KiB", exact(request.size)));
+        findings.push(format!(
+            "the disk is {}, it must be a multiple of 4 KiB",
+            exact_size(request.size)
+        ));
     }
     let partitions = place_partitions(request, &mut findings);
     check_names(request, &mut findings);
@@ -223,7 +225,7 @@ pub fn place(request: &DiskRequest) -> Result<Layout, Vec<String>> {
     };
     let (states, trust) = (sectors(&request.states), sectors(&request.trust));
     let (table, size) = (request.table, request.size);
-    Ok(Layout { table, size, sector_size: SECTOR, states, trust, partitions })
+    Ok(DiskLayout { table, size, sector_size: SECTOR, states, trust, partitions })
 }
 
 /// Bytes at the start of the disk that the table needs.
@@ -236,8 +238,8 @@ fn table_tail(table: TableKind) -> u64 {
     if table.has_gpt() { GPT_TAIL_SECTORS * SECTOR } else { 0 }
 }
 
-fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Placed> {
-    let mut placed: Vec<Placed> = Vec::new();
+fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<PlacedPartition> {
+    let mut placed: Vec<PlacedPartition> = Vec::new();
     if request.partitions.is_empty() {
         findings.push("the disk has no partition".to_owned());
     }
@@ -248,18 +250,18 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         } else if !wanted.size.is_multiple_of(BLOCK) {
             findings.push(format!(
                 "`{name}` has a size of {}, it must be a multiple of 4 KiB",
-                exact(wanted.size)
+                exact_size(wanted.size)
             ));
         }
         if wanted.filesystem == Filesystem::Vfat && (1..SMALLEST_VFAT).contains(&wanted.size) {
             findings.push(format!(
                 "`{name}` has a size of {}, a vfat partition needs at least {}",
-                exact(wanted.size),
-                exact(SMALLEST_VFAT)
+                exact_size(wanted.size),
+                exact_size(SMALLEST_VFAT)
             ));
         }
         let before = placed.last();
-        let free = before.map_or(request.first_partition, Placed::end);
+        let free = before.map_or(request.first_partition, PlacedPartition::end);
         let logical = request.table == TableKind::Mbr
             && request.partitions.len() > MBR_SLOTS
             && index >= MBR_SLOTS - 1;
@@ -276,8 +278,8 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         if !offset.is_multiple_of(request.alignment) {
             findings.push(format!(
                 "`{name}` starts at {}, which is not a multiple of the alignment {}",
-                exact(offset),
-                exact(request.alignment)
+                exact_size(offset),
+                exact_size(request.alignment)
             ));
         }
         if let (Some(start), None) = (wanted.start, before)
@@ -285,16 +287,16 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
         {
             findings.push(format!(
                 "`{name}` starts at {}, before the first partition may start ({})",
-                exact(start),
-                exact(request.first_partition)
+                exact_size(start),
+                exact_size(request.first_partition)
             ));
         }
         if let Some(before) = before
             && offset < before.end().saturating_add(room)
         {
-            findings.push(overlap(before, name, offset, wanted.size));
+            findings.push(describe_overlap(before, name, offset, wanted.size));
         }
-        placed.push(Placed {
+        placed.push(PlacedPartition {
             number: index as u32 + if logical { FIRST_LOGICAL - 3 } else { 1 },
             name: name.clone(),
             offset,
@@ -315,30 +317,30 @@ fn place_partitions(request: &DiskRequest, findings: &mut Vec<String>) -> Vec<Pl
     if request.first_partition < head {
         findings.push(format!(
             "the first partition may start at {}, but the {} table takes the first {}",
-            exact(request.first_partition),
+            exact_size(request.first_partition),
             request.table.name(),
-            exact(head)
+            exact_size(head)
         ));
     }
     placed
 }
 
-fn overlap(before: &Placed, name: &str, offset: u64, size: u64) -> String {
+fn describe_overlap(before: &PlacedPartition, name: &str, offset: u64, size: u64) -> String {
     let first = &before.name;
     if offset + size <= before.offset {
         return format!(
             "`{name}` ({} at {}) is listed after `{first}` (starts at {}) but is before it: list \
              partitions in their order on the disk",
-            exact(size),
-            exact(offset),
-            exact(before.offset)
+            exact_size(size),
+            exact_size(offset),
+            exact_size(before.offset)
         );
     }
     format!(
         "`{first}` ({} at {}) overlaps `{name}` (starts at {})",
-        exact(before.size),
-        exact(before.offset),
-        exact(offset)
+        exact_size(before.size),
+        exact_size(before.offset),
+        exact_size(offset)
     )
 }
 
@@ -365,7 +367,7 @@ fn check_names(request: &DiskRequest, findings: &mut Vec<String>) {
     }
 }
 
-fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_table(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     match request.table {
         TableKind::Mbr => {
             if placed.len() > MOST_MBR {
@@ -378,7 +380,7 @@ fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Stri
                 findings.push(format!(
                     "`{}` ends at {}, an mbr table reaches 2 TiB: use table = \"gpt\"",
                     partition.name,
-                    exact(partition.end())
+                    exact_size(partition.end())
                 ));
             }
         }
@@ -391,8 +393,8 @@ fn check_table(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Stri
     }
 }
 
-fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
-    let listed: Vec<&Placed> = placed.iter().filter(|p| p.in_mbr).collect();
+fn check_hybrid(placed: &[PlacedPartition], findings: &mut Vec<String>) {
+    let listed: Vec<&PlacedPartition> = placed.iter().filter(|p| p.in_mbr).collect();
     if listed.is_empty() {
         findings.push(
             "a hybrid table lists no partition in its MBR: set in-mbr = true for the boot \
@@ -418,35 +420,35 @@ fn check_hybrid(placed: &[Placed], findings: &mut Vec<String>) {
             findings.push(format!(
                 "`{}` ends at {}, the MBR of a hybrid table reaches 2 TiB",
                 partition.name,
-                exact(partition.end())
+                exact_size(partition.end())
             ));
         }
     }
 }
 
-fn check_ends(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_ends(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     let tail = table_tail(request.table);
     let usable = request.size.saturating_sub(tail);
     for partition in placed.iter().filter(|p| p.end() > usable) {
         let name = &partition.name;
-        let (size, offset) = (exact(partition.size), exact(partition.offset));
-        let disk = exact(request.size);
+        let (size, offset) = (exact_size(partition.size), exact_size(partition.offset));
+        let disk = exact_size(request.size);
         findings.push(if partition.end() <= request.size {
-            format!("`{name}` ({size} at {offset}) overlaps the backup GPT in the last {} of the {disk} disk", exact(tail))
+            format!("`{name}` ({size} at {offset}) overlaps the backup GPT in the last {} of the {disk} disk", exact_size(tail))
         } else {
             format!("`{name}` ({size} at {offset}) does not fit the disk ({disk})")
         });
     }
 }
 
-fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<String>) {
+fn check_states(request: &DiskRequest, placed: &[PlacedPartition], findings: &mut Vec<String>) {
     let head = table_head(request.table);
     // In whole blocks: a card erases and a block map records whole blocks.
     let states = request.states.iter().map(|&offset| ("boot-state", offset, BLOCK));
     let trust = request.trust.iter().map(|&offset| ("trust", offset, bundle::area::COPY as u64));
     let copies: Vec<_> = states.enumerate().chain(trust.enumerate()).collect();
     for (at, &(index, (kind, offset, length))) in copies.iter().enumerate() {
-        let this = format!("{kind} copy {} (at {})", index + 1, exact(offset));
+        let this = format!("{kind} copy {} (at {})", index + 1, exact_size(offset));
         if !offset.is_multiple_of(BLOCK) {
             findings.push(format!("{this} is not at a multiple of 4 KiB"));
         }
@@ -454,7 +456,7 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
             findings.push(format!(
                 "{this} is inside the {} table (the first {})",
                 request.table.name(),
-                exact(head)
+                exact_size(head)
             ));
         }
         let end = offset.saturating_add(length);
@@ -463,13 +465,13 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
             findings.push(format!(
                 "{this} is inside `{}` ({} at {})",
                 partition.name,
-                exact(partition.size),
-                exact(partition.offset)
+                exact_size(partition.size),
+                exact_size(partition.offset)
             ));
         } else if offset >= request.first_partition {
             findings.push(format!(
                 "{this} is after the first partition's start ({})",
-                exact(request.first_partition)
+                exact_size(request.first_partition)
             ));
         }
         // Compare whole blocks: a boot state occupies all of its block.
@@ -480,9 +482,9 @@ fn check_states(request: &DiskRequest, placed: &[Placed], findings: &mut Vec<Str
             findings.push(format!(
                 "{other_kind} copy {} (at {}) and {kind} copy {} (at {}) overlap",
                 other + 1,
-                exact(*place),
+                exact_size(*place),
                 index + 1,
-                exact(offset)
+                exact_size(offset)
             ));
         }
     }

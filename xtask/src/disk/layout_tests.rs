@@ -40,13 +40,13 @@ fn disk(table: TableKind) -> DiskRequest {
 fn findings(table: TableKind, change: impl FnOnce(&mut DiskRequest)) -> Vec<String> {
     let mut request = disk(table);
     change(&mut request);
-    place(&request).expect_err("the bad disk was accepted")
+    lay_out_disk(&request).expect_err("the bad disk was accepted")
 }
 
 #[test]
 fn places_partitions_one_after_the_other() {
     for table in [TableKind::Mbr, TableKind::Gpt, TableKind::Hybrid] {
-        let layout = place(&disk(table)).expect("a good disk");
+        let layout = lay_out_disk(&disk(table)).expect("a good disk");
         let offsets: Vec<u64> = layout.partitions.iter().map(|p| p.offset / MIB).collect();
         assert_eq!(offsets, [4, 68, 324, 580]);
         assert_eq!(layout.partitions[0].first_sector, 8192);
@@ -55,7 +55,7 @@ fn places_partitions_one_after_the_other() {
         let listed = layout.partitions.iter().filter(|p| p.in_mbr).count();
         assert_eq!(listed, [4, 0, 1][table as usize]);
         let json = serde_json::to_string(&layout).expect("serialising");
-        assert_eq!(serde_json::from_str::<Layout>(&json).expect("parsing"), layout);
+        assert_eq!(serde_json::from_str::<DiskLayout>(&json).expect("parsing"), layout);
     }
 }
 
@@ -63,7 +63,7 @@ fn places_partitions_one_after_the_other() {
 fn a_fixed_start_leaves_a_gap() {
     let mut request = disk(TableKind::Gpt);
     request.partitions[1].start = Some(100 * MIB);
-    let layout = place(&request).expect("a good disk");
+    let layout = lay_out_disk(&request).expect("a good disk");
     assert_eq!(layout.partition("root-a").map(|p| p.offset), Some(100 * MIB));
     assert_eq!(layout.partition("root-b").map(|p| p.offset), Some(356 * MIB));
 }
@@ -276,7 +276,7 @@ fn each_rule_has_its_message() {
 fn the_fourth_of_five_partitions_of_an_mbr_is_logical() {
     let mut request = disk(TableKind::Mbr);
     request.partitions.push(partition("more", 4 * MIB, Filesystem::Raw));
-    let layout = place(&request).expect("a good disk");
+    let layout = lay_out_disk(&request).expect("a good disk");
     let numbers: Vec<u32> = layout.partitions.iter().map(|p| p.number).collect();
     assert_eq!(numbers, [1, 2, 3, 5, 6]);
     // Each record is one unit of alignment before its partition, and that unit contains nothing

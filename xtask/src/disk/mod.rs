@@ -17,10 +17,11 @@ mod table;
 mod windows;
 
 pub use assemble::{assemble, assemble_checked};
-pub use ext4_blocks::{Usage, usage};
+pub use ext4_blocks::{Ext4Usage, read_usage};
 pub use fat::write_shared;
 pub use layout::{
-    DiskRequest, Filesystem, Layout, PartitionRequest, Placed, StateSector, TableKind, place,
+    DiskLayout, DiskRequest, Filesystem, PartitionRequest, PlacedPartition, StateSector, TableKind,
+    lay_out_disk,
 };
-pub use spec::{Content, DiskImage, DiskSpec, FatFile, PartitionSpec, Source};
-pub use sums::{Summed, sum};
+pub use spec::{DiskImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec};
+pub use sums::{ChecksummedImage, sum_image};

@@ -8,20 +8,20 @@ use super::layout::BLOCK;
 const PAGE: usize = BLOCK as usize;
 
 /// A sparse, seekable byte store of a fixed length.
-pub struct Pages {
+pub struct SparsePages {
     length: u64,
     position: u64,
     pages: Vec<Option<Box<[u8; PAGE]>>>,
 }
 
-impl std::fmt::Debug for Pages {
+impl std::fmt::Debug for SparsePages {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let written = self.pages.iter().flatten().count();
         write!(f, "Pages({} bytes, {written} blocks written)", self.length)
     }
 }
 
-impl Pages {
+impl SparsePages {
     /// An unwritten region of `length` bytes.
     pub fn new(length: u64) -> Self {
         let count = usize::try_from(length.div_ceil(BLOCK)).unwrap_or(usize::MAX);
@@ -78,7 +78,7 @@ impl Pages {
     }
 }
 
-impl Read for Pages {
+impl Read for SparsePages {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let (page, within, count) = self.span(out.len());
         match self.pages.get(page) {
@@ -90,7 +90,7 @@ impl Read for Pages {
     }
 }
 
-impl Write for Pages {
+impl Write for SparsePages {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let (page, within, count) = self.span(bytes.len());
         if let (Some(page), true) = (self.pages.get_mut(page), count > 0) {
@@ -106,7 +106,7 @@ impl Write for Pages {
     }
 }
 
-impl Seek for Pages {
+impl Seek for SparsePages {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let position = match to {
             SeekFrom::Start(offset) => Some(offset),

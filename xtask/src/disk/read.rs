@@ -16,7 +16,7 @@ use gpt::partition::{Partition, PartitionAttributes, file_read_partitions};
 use serde::{Deserialize, Serialize};
 
 use super::layout::FIRST_LOGICAL;
-use super::layout::{Layout, SECTOR, TableKind, exact};
+use super::layout::{DiskLayout, SECTOR, TableKind, exact_size};
 use super::table::{EXTENDED_KINDS, PROTECTIVE, mbr_type};
 
 /// The largest file that is read whole from a FAT.
@@ -112,13 +112,13 @@ pub struct FatListing {
 ///
 /// # Errors
 /// When the image cannot be read or has no partition table at all.
-pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
-    let doing = || format!("reading the partition table of {image}");
-    let mut file = File::open(image).with_context(doing)?;
+pub fn read_tables(image: &Utf8Path) -> Result<DiskTables> {
+    let context = || format!("reading the partition table of {image}");
+    let mut file = File::open(image).with_context(context)?;
     // The metadata of a block device do not contain its size.
-    let size = file.seek(SeekFrom::End(0)).with_context(doing)?;
+    let size = file.seek(SeekFrom::End(0)).with_context(context)?;
     let mbr = ProtectiveMBR::from_disk(&mut file, LogicalBlockSize::Lb512)
-        .map_err(|error| anyhow!("{}: {error}", doing()))?;
+        .map_err(|error| anyhow!("{}: {error}", context()))?;
     let records: Vec<MbrRecord> = (1..=4u32)
         .filter_map(|slot| Some((slot, mbr.partition(slot as usize - 1)?)))
         .filter(|(_, record)| record.os_type != 0)
@@ -146,14 +146,14 @@ pub fn tables(image: &Utf8Path) -> Result<DiskTables> {
         findings: Vec::new(),
     };
     if table.has_gpt() {
-        read_gpt(&file, &mut found).with_context(doing)?;
+        read_gpt(&file, &mut found).with_context(context)?;
         check_mbr_against_gpt(&mut found);
     } else {
         let extended = |record: &&MbrRecord| EXTENDED_KINDS.contains(&record.kind);
         found.partitions =
             found.mbr.iter().filter(|record| !extended(record)).map(from_record).collect();
         if let Some(record) = found.mbr.iter().find(extended).cloned() {
-            read_logical(&file, &record, &mut found).with_context(doing)?;
+            read_logical(&file, &record, &mut found).with_context(context)?;
         }
     }
     check_partitions(&mut found);
@@ -345,9 +345,9 @@ fn check_partitions(found: &mut DiskTables) {
             findings.push(format!(
                 "partition {} ({} at {}) does not fit the image ({})",
                 partition.number,
-                exact(partition.size),
-                exact(partition.offset),
-                exact(found.size)
+                exact_size(partition.size),
+                exact_size(partition.offset),
+                exact_size(found.size)
             ));
         }
     }
@@ -357,10 +357,10 @@ fn check_partitions(found: &mut DiskTables) {
             findings.push(format!(
                 "partition {} ({} at {}) overlaps partition {} (starts at {})",
                 first.number,
-                exact(first.size),
-                exact(first.offset),
+                exact_size(first.size),
+                exact_size(first.offset),
                 second.number,
-                exact(second.offset)
+                exact_size(second.offset)
             ));
         }
     }
@@ -368,7 +368,7 @@ fn check_partitions(found: &mut DiskTables) {
 }
 
 /// The differences between the tables of an image and the expected layout.
-pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
+pub fn table_differences(found: &DiskTables, layout: &DiskLayout) -> Vec<String> {
     let mut findings = Vec::new();
     let mut compare = |what: &str, expected: String, found: String| {
         if expected != found {
@@ -376,7 +376,7 @@ pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
         }
     };
     compare("the table", layout.table.name().to_owned(), found.table.name().to_owned());
-    compare("the image's size", exact(layout.size), exact(found.size));
+    compare("the image's size", exact_size(layout.size), exact_size(found.size));
     let counts = (layout.partitions.len(), found.partitions.len());
     compare("the number of partitions", counts.0.to_string(), counts.1.to_string());
     for (wanted, found) in layout.partitions.iter().zip(&found.partitions) {
@@ -388,8 +388,12 @@ pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
                 found.clone(),
             );
         }
-        compare(&format!("the offset of `{name}`"), exact(wanted.offset), exact(found.offset));
-        compare(&format!("the size of `{name}`"), exact(wanted.size), exact(found.size));
+        compare(
+            &format!("the offset of `{name}`"),
+            exact_size(wanted.offset),
+            exact_size(found.offset),
+        );
+        compare(&format!("the size of `{name}`"), exact_size(wanted.size), exact_size(found.size));
     }
     for wanted in layout.partitions.iter().filter(|p| p.in_mbr) {
         let kind = found.mbr.iter().find(|r| r.slot == wanted.number).map(|r| r.kind);
@@ -407,7 +411,7 @@ pub fn differences(found: &DiskTables, layout: &Layout) -> Vec<String> {
 ///
 /// # Errors
 /// When the image cannot be read there.
-pub fn states(image: &Utf8Path, offsets: &[u64]) -> Result<Vec<Vec<u8>>> {
+pub fn read_boot_states(image: &Utf8Path, offsets: &[u64]) -> Result<Vec<Vec<u8>>> {
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     let read = |&offset: &u64| {
         let mut sector = vec![0; SECTOR as usize];
@@ -469,7 +473,7 @@ impl Write for Part {
 fn open_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<fatfs::FileSystem<Part>> {
     let file = File::open(image).with_context(|| format!("opening {image}"))?;
     // The size in the table may be larger than the file.
-    let size = size.min(super::ext4_read::length(image, offset)?);
+    let size = size.min(super::ext4_read::remaining_length(image, offset)?);
     // The tables, each directory, and one file: each byte is read a few times at most.
     let left = size.saturating_mul(4).saturating_add(LARGEST_FILE);
     let part = Part { file, offset, size, position: 0, left };
@@ -481,10 +485,10 @@ fn open_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<fatfs::FileSyste
 ///
 /// # Errors
 /// When there is none, or it is damaged.
-pub fn fat(image: &Utf8Path, offset: u64, size: u64) -> Result<FatListing> {
+pub fn list_fat(image: &Utf8Path, offset: u64, size: u64) -> Result<FatListing> {
     let volume = open_fat(image, offset, size)?;
     let mut entries = Vec::new();
-    list(&volume.root_dir(), "", &mut entries, &mut 0, 0)
+    list_directory(&volume.root_dir(), "", &mut entries, &mut 0, 0)
         .with_context(|| format!("listing the FAT volume at {offset} of {image}"))?;
     entries.sort_by(|a, b| a.path.cmp(&b.path));
     let stats = volume.stats().with_context(|| format!("reading {image}"))?;
@@ -501,7 +505,7 @@ pub fn fat(image: &Utf8Path, offset: u64, size: u64) -> Result<FatListing> {
     })
 }
 
-fn list(
+fn list_directory(
     folder: &fatfs::Dir<'_, Part>,
     path: &str,
     entries: &mut Vec<FatEntry>,
@@ -523,7 +527,7 @@ fn list(
         );
         entries.push(FatEntry { path: path.clone(), size: entry.len(), folder: entry.is_dir() });
         if entry.is_dir() {
-            list(&entry.to_dir(), &path, entries, names, depth + 1)?;
+            list_directory(&entry.to_dir(), &path, entries, names, depth + 1)?;
         }
     }
     Ok(())
@@ -535,10 +539,10 @@ fn list(
 /// When there is no such file, or it is larger than 256 MiB.
 pub fn fat_file(image: &Utf8Path, offset: u64, size: u64, path: &str) -> Result<Vec<u8>> {
     let volume = open_fat(image, offset, size)?;
-    let doing = || format!("reading {path} from the FAT volume at {offset} of {image}");
-    let file = volume.root_dir().open_file(path).with_context(doing)?;
+    let context = || format!("reading {path} from the FAT volume at {offset} of {image}");
+    let file = volume.root_dir().open_file(path).with_context(context)?;
     let mut bytes = Vec::new();
-    file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).with_context(doing)?;
-    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: the file is larger than 256 MiB", doing());
+    file.take(LARGEST_FILE + 1).read_to_end(&mut bytes).with_context(context)?;
+    ensure!(bytes.len() as u64 <= LARGEST_FILE, "{}: the file is larger than 256 MiB", context());
     Ok(bytes)
 }

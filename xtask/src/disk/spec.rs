@@ -4,15 +4,15 @@
 use camino::Utf8PathBuf;
 use uuid::Uuid;
 
-use super::layout::Layout;
-use super::sums::Summed;
+use super::layout::DiskLayout;
+use super::sums::ChecksummedImage;
 use crate::artifact::Artifact;
 
 /// A disk to write: a layout and its contents.
 #[derive(Debug, Clone)]
 pub struct DiskSpec {
     /// The layout.
-    pub layout: Layout,
+    pub layout: DiskLayout,
     /// The GUID of the disk in a GPT; unused with an MBR table.
     pub disk_guid: Uuid,
     /// The disk signature in the MBR, from which Linux derives the PARTUUIDs of an MBR table.
@@ -32,14 +32,14 @@ pub struct PartitionSpec {
     /// The GUID of the GPT entry; unused with an MBR table.
     pub guid: Uuid,
     /// Its content.
-    pub content: Content,
+    pub content: PartitionContent,
     /// The key of its size, for messages: `partitions.boot.size in board/<board>/board.toml`.
     pub size_key: String,
 }
 
 /// The content of a partition.
 #[derive(Debug, Clone)]
-pub enum Content {
+pub enum PartitionContent {
     /// Zeros: the first blocks are written, so that no old filesystem is found.
     Empty,
     /// A FAT filesystem, created here.
@@ -56,7 +56,7 @@ pub enum Content {
     },
     /// A finished filesystem image no larger than the partition; holes stay holes. Partitions that
     /// name the same path share one pass over it.
-    Image(Summed),
+    Image(ChecksummedImage),
 }
 
 /// A file in a FAT.
@@ -65,12 +65,12 @@ pub struct FatFile {
     /// Its path in the volume, with `/` between directories.
     pub path: String,
     /// The source of its bytes.
-    pub source: Source,
+    pub source: FileSource,
 }
 
 /// The source of a file's bytes.
 #[derive(Debug, Clone)]
-pub enum Source {
+pub enum FileSource {
     /// A file on the host.
     File(Utf8PathBuf),
     /// Bytes in memory.

@@ -9,10 +9,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::bmap::{LONGEST_RANGE, Range};
+use super::bmap::{BlockRange, LONGEST_RANGE};
 use super::ext4_blocks;
 use super::layout::BLOCK;
-use super::windows::{Windows, runs};
+use super::windows::{FileWindows, set_bit_runs};
 use crate::artifact;
 
 /// The first bytes of each partition are mapped even where they are zero: the superblocks of an old
@@ -22,13 +22,13 @@ const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// A filesystem image with its part of a block map.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Summed {
+pub struct ChecksummedImage {
     /// The image; it must not change afterwards.
     pub path: Utf8PathBuf,
     /// Its length in bytes.
     pub size: u64,
     /// The mapped blocks, counted from the image's start, in order.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<BlockRange>,
 }
 
 /// Reads an image once, on all cores, and computes the checksums of what must reach a card: every
@@ -36,14 +36,14 @@ pub struct Summed {
 ///
 /// # Errors
 /// When the image cannot be read or its ext4 is inconsistent.
-pub fn sum(path: &Utf8Path) -> Result<Summed> {
-    let doing = || format!("computing the checksums of {path}");
-    let file = File::open(path).with_context(doing)?;
-    let size = file.metadata().with_context(doing)?.len();
-    let needed = needed(&file, size).with_context(doing)?;
+pub fn sum_image(path: &Utf8Path) -> Result<ChecksummedImage> {
+    let context = || format!("computing the checksums of {path}");
+    let file = File::open(path).with_context(context)?;
+    let size = file.metadata().with_context(context)?.len();
+    let needed = always_mapped_blocks(&file, size).with_context(context)?;
     // Ranges end at multiples of the longest one, so the pieces between them are independent.
     let next = AtomicU64::new(0);
-    let work = || -> Result<Vec<Range>> {
+    let work = || -> Result<Vec<BlockRange>> {
         let mut ranges = Vec::new();
         loop {
             let first = next.fetch_add(LONGEST_RANGE, Ordering::Relaxed);
@@ -51,8 +51,8 @@ pub fn sum(path: &Utf8Path) -> Result<Summed> {
                 return Ok(ranges);
             }
             let piece = first..first + LONGEST_RANGE;
-            let mut sums = Sums::default();
-            Windows::new(&file, size, piece, &needed).each(|window| {
+            let mut sums = BlockChecksums::default();
+            FileWindows::new(&file, size, piece, &needed).each(|window| {
                 sums.add(window.first, window.mapped | window.filled, window.bytes);
                 Ok(())
             })?;
@@ -60,7 +60,7 @@ pub fn sum(path: &Utf8Path) -> Result<Summed> {
         }
     };
     let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut ranges = std::thread::scope(|scope| -> Result<Vec<Range>> {
+    let mut ranges = std::thread::scope(|scope| -> Result<Vec<BlockRange>> {
         let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
         let mut all = Vec::new();
         for worker in workers {
@@ -68,13 +68,13 @@ pub fn sum(path: &Utf8Path) -> Result<Summed> {
         }
         Ok(all)
     })
-    .with_context(doing)?;
+    .with_context(context)?;
     ranges.sort();
-    Ok(Summed { path: path.to_owned(), size, ranges })
+    Ok(ChecksummedImage { path: path.to_owned(), size, ranges })
 }
 
 /// Blocks that are mapped even where they are zero, in order and without overlap.
-fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
+fn always_mapped_blocks(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
     let used = ext4_blocks::used_bytes(file)?.unwrap_or_default();
     // In the map's blocks: a smaller block of the volume maps the whole block.
     let head = 0..size.min(ALWAYS_MAPPED).div_ceil(BLOCK);
@@ -91,17 +91,17 @@ fn needed(file: &File, size: u64) -> Result<Vec<std::ops::Range<u64>>> {
 
 /// Computes checksums of blocks in order; a range ends at a gap and at its maximum length.
 #[derive(Default)]
-pub(super) struct Sums {
-    done: Vec<Range>,
+pub(super) struct BlockChecksums {
+    done: Vec<BlockRange>,
     /// First block, the block after the last, and the hash so far.
     open: Option<(u64, u64, Sha256)>,
 }
 
-impl Sums {
+impl BlockChecksums {
     /// Adds the blocks that are set in `mask` of a window that starts at block `first`; without
     /// bytes all are zero.
     pub(super) fn add(&mut self, first: u64, mask: u64, bytes: Option<&[u8]>) {
-        for (start, end) in runs(mask) {
+        for (start, end) in set_bit_runs(mask) {
             let (mut at, end) = (first + start, first + end);
             while at < end {
                 let stop = end.min((at / LONGEST_RANGE + 1) * LONGEST_RANGE);
@@ -130,12 +130,12 @@ impl Sums {
     fn close(&mut self) {
         if let Some((first, after, hasher)) = self.open.take() {
             let sha256 = artifact::hex(&hasher.finalize());
-            self.done.push(Range { first, last: after - 1, sha256 });
+            self.done.push(BlockRange { first, last: after - 1, sha256 });
         }
     }
 
     /// The ranges, in order.
-    pub(super) fn finish(mut self) -> Vec<Range> {
+    pub(super) fn finish(mut self) -> Vec<BlockRange> {
         self.close();
         self.done
     }

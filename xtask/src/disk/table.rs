@@ -12,8 +12,10 @@ use gpt::partition_types::{BASIC, LINUX_FS, LINUX_RESERVED, Type};
 use uuid::Uuid;
 
 use super::fat;
-use super::layout::{BLOCK, Filesystem, GPT_HEAD_SECTORS, Layout, Placed, SECTOR, TableKind};
-use super::pages::Pages;
+use super::layout::{
+    BLOCK, DiskLayout, Filesystem, GPT_HEAD_SECTORS, PlacedPartition, SECTOR, TableKind,
+};
+use super::pages::SparsePages;
 
 /// Type of the protective MBR record (UEFI specification 2.10, table 5.4).
 pub const PROTECTIVE: u8 = 0xee;
@@ -41,19 +43,23 @@ const END_BYTES: u64 = (GPT_HEAD_SECTORS * SECTOR).next_multiple_of(BLOCK);
 /// The blocks at the start and at the end of a disk that hold its tables. They also exist for an
 /// MBR: the zeros erase an old GPT on the card.
 #[derive(Debug)]
-pub struct Tables {
+pub struct TableBlocks {
     /// From the first byte of the disk.
-    pub head: Pages,
+    pub head: SparsePages,
     /// Up to the last byte of the disk.
-    pub tail: Pages,
+    pub tail: SparsePages,
     size: u64,
     position: u64,
 }
 
-impl Tables {
+impl TableBlocks {
     fn blank(size: u64) -> io::Result<Self> {
-        let mut tables =
-            Self { head: Pages::new(END_BYTES), tail: Pages::new(END_BYTES), size, position: 0 };
+        let mut tables = Self {
+            head: SparsePages::new(END_BYTES),
+            tail: SparsePages::new(END_BYTES),
+            size,
+            position: 0,
+        };
         tables.head.write_at(0, &[0; END_BYTES as usize])?;
         tables.tail.write_at(0, &[0; END_BYTES as usize])?;
         Ok(tables)
@@ -65,7 +71,7 @@ impl Tables {
     }
 
     /// The end of the disk with the current position, moved to the position.
-    fn end(&mut self) -> io::Result<&mut Pages> {
+    fn end(&mut self) -> io::Result<&mut SparsePages> {
         let tail = self.tail_offset();
         let (pages, offset) = match self.position {
             p if p < END_BYTES => (&mut self.head, p),
@@ -77,7 +83,7 @@ impl Tables {
     }
 }
 
-impl Read for Tables {
+impl Read for TableBlocks {
     fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
         let count = self.end()?.read(out)?;
         self.position += count as u64;
@@ -85,7 +91,7 @@ impl Read for Tables {
     }
 }
 
-impl Write for Tables {
+impl Write for TableBlocks {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         let count = self.end()?.write(bytes)?;
         self.position += count as u64;
@@ -97,7 +103,7 @@ impl Write for Tables {
     }
 }
 
-impl Seek for Tables {
+impl Seek for TableBlocks {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let position = match to {
             SeekFrom::Start(offset) => Some(offset),
@@ -115,11 +121,16 @@ impl Seek for Tables {
 ///
 /// # Errors
 /// When the disk is too small for its tables.
-pub fn make(layout: &Layout, disk_guid: Uuid, signature: u32, guids: &[Uuid]) -> Result<Tables> {
-    let mut tables = Tables::blank(layout.size).context("making the partition table")?;
+pub fn make_tables(
+    layout: &DiskLayout,
+    disk_guid: Uuid,
+    signature: u32,
+    guids: &[Uuid],
+) -> Result<TableBlocks> {
+    let mut tables = TableBlocks::blank(layout.size).context("making the partition table")?;
     let mut mbr = ProtectiveMBR::with_lb_size(0);
     mbr.set_disk_signature(signature.to_le_bytes());
-    for (slot, record) in records(layout).into_iter().enumerate() {
+    for (slot, record) in mbr_records(layout).into_iter().enumerate() {
         mbr.set_partition(slot, record);
     }
     mbr.overwrite_lba0(&mut tables).context("making the MBR")?;
@@ -141,7 +152,7 @@ pub fn make(layout: &Layout, disk_guid: Uuid, signature: u32, guids: &[Uuid]) ->
     disk.write().context("making the GPT")
 }
 
-fn gpt_entry(placed: &Placed, guid: Uuid) -> Partition {
+fn gpt_entry(placed: &PlacedPartition, guid: Uuid) -> Partition {
     let flags = if placed.bootable { PartitionAttributes::BOOTABLE.bits() } else { 0 };
     Partition {
         part_type_guid: gpt_type(placed.filesystem),
@@ -176,7 +187,7 @@ pub fn mbr_type(filesystem: Filesystem, size: u64) -> u8 {
 /// The four records of the MBR. In a hybrid table each partition keeps its number, and the
 /// protective record, which GPT readers look for in every slot, is in the last free slot. It covers
 /// the space before the first listed partition, so that no two records overlap.
-fn records(layout: &Layout) -> [PartRecord; 4] {
+fn mbr_records(layout: &DiskLayout) -> [PartRecord; 4] {
     let mut records = [PartRecord::zero(); 4];
     let listed = || layout.partitions.iter().filter(|p| p.in_mbr);
     if let Some((first, size)) = layout.extended() {
@@ -209,9 +220,10 @@ fn records(layout: &Layout) -> [PartRecord; 4] {
 ///
 /// # Errors
 /// None in practice: they are written in memory.
-pub fn logical(layout: &Layout) -> Result<Vec<(u64, Pages)>> {
+pub fn logical_sectors(layout: &DiskLayout) -> Result<Vec<(u64, SparsePages)>> {
     let Some((first, _)) = layout.extended() else { return Ok(Vec::new()) };
-    let all: Vec<&Placed> = layout.partitions.iter().filter(|p| p.record.is_some()).collect();
+    let all: Vec<&PlacedPartition> =
+        layout.partitions.iter().filter(|p| p.record.is_some()).collect();
     let mut made = Vec::new();
     for (index, placed) in all.iter().enumerate() {
         let at = placed.begin();
@@ -223,7 +235,7 @@ pub fn logical(layout: &Layout) -> Result<Vec<(u64, Pages)>> {
             let link = record_for(EXTENDED_KINDS[0], begin, end - begin, false);
             records.push(bytes_of(&link, begin - first / SECTOR));
         }
-        let mut pages = Pages::new(BLOCK);
+        let mut pages = SparsePages::new(BLOCK);
         pages.write_at(0, &[0; BLOCK as usize])?;
         pages.write_at(RECORDS as u64, &records.concat())?;
         pages.write_at(SECTOR - 2, &[0x55, 0xaa])?;
@@ -250,8 +262,8 @@ fn bytes_of(record: &PartRecord, first: u64) -> Vec<u8> {
 }
 
 fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
-    let (start_head, start_sector, start_track) = chs(first);
-    let (end_head, end_sector, end_track) = chs(first + sectors - 1);
+    let (start_head, start_sector, start_track) = chs_address(first);
+    let (end_head, end_sector, end_track) = chs_address(first + sectors - 1);
     PartRecord {
         boot_indicator: if active { 0x80 } else { 0 },
         start_head,
@@ -268,7 +280,7 @@ fn record_for(kind: u8, first: u64, sectors: u64, active: bool) -> PartRecord {
 
 /// Head, sector with the cylinder's upper bits, cylinder; the largest values where it cannot be
 /// expressed.
-fn chs(sector: u64) -> (u8, u8, u8) {
+fn chs_address(sector: u64) -> (u8, u8, u8) {
     let track = u64::from(SECTORS_PER_TRACK);
     let cylinder = sector / (track * u64::from(HEADS));
     if cylinder > 1023 {

@@ -18,7 +18,7 @@ pub(super) const WINDOW: usize = (WINDOW_BLOCKS * BLOCK) as usize;
 const ZEROS: [u8; BLOCK as usize] = [0; BLOCK as usize];
 
 /// A window of a file.
-pub(super) struct Window<'a> {
+pub(super) struct FileWindow<'a> {
     /// Its first block.
     pub first: u64,
     /// The wanted blocks: bit 0 is the first.
@@ -30,7 +30,7 @@ pub(super) struct Window<'a> {
 }
 
 /// A part of a file, window by window.
-pub(super) struct Windows<'a> {
+pub(super) struct FileWindows<'a> {
     file: &'a File,
     size: u64,
     blocks: Range<u64>,
@@ -40,7 +40,7 @@ pub(super) struct Windows<'a> {
     extent: Range<u64>,
 }
 
-impl<'a> Windows<'a> {
+impl<'a> FileWindows<'a> {
     /// The windows of `blocks` of a file with `size` bytes; `blocks` starts at a multiple of
     /// [`WINDOW_BLOCKS`] and may reach beyond the end.
     pub(super) fn new(
@@ -54,7 +54,10 @@ impl<'a> Windows<'a> {
     }
 
     /// Calls back for every window in which something is wanted or not zero.
-    pub(super) fn each(mut self, mut visit: impl FnMut(Window<'_>) -> Result<()>) -> Result<()> {
+    pub(super) fn each(
+        mut self,
+        mut visit: impl FnMut(FileWindow<'_>) -> Result<()>,
+    ) -> Result<()> {
         let mut buffer = vec![0; WINDOW];
         let end = self.blocks.end.min(self.size.div_ceil(BLOCK));
         for first in (self.blocks.start..end).step_by(WINDOW_BLOCKS as usize) {
@@ -63,7 +66,7 @@ impl<'a> Windows<'a> {
             let mapped = self.wanted_in(first);
             if self.next_data(offset)? >= offset + length {
                 if mapped != 0 {
-                    visit(Window { first, mapped, filled: 0, bytes: None })?;
+                    visit(FileWindow { first, mapped, filled: 0, bytes: None })?;
                 }
                 continue;
             }
@@ -73,7 +76,7 @@ impl<'a> Windows<'a> {
             buffer[length as usize..].fill(0);
             let filled = non_zero(&buffer);
             if mapped | filled != 0 {
-                visit(Window { first, mapped, filled, bytes: Some(&buffer) })?;
+                visit(FileWindow { first, mapped, filled, bytes: Some(&buffer) })?;
             }
         }
         Ok(())
@@ -86,8 +89,10 @@ impl<'a> Windows<'a> {
             if range.start >= end {
                 break;
             }
-            mask |=
-                bits(range.start.saturating_sub(first), range.end.min(end).saturating_sub(first));
+            mask |= bit_mask(
+                range.start.saturating_sub(first),
+                range.end.min(end).saturating_sub(first),
+            );
             if range.end > end {
                 break;
             }
@@ -116,13 +121,13 @@ impl<'a> Windows<'a> {
 }
 
 /// A mask of the bits from `start` up to, not including, `end` (at most 64).
-pub(super) fn bits(start: u64, end: u64) -> u64 {
+pub(super) fn bit_mask(start: u64, end: u64) -> u64 {
     let below = |n: u64| if n >= 64 { u64::MAX } else { (1 << n) - 1 };
     below(end) & !below(start)
 }
 
 /// The runs of set bits: first bit, first bit after the run.
-pub(super) fn runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
+pub(super) fn set_bit_runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
     let mut left = mask;
     std::iter::from_fn(move || {
         if left == 0 {
@@ -130,7 +135,7 @@ pub(super) fn runs(mask: u64) -> impl Iterator<Item = (u64, u64)> {
         }
         let start = u64::from(left.trailing_zeros());
         let length = u64::from((left >> start).trailing_ones());
-        left &= !bits(start, start + length);
+        left &= !bit_mask(start, start + length);
         Some((start, start + length))
     })
 }

@@ -90,7 +90,7 @@ const OWN: &[&str] = &["SLIPWAY_*", "XDG_*", "CCACHE_*", "SOURCE_DATE_EPOCH", "B
 const SECRETS: [&str; 5] = ["TOKEN", "SECRET", "PASSWORD", "PASSPHRASE", "AUTHORIZATION"];
 
 /// The groups of variables for a program, by its file's name.
-fn groups(program: &str) -> &'static [&'static [&'static str]] {
+fn variable_groups(program: &str) -> &'static [&'static [&'static str]] {
     match program.rsplit('/').next().unwrap_or(program) {
         "git" => &[NETWORK, SSH, GIT],
         "python3" => &[NETWORK, PYTHON],
@@ -116,7 +116,7 @@ fn is_ours(name: &str) -> bool {
 }
 
 /// A pattern is a name, or a prefix followed by `*`.
-fn matches(pattern: &str, name: &str) -> bool {
+fn matches_pattern(pattern: &str, name: &str) -> bool {
     match pattern.strip_suffix('*') {
         Some(start) => name.starts_with(start) && !SECRETS.iter().any(|word| name.contains(word)),
         None => name == pattern,
@@ -125,31 +125,33 @@ fn matches(pattern: &str, name: &str) -> bool {
 
 /// Our variables that this program gets. This program itself also gets the password of the signing
 /// keys, so that it does not ask for it again.
-pub(super) fn of(program: &str) -> Vec<(String, OsString)> {
+pub(super) fn variables_for(program: &str) -> Vec<(String, OsString)> {
     let own = program.rsplit('/').next() == Some("xtask");
-    let groups = groups(program);
+    let groups = variable_groups(program);
     if is_its_users(program) {
-        return variables(|name| !is_ours(name));
+        return filter_variables(|name| !is_ours(name));
     }
     let given = |name: &str| {
-        EVERYBODY.iter().chain(groups.iter().copied().flatten()).any(|p| matches(p, name))
+        EVERYBODY.iter().chain(groups.iter().copied().flatten()).any(|p| matches_pattern(p, name))
             || (own && name == crate::keys::PASSWORD_VARIABLE)
     };
-    variables(given)
+    filter_variables(given)
 }
 
 /// Our variables whose names a test of the workspace may need: all that this program gets, but no password.
 pub(super) fn of_tests() -> Vec<(String, OsString)> {
-    let groups = groups("xtask");
-    variables(|name| groups.iter().copied().flatten().any(|pattern| matches(pattern, name)))
+    let groups = variable_groups("xtask");
+    filter_variables(|name| {
+        groups.iter().copied().flatten().any(|pattern| matches_pattern(pattern, name))
+    })
 }
 
 /// Our variables that fetching needs, for programs that start one that fetches.
 pub(super) fn of_network() -> Vec<(String, OsString)> {
-    variables(|name| NETWORK.contains(&name))
+    filter_variables(|name| NETWORK.contains(&name))
 }
 
-fn variables(given: impl Fn(&str) -> bool) -> Vec<(String, OsString)> {
+fn filter_variables(given: impl Fn(&str) -> bool) -> Vec<(String, OsString)> {
     let all =
         std::env::vars_os().filter_map(|(name, value)| Some((name.into_string().ok()?, value)));
     all.filter(|(name, _)| given(name)).collect()
@@ -161,12 +163,12 @@ mod tests {
 
     #[test]
     fn beginnings_do_not_let_secrets_through() {
-        assert!(matches("LC_*", "LC_ALL") && !matches("LC_*", "LCX"));
-        assert!(matches("CARGO_*", "CARGO_HOME") && !matches("PATH", "PATHS"));
+        assert!(matches_pattern("LC_*", "LC_ALL") && !matches_pattern("LC_*", "LCX"));
+        assert!(matches_pattern("CARGO_*", "CARGO_HOME") && !matches_pattern("PATH", "PATHS"));
         for name in ["CARGO_REGISTRY_TOKEN", "CARGO_REGISTRIES_OURS_TOKEN", "CARGO_X_SECRET_KEY"] {
-            assert!(!matches("CARGO_*", name), "{name}");
+            assert!(!matches_pattern("CARGO_*", name), "{name}");
         }
-        assert!(!matches("SLIPWAY_*", crate::keys::PASSWORD_VARIABLE));
+        assert!(!matches_pattern("SLIPWAY_*", crate::keys::PASSWORD_VARIABLE));
         for name in [crate::keys::PASSWORD_VARIABLE, "AWS_ACCESS_KEY_ID", "npm_token", "GIT_DIR"] {
             assert!(is_ours(name), "{name}");
         }

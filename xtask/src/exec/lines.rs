@@ -12,7 +12,7 @@ pub(super) const LONGEST: usize = 64 << 10;
 ///
 /// # Errors
 /// When the reader fails, or `all` does.
-pub(super) fn next(
+pub(super) fn read_line(
     reader: &mut impl BufRead,
     line: &mut Vec<u8>,
     mut all: impl FnMut(&[u8]) -> io::Result<()>,
@@ -55,7 +55,7 @@ mod tests {
         let mut reader = BufReader::with_capacity(1000, endless.chain(rest));
         let (mut line, mut bytes) = (Vec::new(), 0);
         let mut found = Vec::new();
-        while let Some(longer) = next(&mut reader, &mut line, |piece| {
+        while let Some(longer) = read_line(&mut reader, &mut line, |piece| {
             bytes += piece.len();
             Ok(())
         })

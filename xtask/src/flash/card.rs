@@ -11,15 +11,15 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Advice, FallocateFlags, FlockOperation, OFlags, fadvise, fallocate, flock};
 use rustix::io::Errno;
 
-use super::device::{self, Device};
-use super::identity::{Identity, KERNEL};
+use super::device::{self, FlashDevice};
+use super::identity::{CardIdentity, KERNEL};
 use crate::exec::Tool;
 
 /// Alignment in memory that is sufficient for direct access to any device.
 pub const ALIGNMENT: usize = 4096;
 
 /// Bytes at offsets. Calls come from several threads at once.
-pub trait Card: Sync {
+pub trait CardIo: Sync {
     /// The size of the card in bytes.
     fn size(&self) -> u64;
 
@@ -29,7 +29,7 @@ pub trait Card: Sync {
     /// When the medium fails.
     fn read_at(&self, offset: u64, buffer: &mut [u8]) -> io::Result<()>;
 
-    /// Writes all of an aligned buffer. The data is durable only after [`Card::flush`].
+    /// Writes all of an aligned buffer. The data is durable only after [`CardIo::flush`].
     ///
     /// # Errors
     /// When the medium fails.
@@ -51,13 +51,13 @@ pub trait Card: Sync {
 
 /// Memory for direct access.
 #[derive(Debug)]
-pub struct Buffer {
+pub struct AlignedMemory {
     bytes: Vec<u8>,
     start: usize,
     length: usize,
 }
 
-impl Buffer {
+impl AlignedMemory {
     /// A buffer of this many bytes, zeroed.
     pub fn new(length: usize) -> Self {
         let bytes = vec![0; length + ALIGNMENT];
@@ -79,7 +79,7 @@ impl Buffer {
 
 /// A block device or a plain file, opened so that no other process can write to it.
 #[derive(Debug)]
-pub struct Disk {
+pub struct CardDevice {
     file: File,
     path: Utf8PathBuf,
     size: u64,
@@ -89,15 +89,15 @@ pub struct Disk {
     can_discard: bool,
 }
 
-impl Disk {
+impl CardDevice {
     /// Opens the device that was examined: the kernel refuses a device that is mounted or in use
     /// (`O_EXCL`), and a plain file is locked.
     ///
     /// # Errors
     /// When it cannot be opened, is in use, or is no longer the device that was examined.
-    pub fn open(device: &Device) -> Result<Self> {
+    pub fn open(device: &FlashDevice) -> Result<Self> {
         let path = &device.path;
-        let doing = || format!("opening {path}");
+        let context = || format!("opening {path}");
         let block = device.numbers.is_some();
         let exclusive = if block { OFlags::EXCL } else { OFlags::empty() };
         let open = |direct: OFlags| {
@@ -109,21 +109,21 @@ impl Disk {
             Ok(file) => (file, true),
             // A filesystem without direct access, such as an older tmpfs.
             Err(error) if error.raw_os_error() == Some(Errno::INVAL.raw_os_error()) => {
-                (open(OFlags::empty()).with_context(doing)?, false)
+                (open(OFlags::empty()).with_context(context)?, false)
             }
             Err(error) if error.raw_os_error() == Some(Errno::BUSY.raw_os_error()) => bail!(
                 "{}: the device is in use\n\
                  help: unmount its filesystems, and stop the programs that use it (lsblk shows both)",
-                doing()
+                context()
             ),
             Err(error) if error.kind() == io::ErrorKind::PermissionDenied => bail!(
                 "{}: {error}\nhelp: run it as root: sudo {} flash …",
-                doing(),
+                context(),
                 std::env::current_exe().unwrap_or_default().display()
             ),
-            Err(error) => return Err(error).with_context(doing),
+            Err(error) => return Err(error).with_context(context),
         };
-        let metadata = file.metadata().with_context(doing)?;
+        let metadata = file.metadata().with_context(context)?;
         let numbers = metadata.file_type().is_block_device().then(|| {
             let device = metadata.rdev();
             format!("{}:{}", rustix::fs::major(device), rustix::fs::minor(device))
@@ -131,32 +131,32 @@ impl Disk {
         ensure!(
             numbers == device.numbers,
             "{}: the device has changed since it was examined\nhelp: check it again with --list",
-            doing()
+            context()
         );
         // Compare only now: the opened device can no longer change.
         let identity = match &numbers {
-            Some(numbers) => Identity::of_device(Utf8Path::new(KERNEL), numbers),
-            None => Identity::of_file(&metadata),
+            Some(numbers) => CardIdentity::of_device(Utf8Path::new(KERNEL), numbers),
+            None => CardIdentity::of_file(&metadata),
         };
         if let Some(difference) = device.identity.difference(&identity) {
             bail!(
                 "{}: the medium has changed since it was examined: {difference}\n\
                  help: check it again with --list",
-                doing()
+                context()
             );
         }
         if !block && !lock_soon(&file) {
             bail!(
                 "{}: another program is writing to the file\nhelp: wait for that program",
-                doing()
+                context()
             );
         }
-        let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(doing)?;
-        let size = device::whole(end);
+        let end = rustix::fs::seek(&file, rustix::fs::SeekFrom::End(0)).with_context(context)?;
+        let size = device::whole_blocks(end);
         ensure!(
             size == device.size,
             "{}: the size is now {size} bytes, it was {}",
-            doing(),
+            context(),
             device.size
         );
         let can_discard = !block || device.discard > 0;
@@ -180,7 +180,7 @@ fn lock_soon(file: &File) -> bool {
     })
 }
 
-impl Card for Disk {
+impl CardIo for CardDevice {
     fn size(&self) -> u64 {
         self.size
     }

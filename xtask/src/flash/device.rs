@@ -7,11 +7,11 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::identity::{Identity, KERNEL};
+use super::identity::{CardIdentity, KERNEL};
 use crate::disk::layout::BLOCK;
 use crate::disk::{TableKind, read};
 use crate::exec::Tool;
-use crate::progress::{bytes, names};
+use crate::progress::{format_bytes, list_names};
 
 /// The columns to request. util-linux 2.37 (2021) and later supports all of them.
 const COLUMNS: &str = "NAME,KNAME,PATH,MAJ:MIN,TYPE,SIZE,RO,RM,HOTPLUG,TRAN,SUBSYSTEMS,VENDOR,\
@@ -27,7 +27,7 @@ const BELOW: [&str; 3] = ["/boot/", "/usr/", "/var/"];
 /// A block device as `lsblk` lists it.
 #[derive(Debug, Clone, Default, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-struct Listed {
+struct LsblkDevice {
     name: String,
     #[serde(default)]
     kname: Option<String>,
@@ -67,18 +67,18 @@ struct Listed {
     #[serde(default)]
     mountpoints: Vec<Option<String>>,
     #[serde(default)]
-    children: Vec<Listed>,
+    children: Vec<LsblkDevice>,
 }
 
 #[derive(Debug, Deserialize)]
-struct Answer {
-    blockdevices: Vec<Listed>,
+struct LsblkOutput {
+    blockdevices: Vec<LsblkDevice>,
 }
 
 /// A possible target.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Device {
+pub struct FlashDevice {
     /// The name to type: the kernel's name, such as `sdb`; for a file, its file name.
     pub name: String,
     /// Its path.
@@ -91,7 +91,7 @@ pub struct Device {
     pub numbers: Option<String>,
     /// Which medium it is.
     #[serde(skip)]
-    pub identity: Identity,
+    pub identity: CardIdentity,
     /// Bytes.
     pub size: u64,
     /// Vendor and model, as far as the device reports them.
@@ -117,7 +117,7 @@ pub struct Device {
 /// Why a device may not be written, in order of importance.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Reason {
+pub enum ObjectionKind {
     /// The running system is on it.
     System,
     /// A filesystem on it is mounted.
@@ -140,22 +140,22 @@ pub enum Reason {
 
 /// A reason, with what was found and what to do.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Objection {
+pub struct DeviceObjection {
     /// Which reason.
-    pub reason: Reason,
+    pub reason: ObjectionKind,
     /// What was found.
     pub message: String,
     /// What to do.
     pub help: String,
 }
 
-impl Device {
+impl FlashDevice {
     /// All reasons why an image of `size` bytes may not be written to it. `allowed` is the name of
     /// a fixed disk that the user has confirmed.
-    pub fn objections(&self, size: u64, allowed: Option<&str>) -> Vec<Objection> {
+    pub fn objections(&self, size: u64, allowed: Option<&str>) -> Vec<DeviceObjection> {
         let mut found = Vec::new();
         let mut object = |reason, message: String, help: String| {
-            found.push(Objection { reason, message, help });
+            found.push(DeviceObjection { reason, message, help });
         };
         let is_system = |place: &str| {
             place == "[SWAP]"
@@ -163,14 +163,14 @@ impl Device {
                 || BELOW.iter().any(|folder| place.starts_with(folder))
         };
         let show = |all: &[&(String, String)]| {
-            names(&all.iter().map(|(d, at)| format!("{d} at {at}")).collect::<Vec<_>>())
+            list_names(&all.iter().map(|(d, at)| format!("{d} at {at}")).collect::<Vec<_>>())
         };
         let (system, other): (Vec<_>, Vec<_>) =
             self.mounted.iter().partition(|(_, place)| is_system(place));
         let choose = "choose another device: cargo xtask flash --list";
         if !system.is_empty() {
             object(
-                Reason::System,
+                ObjectionKind::System,
                 format!("the running system is on it: {}", show(&system)),
                 choose.to_owned(),
             );
@@ -178,22 +178,22 @@ impl Device {
         if !other.is_empty() {
             let devices: Vec<&str> = other.iter().map(|(device, _)| device.as_str()).collect();
             object(
-                Reason::Mounted,
+                ObjectionKind::Mounted,
                 format!("the device is mounted: {}", show(&other)),
                 format!("umount {}", devices.join(" ")),
             );
         }
         if !self.held_by.is_empty() {
             object(
-                Reason::Held,
-                format!("the device is in use by {}", names(&self.held_by)),
+                ObjectionKind::Held,
+                format!("the device is in use by {}", list_names(&self.held_by)),
                 "stop that first (lsblk shows what uses the device)".to_owned(),
             );
         }
         match self.kind.as_str() {
             "disk" | "loop" | "file" => {}
             "part" => object(
-                Reason::Partition,
+                ObjectionKind::Partition,
                 "the device is a partition, but an image needs a whole disk".to_owned(),
                 format!(
                     "use its disk{}",
@@ -201,33 +201,33 @@ impl Device {
                 ),
             ),
             kind => object(
-                Reason::NotADisk,
+                ObjectionKind::NotADisk,
                 format!("expected a disk or a file, found a device of type `{kind}`"),
                 choose.to_owned(),
             ),
         }
         if self.read_only {
             object(
-                Reason::ReadOnly,
+                ObjectionKind::ReadOnly,
                 "the device is read-only".to_owned(),
                 "move the card's lock switch, or use another reader".to_owned(),
             );
         }
         if self.size < size {
             object(
-                Reason::TooSmall,
+                ObjectionKind::TooSmall,
                 format!(
                     "the device has {} ({} bytes), the image needs {} ({size} bytes)",
-                    bytes(self.size),
+                    format_bytes(self.size),
                     self.size,
-                    bytes(size)
+                    format_bytes(size)
                 ),
                 "use a larger device".to_owned(),
             );
         }
         if self.sector != 512 {
             object(
-                Reason::Sectors,
+                ObjectionKind::Sectors,
                 format!(
                     "the device has sectors of {} bytes, the image's partition table needs 512",
                     self.sector
@@ -238,7 +238,7 @@ impl Device {
         let spelt_out = allowed.is_some_and(|name| name == self.name || name == self.path.as_str());
         if self.kind == "disk" && !self.removable && !spelt_out {
             object(
-                Reason::NotRemovable,
+                ObjectionKind::NotRemovable,
                 format!("the device is not removable (bus {})", self.bus),
                 format!("if this is the right device: --non-removable {}", self.name),
             );
@@ -249,7 +249,7 @@ impl Device {
 }
 
 /// The part of a size that is accessible by direct I/O on every device.
-pub fn whole(size: u64) -> u64 {
+pub fn whole_blocks(size: u64) -> u64 {
     size / BLOCK * BLOCK
 }
 
@@ -268,21 +268,21 @@ fn disk_of(partition: &str) -> Option<&str> {
 ///
 /// # Errors
 /// When the text is not the output of `lsblk --json --bytes`.
-pub fn parse(json: &str, soldered: impl Fn(&str) -> bool) -> Result<Vec<Device>> {
-    let answer: Answer = serde_json::from_str(json).context("parsing the output of lsblk")?;
+pub fn parse_lsblk(json: &str, soldered: impl Fn(&str) -> bool) -> Result<Vec<FlashDevice>> {
+    let answer: LsblkOutput = serde_json::from_str(json).context("parsing the output of lsblk")?;
     let mut devices = Vec::new();
-    let mut left: Vec<&Listed> = answer.blockdevices.iter().rev().collect();
+    let mut left: Vec<&LsblkDevice> = answer.blockdevices.iter().rev().collect();
     while let Some(listed) = left.pop() {
         left.extend(listed.children.iter().rev());
         // An array is listed below each of its disks.
-        if devices.iter().all(|d: &Device| d.path != listed.path) {
-            devices.push(device(listed, &soldered));
+        if devices.iter().all(|d: &FlashDevice| d.path != listed.path) {
+            devices.push(describe_device(listed, &soldered));
         }
     }
     Ok(devices)
 }
 
-fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
+fn describe_device(listed: &LsblkDevice, soldered: &impl Fn(&str) -> bool) -> FlashDevice {
     let trimmed = |text: &Option<String>| text.as_deref().unwrap_or("").trim().to_owned();
     let name = listed.kname.clone().unwrap_or_else(|| listed.name.clone());
     let mmc = listed.subsystems.as_deref().is_some_and(|s| s.split(':').any(|part| part == "mmc"));
@@ -305,13 +305,13 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
         }
     }
     let model = format!("{} {}", trimmed(&listed.vendor), trimmed(&listed.model));
-    Device {
+    FlashDevice {
         name,
         path: listed.path.clone(),
         kind: listed.kind.clone(),
         numbers: Some(listed.numbers.trim().to_owned()),
-        identity: Identity::default(),
-        size: whole(listed.size.unwrap_or(0)),
+        identity: CardIdentity::default(),
+        size: whole_blocks(listed.size.unwrap_or(0)),
         model: model.trim().to_owned(),
         bus,
         removable,
@@ -320,12 +320,12 @@ fn device(listed: &Listed, soldered: &impl Fn(&str) -> bool) -> Device {
         discard: listed.disc_max.unwrap_or(0),
         mounted,
         held_by,
-        content: content(listed),
+        content: describe_content(listed),
     }
 }
 
-fn content(listed: &Listed) -> String {
-    let describe = |one: &Listed| {
+fn describe_content(listed: &LsblkDevice) -> String {
+    let describe = |one: &LsblkDevice| {
         let words = [&one.fstype, &one.partlabel, &one.label];
         let mut words: Vec<&str> =
             words.into_iter().flatten().map(|w| w.trim()).filter(|w| !w.is_empty()).collect();
@@ -336,13 +336,13 @@ fn content(listed: &Listed) -> String {
         .children
         .iter()
         .filter(|c| c.kind == "part")
-        .map(|c| format!("{} {}", bytes(c.size.unwrap_or(0)), describe(c)).trim().to_owned())
+        .map(|c| format!("{} {}", format_bytes(c.size.unwrap_or(0)), describe(c)).trim().to_owned())
         .collect();
     let own = describe(listed);
     match (&listed.pttype, parts.is_empty(), own.is_empty()) {
         (_, false, _) => {
             let table = listed.pttype.as_deref().map_or(String::new(), |t| format!("{t}: "));
-            format!("{table}{}", names(&parts))
+            format!("{table}{}", list_names(&parts))
         }
         (_, true, false) => own,
         (Some(table), ..) => format!("{table}, no partitions"),
@@ -354,20 +354,20 @@ fn content(listed: &Listed) -> String {
 ///
 /// # Errors
 /// When `lsblk` is missing, fails, or is too old.
-pub fn all() -> Result<Vec<Device>> {
+pub fn list_all_devices() -> Result<Vec<FlashDevice>> {
     // The identities of the media are read before everything else, so that the data of a new medium
     // is never shown with the identity of the old one. A new card may only be detected when it is
     // first opened, hence the second attempt.
     const LOOKS: u32 = 3;
-    let mut before = identities();
-    let mut devices = listed()?;
+    let mut before = kernel_identities();
+    let mut devices = run_lsblk()?;
     for _ in 1..LOOKS {
-        let after = identities();
+        let after = kernel_identities();
         if before == after {
             break;
         }
         before = after;
-        devices = listed()?;
+        devices = run_lsblk()?;
     }
     for device in &mut devices {
         let numbers = device.numbers.as_deref().unwrap_or_default();
@@ -377,38 +377,38 @@ pub fn all() -> Result<Vec<Device>> {
 }
 
 /// The media that the kernel knows, by their devices' numbers.
-fn identities() -> BTreeMap<String, Identity> {
+fn kernel_identities() -> BTreeMap<String, CardIdentity> {
     let kernel = Utf8Path::new(KERNEL);
     let entries = kernel.read_dir_utf8().into_iter().flatten().flatten();
-    let of = |numbers: &str| (numbers.to_owned(), Identity::of_device(kernel, numbers));
+    let of = |numbers: &str| (numbers.to_owned(), CardIdentity::of_device(kernel, numbers));
     entries.map(|entry| of(entry.file_name())).collect()
 }
 
-fn listed() -> Result<Vec<Device>> {
+fn run_lsblk() -> Result<Vec<FlashDevice>> {
     let json = Tool::new("lsblk")
         .env("LC_ALL", "C")
         .args(["--json", "--bytes", "--all", "--output", COLUMNS])
         .read()
         .context("listing block devices\nhelp: install util-linux 2.37 or newer")?;
-    let mut devices = parse(&json, soldered)?;
+    let mut devices = parse_lsblk(&json, is_soldered)?;
     for device in &mut devices {
         if device.content.is_empty() && matches!(device.kind.as_str(), "disk" | "loop") {
-            device.content = tables(&device.path);
+            device.content = describe_tables(&device.path);
         }
     }
     Ok(devices)
 }
 
 /// eMMC reports `MMC`, a card reports `SD`.
-fn soldered(name: &str) -> bool {
+fn is_soldered(name: &str) -> bool {
     let kind = std::fs::read_to_string(format!("/sys/class/block/{name}/device/type"));
     kind.is_ok_and(|kind| kind.trim() == "MMC")
 }
 
 /// What our own reader finds where `lsblk` reports nothing: lsblk asks udev, which not every
 /// machine has.
-fn tables(path: &Utf8Path) -> String {
-    let Ok(found) = read::tables(path) else { return String::new() };
+fn describe_tables(path: &Utf8Path) -> String {
+    let Ok(found) = read::read_tables(path) else { return String::new() };
     let table = match found.table {
         TableKind::Mbr if found.partitions.is_empty() => return String::new(),
         kind => kind.name(),
@@ -416,14 +416,14 @@ fn tables(path: &Utf8Path) -> String {
     let parts: Vec<String> = found
         .partitions
         .iter()
-        .map(|p| format!("{} {}", bytes(p.size), p.name.as_deref().unwrap_or(&p.kind)))
+        .map(|p| format!("{} {}", format_bytes(p.size), p.name.as_deref().unwrap_or(&p.kind)))
         .collect();
-    format!("{table}: {}", names(&parts))
+    format!("{table}: {}", list_names(&parts))
 }
 
 /// Possible targets: disks, and loop devices that are attached to a file.
-pub fn candidates(devices: Vec<Device>) -> Vec<Device> {
-    let wanted = |d: &Device| d.size > 0 && matches!(d.kind.as_str(), "disk" | "loop");
+pub fn select_candidates(devices: Vec<FlashDevice>) -> Vec<FlashDevice> {
+    let wanted = |d: &FlashDevice| d.size > 0 && matches!(d.kind.as_str(), "disk" | "loop");
     devices.into_iter().filter(wanted).collect()
 }
 
@@ -431,7 +431,7 @@ pub fn candidates(devices: Vec<Device>) -> Vec<Device> {
 ///
 /// # Errors
 /// When there is none, or it is neither a device nor a plain file.
-pub fn find(typed: &Utf8Path) -> Result<Device> {
+pub fn find_device(typed: &Utf8Path) -> Result<FlashDevice> {
     let in_dev = Utf8Path::new("/dev").join(typed);
     let path = if !typed.as_str().contains('/') && !typed.exists() && in_dev.exists() {
         in_dev
@@ -447,7 +447,7 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
     let metadata =
         std::fs::metadata(&path).with_context(|| format!("reading the properties of {path}"))?;
     if metadata.file_type().is_block_device() {
-        return all()?
+        return list_all_devices()?
             .into_iter()
             .find(|device| device.path == path)
             .with_context(|| format!("lsblk does not list {path}"));
@@ -458,13 +458,13 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
              help: cargo xtask flash --list shows devices"
         );
     }
-    let held_by = attached(&path)?;
-    Ok(Device {
+    let held_by = attached_loop_devices(&path)?;
+    Ok(FlashDevice {
         name: path.file_name().unwrap_or_default().to_owned(),
         kind: "file".to_owned(),
         numbers: None,
-        identity: Identity::of_file(&metadata),
-        size: whole(metadata.len()),
+        identity: CardIdentity::of_file(&metadata),
+        size: whole_blocks(metadata.len()),
         model: "plain file".to_owned(),
         bus: "file".to_owned(),
         removable: true,
@@ -473,13 +473,13 @@ pub fn find(typed: &Utf8Path) -> Result<Device> {
         discard: 0,
         mounted: Vec::new(),
         held_by,
-        content: tables(&path),
+        content: describe_tables(&path),
         path,
     })
 }
 
 /// The loop devices that are attached to a file.
-fn attached(path: &Utf8Path) -> Result<Vec<String>> {
+fn attached_loop_devices(path: &Utf8Path) -> Result<Vec<String>> {
     let mut found = Vec::new();
     let Ok(devices) = Utf8Path::new("/sys/class/block").read_dir_utf8() else { return Ok(found) };
     for entry in devices {

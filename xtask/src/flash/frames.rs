@@ -10,7 +10,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use zstd::bulk::Decompressor;
 
-use super::source::Range;
+use super::source::ImageRange;
 
 /// The largest unpacked frame in bytes: twice the size of Slipway's frames.
 const LARGEST: u64 = 64 << 20;
@@ -23,13 +23,13 @@ const SKIPPABLE: u32 = 0x184d_2a50;
 /// The longest header of a frame (RFC 8878, 3.1.1.1): magic number, descriptor, window, dictionary, size.
 const HEADER: usize = 4 + 1 + 1 + 4 + 8;
 /// zstd's own bound for incompressible data (`ZSTD_COMPRESSBOUND`), and space for headers.
-const fn bound(size: u64) -> u64 {
+const fn compressed_bound(size: u64) -> u64 {
     size + (size >> 8) + (128 << 10)
 }
 
 /// One frame.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Frame {
+pub struct ImageFrame {
     /// Where it begins in the file.
     stored: u64,
     /// Its bytes in the file.
@@ -45,22 +45,22 @@ pub struct Frame {
 ///
 /// # Errors
 /// When the file cannot be read.
-pub fn scan(file: &File) -> io::Result<Option<Vec<Frame>>> {
+pub fn scan_frames(file: &File) -> io::Result<Option<Vec<ImageFrame>>> {
     let end = file.metadata()?.len();
     let (mut at, mut offset, mut frames) = (0, 0, Vec::new());
     while at < end {
-        let Some((length, size)) = frame(file, at, end)? else { return Ok(None) };
-        if size > LARGEST || length > bound(size) {
+        let Some((length, size)) = read_frame_header(file, at, end)? else { return Ok(None) };
+        if size > LARGEST || length > compressed_bound(size) {
             return Ok(None);
         }
-        frames.push(Frame { stored: at, length, offset, size });
+        frames.push(ImageFrame { stored: at, length, offset, size });
         (at, offset) = (at + length, offset + size);
     }
     Ok(Some(frames))
 }
 
 /// Bytes of the frame at an offset, stored and unpacked.
-fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
+fn read_frame_header(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
     let mut header = [0; HEADER];
     let there = HEADER.min(usize::try_from(end - at).unwrap_or(HEADER));
     file.read_exact_at(&mut header[..there], at)?;
@@ -112,8 +112,8 @@ fn frame(file: &File, at: u64, end: u64) -> io::Result<Option<(u64, u64)>> {
 }
 
 /// The frames with data for the card, unpacked in order.
-pub struct Frames {
-    wanted: Vec<Frame>,
+pub struct FrameUnpacker {
+    wanted: Vec<ImageFrame>,
     /// One for each thread; they take turns.
     unpacked: Vec<Receiver<io::Result<Vec<u8>>>>,
     /// How many frames were taken from the threads, and the last of them.
@@ -126,14 +126,14 @@ pub struct Frames {
 
 type Spare = Arc<Mutex<Vec<Vec<u8>>>>;
 
-impl Frames {
+impl FrameUnpacker {
     /// Starts to unpack. The threads end when this value is dropped.
-    pub fn start(file: File, frames: &[Frame], ranges: &[Range]) -> Self {
-        let reaches = |frame: &&Frame| {
+    pub fn start(file: File, frames: &[ImageFrame], ranges: &[ImageRange]) -> Self {
+        let reaches = |frame: &&ImageFrame| {
             let next = ranges.partition_point(|r| r.offset + r.size <= frame.offset);
             ranges.get(next).is_some_and(|r| r.offset < frame.offset + frame.size)
         };
-        let wanted: Vec<Frame> = frames.iter().filter(reaches).cloned().collect();
+        let wanted: Vec<ImageFrame> = frames.iter().filter(reaches).cloned().collect();
         let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
         let threads = cores.min(THREADS).min(wanted.len().max(1));
         let (file, spare) = (Arc::new(file), Spare::default());
@@ -141,7 +141,7 @@ impl Frames {
             .map(|thread| {
                 // No buffering: a thread that has unpacked a frame waits until the frame is taken.
                 let (sender, receiver) = sync_channel(0);
-                let own: Vec<Frame> =
+                let own: Vec<ImageFrame> =
                     wanted.iter().skip(thread).step_by(threads).cloned().collect();
                 let (file, spare) = (Arc::clone(&file), Arc::clone(&spare));
                 std::thread::spawn(move || {
@@ -149,7 +149,7 @@ impl Frames {
                     for frame in own {
                         let free = spare.lock().unwrap_or_else(PoisonError::into_inner).pop();
                         let mut content = free.unwrap_or_default();
-                        let result = unpack(&file, &frame, &mut stored, &mut content);
+                        let result = unpack_frame(&file, &frame, &mut stored, &mut content);
                         // The receiver is gone when the pass has ended early.
                         if sender.send(result.map(|()| content)).is_err() {
                             return;
@@ -202,9 +202,9 @@ impl Frames {
 }
 
 /// Unpacks a frame, whose content is as long as its header says.
-fn unpack(
+fn unpack_frame(
     file: &File,
-    frame: &Frame,
+    frame: &ImageFrame,
     stored: &mut Vec<u8>,
     content: &mut Vec<u8>,
 ) -> io::Result<()> {

@@ -18,7 +18,7 @@ const MOST: usize = 4096;
 
 /// What distinguishes one medium from the next.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Identity {
+pub struct CardIdentity {
     /// The kernel's count of media: it increases with each medium that is attached or inserted
     /// (`diskseq`, Linux 5.15).
     pub sequence: Option<u64>,
@@ -26,7 +26,7 @@ pub struct Identity {
     pub serials: Vec<(String, String)>,
 }
 
-impl Identity {
+impl CardIdentity {
     /// The medium in the block device of these numbers, in a directory like [`KERNEL`].
     pub fn of_device(kernel: &Utf8Path, numbers: &str) -> Self {
         let folder = kernel.join(numbers);
@@ -87,26 +87,26 @@ mod tests {
             std::fs::create_dir_all(path.parent().expect("a directory")).expect("made");
             std::fs::write(path, text).expect("written");
         };
-        let look = || Identity::of_device(kernel, "179:0");
+        let look = || CardIdentity::of_device(kernel, "179:0");
         // An old kernel and a reader that reports nothing: nothing to compare.
-        assert_eq!(look(), Identity::default());
+        assert_eq!(look(), CardIdentity::default());
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478012345678015a00\n");
         let shown = look();
         assert_eq!((shown.sequence, shown.serials.len()), (Some(9), 1));
         assert_eq!(shown.difference(&look()), None);
         write("diskseq", "10\n");
-        let said = shown.difference(&look()).expect("the same card, inserted again");
-        assert!(said.contains("medium 10 (diskseq), but medium 9 was shown"), "{said}");
+        let message = shown.difference(&look()).expect("the same card, inserted again");
+        assert!(message.contains("medium 10 (diskseq), but medium 9 was shown"), "{message}");
         write("diskseq", "9\n");
         write("device/cid", "035344534c3136478099999999015a00\n");
-        let said = shown.difference(&look()).expect("another card");
-        assert!(said.contains("cid 035344534c3136478099999999015a00, but"), "{said}");
+        let message = shown.difference(&look()).expect("another card");
+        assert!(message.contains("cid 035344534c3136478099999999015a00, but"), "{message}");
         std::fs::remove_file(kernel.join("179:0/device/cid")).expect("removed");
         assert!(
             shown
                 .difference(&look())
-                .is_some_and(|said| said.contains("this medium has no serial number"))
+                .is_some_and(|message| message.contains("this medium has no serial number"))
         );
     }
 }

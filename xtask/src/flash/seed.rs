@@ -13,8 +13,8 @@ use contract::seed_file::LARGEST;
 pub use contract::seed_file::{FILE, SeedFile, WifiNetwork};
 use fatfs::{FileSystem, FsOptions};
 
-use super::card::{Buffer, Card};
-use super::write::Piece;
+use super::card::{AlignedMemory, CardIo};
+use super::write::ImagePiece;
 use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
 use crate::ssh_keys;
@@ -30,7 +30,7 @@ const BOOT: &str = "boot";
 ///
 /// # Errors
 /// When no such network can exist ([`names::is_ssid`], [`names::is_wifi_password`]), or its name has control characters.
-pub fn wifi(ssid: &str, password: Option<String>) -> Result<WifiNetwork> {
+pub fn wifi_network(ssid: &str, password: Option<String>) -> Result<WifiNetwork> {
     ensure!(
         names::is_ssid(ssid) && !ssid.chars().any(char::is_control),
         "the Wi-Fi name has {} bytes, expected 1 to 32 without control characters",
@@ -79,7 +79,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
         }
         false => format!("reading {path}"),
     })?;
-    let keys = ssh_keys::parse(&file).map_err(|bad| bad.about(path))?;
+    let keys = ssh_keys::parse_keys(&file).map_err(|bad| bad.into_error(path))?;
     ensure!(
         keys.iter().all(|key| !key.has_options),
         "{path}: a key has options, which the first boot does not support\n\
@@ -89,7 +89,7 @@ pub fn read_keys(path: &Utf8Path) -> Result<Vec<String>> {
 }
 
 /// The names of the seed's settings.
-fn parts(seed: &SeedFile) -> Vec<&'static str> {
+fn setting_names(seed: &SeedFile) -> Vec<&'static str> {
     let parts = [
         ("hostname", seed.hostname.is_some()),
         ("ssh-keys", !seed.ssh_keys.is_empty()),
@@ -103,11 +103,11 @@ fn parts(seed: &SeedFile) -> Vec<&'static str> {
 ///
 /// # Errors
 /// When the image has no boot partition with a FAT, or the card fails.
-pub fn plant(
+pub fn write_seed(
     seed: &SeedFile,
-    card: &dyn Card,
-    held: &[(usize, Buffer)],
-    pieces: &[Piece],
+    card: &dyn CardIo,
+    held: &[(usize, AlignedMemory)],
+    pieces: &[ImagePiece],
 ) -> Result<Vec<&'static str>> {
     let text = seed.to_text().context("encoding the settings for the first boot")?;
     ensure!(
@@ -117,25 +117,25 @@ pub fn plant(
     );
     let boot = boot_partition(card, held, pieces)?;
     let mut volume = Volume { card, place: boot, position: 0, blocks: BTreeMap::new() };
-    let doing = || format!("writing {FILE} to the boot partition");
+    let context = || format!("writing {FILE} to the boot partition");
     {
-        let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(doing)?;
-        let mut file = fat.root_dir().create_file(FILE).with_context(doing)?;
-        file.truncate().with_context(doing)?;
-        file.write_all(text.as_bytes()).with_context(doing)?;
-        file.flush().with_context(doing)?;
+        let fat = FileSystem::new(&mut volume, FsOptions::new()).with_context(context)?;
+        let mut file = fat.root_dir().create_file(FILE).with_context(context)?;
+        file.truncate().with_context(context)?;
+        file.write_all(text.as_bytes()).with_context(context)?;
+        file.flush().with_context(context)?;
         drop(file);
-        fat.unmount().with_context(doing)?;
+        fat.unmount().with_context(context)?;
     }
-    volume.store().with_context(doing)?;
-    Ok(parts(seed))
+    volume.store().with_context(context)?;
+    Ok(setting_names(seed))
 }
 
 /// The place of the boot partition.
 fn boot_partition(
-    card: &dyn Card,
-    held: &[(usize, Buffer)],
-    pieces: &[Piece],
+    card: &dyn CardIo,
+    held: &[(usize, AlignedMemory)],
+    pieces: &[ImagePiece],
 ) -> Result<std::ops::Range<u64>> {
     let folder = tempfile::tempdir().context("creating a directory")?;
     let path = Utf8PathBuf::try_from(folder.path().join("table.img"))?;
@@ -147,7 +147,7 @@ fn boot_partition(
         file.write_all_at(buffer.bytes(), piece.offset)
             .context("writing down the partition table")?;
     }
-    let tables = read::tables(&path).context("looking for the image's boot partition")?;
+    let tables = read::read_tables(&path).context("looking for the image's boot partition")?;
     let named = tables.partitions.iter().find(|p| p.name.as_deref() == Some(BOOT));
     let fat = |p: &&FoundPartition| p.name.is_none() && FAT_TYPES.contains(&p.kind.as_str());
     let found = named.or_else(|| tables.partitions.iter().find(fat));
@@ -168,11 +168,11 @@ fn boot_partition(
 
 /// A partition on the card: blocks are read when they are needed, and kept until they are stored.
 struct Volume<'a> {
-    card: &'a dyn Card,
+    card: &'a dyn CardIo,
     place: std::ops::Range<u64>,
     position: u64,
     /// By block number: the bytes, and whether they were changed.
-    blocks: BTreeMap<u64, (Buffer, bool)>,
+    blocks: BTreeMap<u64, (AlignedMemory, bool)>,
 }
 
 impl Volume<'_> {
@@ -182,7 +182,7 @@ impl Volume<'_> {
         let (buffer, changed) = match self.blocks.entry(number) {
             std::collections::btree_map::Entry::Occupied(known) => known.into_mut(),
             std::collections::btree_map::Entry::Vacant(new) => {
-                let mut buffer = Buffer::new(BLOCK as usize);
+                let mut buffer = AlignedMemory::new(BLOCK as usize);
                 let place = self.place.start + number * BLOCK;
                 self.card.read_at(place, buffer.part(BLOCK as usize))?;
                 new.insert((buffer, false))
@@ -206,7 +206,7 @@ impl Volume<'_> {
             written.push((place, buffer));
         }
         card.flush().context("flushing the card")?;
-        let mut found = Buffer::new(BLOCK as usize);
+        let mut found = AlignedMemory::new(BLOCK as usize);
         for (place, buffer) in written {
             card.read_at(place, found.part(BLOCK as usize))
                 .with_context(|| format!("reading back at {place}"))?;

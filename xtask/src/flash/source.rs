@@ -9,9 +9,9 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use lzma_rust2::XzReader;
 
-use super::frames::{self, Frame, Frames};
+use super::frames::{self, FrameUnpacker, ImageFrame};
 use crate::disk::bmap::{self, BlockMap};
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// How many bytes of an image without a map share a checksum: as in our own maps.
 const UNMAPPED_RANGE: u64 = 16 << 20;
@@ -26,7 +26,7 @@ const READ: usize = 1 << 20;
 
 /// How an image is stored.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum ImageFormat {
     /// Uncompressed.
     Plain,
     /// zstd, one frame or many.
@@ -37,7 +37,7 @@ pub enum Form {
 
 /// A part of the image that must reach the card.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Range {
+pub struct ImageRange {
     /// Byte offset.
     pub offset: u64,
     /// Bytes.
@@ -48,22 +48,22 @@ pub struct Range {
 
 /// An image that was examined.
 #[derive(Debug, Clone)]
-pub struct Source {
+pub struct ImageSource {
     /// Its file.
     pub path: Utf8PathBuf,
     /// How it is stored.
-    pub form: Form,
+    pub form: ImageFormat,
     /// Bytes of the image itself.
     pub size: u64,
     /// Whether a block map lists what must reach the card; without one everything must.
     pub mapped: bool,
     /// What must reach the card, in order.
-    pub ranges: Vec<Range>,
+    pub ranges: Vec<ImageRange>,
     /// The frames of a file that is packed in small frames.
-    frames: Option<Vec<Frame>>,
+    frames: Option<Vec<ImageFrame>>,
 }
 
-impl Source {
+impl ImageSource {
     /// Examines an image. A compressed image of unknown size without a map is read once to find its
     /// size.
     ///
@@ -71,39 +71,39 @@ impl Source {
     /// When it cannot be read, has another format, or its block map is damaged or belongs to
     /// another image.
     pub fn open(path: &Utf8Path) -> Result<Self> {
-        let doing = || format!("reading the image {path}");
+        let context = || format!("reading the image {path}");
         let stem = path.as_str();
         let (form, plain) = match (stem.strip_suffix(".zst"), stem.strip_suffix(".xz")) {
-            (Some(plain), _) => (Form::Zstd, Utf8Path::new(plain)),
-            (_, Some(plain)) => (Form::Xz, Utf8Path::new(plain)),
-            _ => (Form::Plain, path),
+            (Some(plain), _) => (ImageFormat::Zstd, Utf8Path::new(plain)),
+            (_, Some(plain)) => (ImageFormat::Xz, Utf8Path::new(plain)),
+            _ => (ImageFormat::Plain, path),
         };
         ensure!(
             plain.extension() == Some("img"),
             "{path} is not a card image\nhelp: name a file that ends in .img, .img.zst or .img.xz"
         );
-        let file = File::open(path).with_context(doing)?;
-        let stored = file.metadata().with_context(doing)?;
-        ensure!(stored.is_file(), "{}: not a plain file", doing());
+        let file = File::open(path).with_context(context)?;
+        let stored = file.metadata().with_context(context)?;
+        ensure!(stored.is_file(), "{}: not a plain file", context());
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
         let frames = match form {
-            Form::Zstd => frames::scan(&file).with_context(doing)?,
-            Form::Plain | Form::Xz => None,
+            ImageFormat::Zstd => frames::scan_frames(&file).with_context(context)?,
+            ImageFormat::Plain | ImageFormat::Xz => None,
         };
         let unpacked = frames.as_ref().map(|frames| frames.iter().map(|f| f.size).sum::<u64>());
         let size = match (form, &map, unpacked) {
-            (Form::Plain, ..) => stored.len(),
+            (ImageFormat::Plain, ..) => stored.len(),
             (_, Some(map), _) => map.image_size,
             (_, None, Some(size)) => size,
-            (_, None, None) => measure(path, form)?,
+            (_, None, None) => measure_image(path, form)?,
         };
         // A size other than the map's is an error that reading the stream reports.
         let frames = frames.filter(|_| unpacked == Some(size));
         ensure!(
             size > 0 && size.is_multiple_of(512),
             "{}: the image has {size} bytes, expected a multiple of 512",
-            doing()
+            context()
         );
         let mapped = map.is_some();
         let ranges = match map {
@@ -112,19 +112,19 @@ impl Source {
                     map.image_size == size,
                     "{}: the image has {size} bytes, but its block map is for {}\n\
                      help: keep each image beside its own map, or build the image again",
-                    doing(),
+                    context(),
                     map.image_size
                 );
-                let range = |r: bmap::Range| {
+                let range = |r: bmap::BlockRange| {
                     let offset = r.first * map.block_size;
                     let end = ((r.last + 1) * map.block_size).min(size);
-                    Range { offset, size: end - offset, sha256: Some(r.sha256) }
+                    ImageRange { offset, size: end - offset, sha256: Some(r.sha256) }
                 };
                 map.ranges.into_iter().map(range).collect()
             }
             None => (0..size)
                 .step_by(UNMAPPED_RANGE as usize)
-                .map(|offset| Range {
+                .map(|offset| ImageRange {
                     offset,
                     size: UNMAPPED_RANGE.min(size - offset),
                     sha256: None,
@@ -143,24 +143,24 @@ impl Source {
     ///
     /// # Errors
     /// When the file cannot be opened.
-    pub fn pass(&self) -> Result<Pass> {
-        let doing = || format!("reading the image {}", self.path);
-        let file = File::open(&self.path).with_context(doing)?;
+    pub fn pass(&self) -> Result<ImagePass> {
+        let context = || format!("reading the image {}", self.path);
+        let file = File::open(&self.path).with_context(context)?;
         let input = match (self.form, &self.frames) {
-            (Form::Plain, _) => Input::File(file),
-            (_, Some(frames)) => Input::Frames(Frames::start(file, frames, &self.ranges)),
-            (form, None) => Input::Stream(decoder(file, form).with_context(doing)?),
+            (ImageFormat::Plain, _) => Input::File(file),
+            (_, Some(frames)) => Input::Frames(FrameUnpacker::start(file, frames, &self.ranges)),
+            (form, None) => Input::Stream(open_decoder(file, form).with_context(context)?),
         };
-        Ok(Pass { input, path: self.path.clone(), size: self.size, position: 0 })
+        Ok(ImagePass { input, path: self.path.clone(), size: self.size, position: 0 })
     }
 }
 
-fn decoder(file: File, form: Form) -> io::Result<Box<dyn Read + Send>> {
+fn open_decoder(file: File, form: ImageFormat) -> io::Result<Box<dyn Read + Send>> {
     let file = BufReader::with_capacity(READ, file);
     Ok(match form {
-        Form::Plain => Box::new(file),
-        Form::Zstd => Box::new(Unpacked(zstd::Decoder::with_buffer(file)?)),
-        Form::Xz => Box::new(XzReader::new(file, true)),
+        ImageFormat::Plain => Box::new(file),
+        ImageFormat::Zstd => Box::new(Unpacked(zstd::Decoder::with_buffer(file)?)),
+        ImageFormat::Xz => Box::new(XzReader::new(file, true)),
     })
 }
 
@@ -186,43 +186,44 @@ impl<T: Read> Read for Unpacked<T> {
 }
 
 /// The unpacked size of a compressed image in bytes.
-fn measure(path: &Utf8Path, form: Form) -> Result<u64> {
-    let doing = || format!("unpacking {path}");
-    let mut decoder = decoder(File::open(path).with_context(doing)?, form).with_context(doing)?;
-    let step = Step::new(
+fn measure_image(path: &Utf8Path, form: ImageFormat) -> Result<u64> {
+    let context = || format!("unpacking {path}");
+    let mut decoder =
+        open_decoder(File::open(path).with_context(context)?, form).with_context(context)?;
+    let step = ProgressStep::new(
         "flash",
         "finding the size of the image, since there is no block map",
         0,
-        Unit::Bytes,
+        ProgressUnit::Bytes,
     );
     let mut buffer = vec![0; SKIP];
     let mut size = 0;
     loop {
-        let count = decoder.read(&mut buffer).with_context(doing)?;
+        let count = decoder.read(&mut buffer).with_context(context)?;
         if count == 0 {
             return Ok(size);
         }
         size += count as u64;
-        step.note(crate::progress::bytes(size));
-        ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", doing());
+        step.note(crate::progress::format_bytes(size));
+        ensure!(size <= LARGEST, "{}: the image is larger than 1 TiB", context());
     }
 }
 
 enum Input {
     File(File),
-    Frames(Frames),
+    Frames(FrameUnpacker),
     Stream(Box<dyn Read + Send>),
 }
 
 /// One pass over an image, forward only.
-pub struct Pass {
+pub struct ImagePass {
     input: Input,
     path: Utf8PathBuf,
     size: u64,
     position: u64,
 }
 
-impl Pass {
+impl ImagePass {
     /// Fills a buffer from `offset`, which must not be before that of an earlier call.
     ///
     /// # Errors
@@ -232,7 +233,7 @@ impl Pass {
         match &mut self.input {
             Input::File(file) => file.read_exact_at(buffer, offset),
             Input::Frames(frames) => frames.read_at(offset, buffer),
-            Input::Stream(stream) => skip(stream, &mut self.position, offset)
+            Input::Stream(stream) => skip_to(stream, &mut self.position, offset)
                 .and_then(|()| stream.read_exact(buffer))
                 .inspect(|()| self.position += buffer.len() as u64),
         }
@@ -247,7 +248,7 @@ impl Pass {
     pub fn finish(mut self) -> Result<()> {
         let Input::Stream(mut stream) = self.input else { return Ok(()) };
         let path = &self.path;
-        skip(&mut stream, &mut self.position, self.size).with_context(|| {
+        skip_to(&mut stream, &mut self.position, self.size).with_context(|| {
             format!("reading {path} to its end, at {} bytes\n{AGAIN}", self.position)
         })?;
         if stream.read(&mut [0]).with_context(|| format!("reading the end of {path}"))? != 0 {
@@ -261,7 +262,7 @@ impl Pass {
     }
 }
 
-fn skip(stream: &mut dyn Read, position: &mut u64, to: u64) -> io::Result<()> {
+fn skip_to(stream: &mut dyn Read, position: &mut u64, to: u64) -> io::Result<()> {
     let left = to.checked_sub(*position).ok_or(io::ErrorKind::InvalidInput)?;
     if left == 0 {
         return Ok(());

@@ -14,11 +14,11 @@ use anyhow::{Context, Result, anyhow, bail};
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::card::{Buffer, Card};
-use super::source::Source;
+use super::card::{AlignedMemory, CardIo};
+use super::source::ImageSource;
 use crate::artifact::hex;
 use crate::disk::layout::BLOCK;
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 
 /// The maximum size of a write in bytes: the allocation unit of an SD card (SD specification, part
 /// 1, 4.10.2: up to 4 MiB for cards below 64 GB). Pieces end at multiples of it.
@@ -35,13 +35,13 @@ const CHECKERS: usize = 3;
 /// Pieces in memory: 64 MiB.
 const BUFFERS: usize = 16;
 /// How long the reader waits for a buffer before it checks whether another thread has failed.
-const PATIENCE: Duration = Duration::from_millis(100);
+const BUFFER_TIMEOUT: Duration = Duration::from_millis(100);
 /// With this many failed pieces the card is considered broken.
 const MOST_WRONG: usize = 64;
 
 /// The unit of writing.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Piece {
+pub struct ImagePiece {
     /// Byte offset.
     pub offset: u64,
     /// Bytes, at most [`PIECE`].
@@ -55,7 +55,7 @@ pub struct Piece {
 }
 
 /// Cuts what must reach the card into pieces.
-pub fn pieces(source: &Source) -> Vec<Piece> {
+pub fn cut_into_pieces(source: &ImageSource) -> Vec<ImagePiece> {
     let tail = source.size.saturating_sub(EDGE).max(EDGE);
     let mut pieces = Vec::new();
     for (index, range) in source.ranges.iter().enumerate() {
@@ -63,7 +63,7 @@ pub fn pieces(source: &Source) -> Vec<Piece> {
         while at < end {
             let cuts = [(at / PIECE + 1) * PIECE, BLOCK, EDGE, tail, end];
             let next = cuts.into_iter().filter(|cut| *cut > at).min().unwrap_or(end);
-            pieces.push(Piece {
+            pieces.push(ImagePiece {
                 offset: at,
                 size: (next - at) as usize,
                 range: index,
@@ -78,15 +78,15 @@ pub fn pieces(source: &Source) -> Vec<Piece> {
 
 /// The expected checksum of a piece.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Sum {
+pub struct PieceChecksum {
     whole: [u8; 32],
     /// Of its first block.
     first: [u8; 32],
 }
 
-impl Sum {
+impl PieceChecksum {
     /// Of these bytes.
-    pub fn of(bytes: &[u8]) -> Self {
+    pub fn from_bytes(bytes: &[u8]) -> Self {
         let first = &bytes[..bytes.len().min(BLOCK as usize)];
         Self { whole: Sha256::digest(bytes).into(), first: Sha256::digest(first).into() }
     }
@@ -94,11 +94,11 @@ impl Sum {
 
 /// The result of a pass over the image.
 #[derive(Debug)]
-pub struct Sent {
+pub struct PassResult {
     /// The expected checksum of each piece; `None` for those that are not read back.
-    pub sums: Vec<Option<Sum>>,
+    pub sums: Vec<Option<PieceChecksum>>,
     /// The pieces that are written last, with their bytes.
-    pub held: Vec<(usize, Buffer)>,
+    pub held: Vec<(usize, AlignedMemory)>,
     /// The pieces that could not be written, or that failed verification, in order.
     pub wrong: Vec<usize>,
 }
@@ -113,10 +113,15 @@ pub fn is_local(error: &io::Error) -> bool {
 ///
 /// # Errors
 /// When the device as a whole fails.
-pub fn holds(card: &dyn Card, piece: &Piece, sum: &Sum, buffer: &mut Buffer) -> Result<bool> {
+pub fn piece_matches(
+    card: &dyn CardIo,
+    piece: &ImagePiece,
+    sum: &PieceChecksum,
+    buffer: &mut AlignedMemory,
+) -> Result<bool> {
     let bytes = buffer.part(piece.size);
     match card.read_at(piece.offset, bytes) {
-        Ok(()) => Ok(Sum::of(bytes).whole == sum.whole),
+        Ok(()) => Ok(PieceChecksum::from_bytes(bytes).whole == sum.whole),
         Err(error) if is_local(&error) => Ok(false),
         Err(error) => Err(error).with_context(|| format!("reading back at {}", piece.offset)),
     }
@@ -125,11 +130,16 @@ pub fn holds(card: &dyn Card, piece: &Piece, sum: &Sum, buffer: &mut Buffer) -> 
 /// Whether the card still contains the first block of this piece.
 ///
 /// # Errors
-/// As [`holds`].
-pub fn begins(card: &dyn Card, piece: &Piece, sum: &Sum, buffer: &mut Buffer) -> Result<bool> {
+/// As [`piece_matches`].
+pub fn first_block_matches(
+    card: &dyn CardIo,
+    piece: &ImagePiece,
+    sum: &PieceChecksum,
+    buffer: &mut AlignedMemory,
+) -> Result<bool> {
     let bytes = buffer.part(piece.size.min(BLOCK as usize));
     match card.read_at(piece.offset, bytes) {
-        Ok(()) => Ok(Sum::of(bytes).first == sum.first),
+        Ok(()) => Ok(PieceChecksum::from_bytes(bytes).first == sum.first),
         Err(error) if is_local(&error) => Ok(false),
         Err(error) => Err(error).with_context(|| format!("reading back at {}", piece.offset)),
     }
@@ -141,7 +151,7 @@ struct Batch {
     left: AtomicUsize,
 }
 
-fn batches(pieces: &[Piece]) -> Vec<Batch> {
+fn group_into_batches(pieces: &[ImagePiece]) -> Vec<Batch> {
     let mut batches = Vec::new();
     let (mut start, mut size, mut count) = (0, 0, 0);
     for (index, piece) in pieces.iter().enumerate() {
@@ -158,27 +168,32 @@ fn batches(pieces: &[Piece]) -> Vec<Batch> {
 }
 
 struct Sending<'a> {
-    source: &'a Source,
-    pieces: &'a [Piece],
-    card: &'a dyn Card,
+    source: &'a ImageSource,
+    pieces: &'a [ImagePiece],
+    card: &'a dyn CardIo,
     read_back: bool,
     batches: Vec<Batch>,
-    sums: Vec<OnceLock<Sum>>,
+    sums: Vec<OnceLock<PieceChecksum>>,
     wrong: Mutex<Vec<usize>>,
     /// A thread has failed: all others end.
     stop: AtomicBool,
-    written: Step,
-    checked: Option<Step>,
+    written: ProgressStep,
+    checked: Option<ProgressStep>,
 }
 
-type Full = (usize, Buffer);
+type Full = (usize, AlignedMemory);
 
 /// Sends all pieces but the held ones to the card, and reads them back on request.
 ///
 /// # Errors
 /// When the image cannot be read or is not what its block map says, the device as a whole fails, or
 /// too many pieces fail.
-pub fn send(source: &Source, pieces: &[Piece], card: &dyn Card, read_back: bool) -> Result<Sent> {
+pub fn send_pieces(
+    source: &ImageSource,
+    pieces: &[ImagePiece],
+    card: &dyn CardIo,
+    read_back: bool,
+) -> Result<PassResult> {
     let total = pieces.iter().filter(|p| !p.held).map(|p| p.size as u64).sum();
     let name = source.path.file_name().unwrap_or("image");
     let sending = Sending {
@@ -186,12 +201,13 @@ pub fn send(source: &Source, pieces: &[Piece], card: &dyn Card, read_back: bool)
         pieces,
         card,
         read_back,
-        batches: batches(pieces),
+        batches: group_into_batches(pieces),
         sums: pieces.iter().map(|_| OnceLock::new()).collect(),
         wrong: Mutex::default(),
         stop: AtomicBool::new(false),
-        written: Step::new("write", name, total, Unit::Bytes),
-        checked: read_back.then(|| Step::new("check", "reading back", total, Unit::Bytes)),
+        written: ProgressStep::new("write", name, total, ProgressUnit::Bytes),
+        checked: read_back
+            .then(|| ProgressStep::new("check", "reading back", total, ProgressUnit::Bytes)),
     };
     let held = sending.run()?;
     card.flush().context("flushing the card")?;
@@ -199,14 +215,14 @@ pub fn send(source: &Source, pieces: &[Piece], card: &dyn Card, read_back: bool)
     wrong.sort_unstable();
     wrong.dedup();
     let sums = sending.sums.into_iter().map(OnceLock::into_inner).collect();
-    Ok(Sent { sums, held, wrong })
+    Ok(PassResult { sums, held, wrong })
 }
 
 impl Sending<'_> {
     fn run(&self) -> Result<Vec<Full>> {
         let (free, empty) = sync_channel(BUFFERS);
         for _ in 0..BUFFERS {
-            free.send(Buffer::new(PIECE as usize)).context("waiting for a buffer")?;
+            free.send(AlignedMemory::new(PIECE as usize)).context("waiting for a buffer")?;
         }
         let (read, summing) = sync_channel(BUFFERS);
         let (summed, writing) = sync_channel(BUFFERS);
@@ -245,12 +261,12 @@ impl Sending<'_> {
         result
     }
 
-    fn read(&self, empty: &Receiver<Buffer>, full: &SyncSender<Full>) -> Result<()> {
+    fn read(&self, empty: &Receiver<AlignedMemory>, full: &SyncSender<Full>) -> Result<()> {
         let mut pass = self.source.pass()?;
         for (index, piece) in self.pieces.iter().enumerate() {
             // Threads that have failed do not return a buffer; they report why.
             let mut buffer = loop {
-                match empty.recv_timeout(PATIENCE) {
+                match empty.recv_timeout(BUFFER_TIMEOUT) {
                     _ if self.stop.load(Ordering::Relaxed) => return Ok(()),
                     Ok(buffer) => break buffer,
                     Err(RecvTimeoutError::Timeout) => {}
@@ -270,7 +286,7 @@ impl Sending<'_> {
         &self,
         full: &Receiver<Full>,
         summed: &SyncSender<Full>,
-        free: &SyncSender<Buffer>,
+        free: &SyncSender<AlignedMemory>,
     ) -> Result<Vec<Full>> {
         let mut held = Vec::new();
         let mut hasher = Sha256::new();
@@ -293,9 +309,9 @@ impl Sending<'_> {
                 }
             }
             if piece.held {
-                let mut copy = Buffer::new(piece.size);
+                let mut copy = AlignedMemory::new(piece.size);
                 copy.part(piece.size).copy_from_slice(bytes);
-                self.sums[index].get_or_init(|| Sum::of(bytes));
+                self.sums[index].get_or_init(|| PieceChecksum::from_bytes(bytes));
                 held.push((index, copy));
                 // The reader may have ended already.
                 drop(free.send(buffer));
@@ -309,7 +325,7 @@ impl Sending<'_> {
     fn write(
         &self,
         full: &Mutex<Receiver<Full>>,
-        free: &SyncSender<Buffer>,
+        free: &SyncSender<AlignedMemory>,
         flushed: &Sender<usize>,
     ) -> Result<()> {
         loop {
@@ -321,7 +337,7 @@ impl Sending<'_> {
             let piece = &self.pieces[index];
             let bytes = buffer.part(piece.size);
             if self.read_back {
-                self.sums[index].get_or_init(|| Sum::of(bytes));
+                self.sums[index].get_or_init(|| PieceChecksum::from_bytes(bytes));
             }
             match self.card.write_at(piece.offset, bytes) {
                 Ok(()) => {}
@@ -346,7 +362,7 @@ impl Sending<'_> {
     }
 
     fn check(&self, flushed: &Mutex<Receiver<usize>>) -> Result<()> {
-        let mut buffer = Buffer::new(PIECE as usize);
+        let mut buffer = AlignedMemory::new(PIECE as usize);
         loop {
             let next = lock(flushed).recv();
             let Ok(index) = next else { return Ok(()) };
@@ -355,7 +371,7 @@ impl Sending<'_> {
             }
             let piece = &self.pieces[index];
             let sum = self.sums[index].get().context("a piece has no checksum")?;
-            if !holds(self.card, piece, sum, &mut buffer)? {
+            if !piece_matches(self.card, piece, sum, &mut buffer)? {
                 self.went_wrong(index)?;
             }
             if let Some(step) = &self.checked {

@@ -19,8 +19,11 @@ use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::Mode;
 use rustix::process::{Pid, Signal, kill_process_group, umask};
 
-use super::units::{Again, Condition, Exec, HttpCheck, Mount, Start, Test, Unit};
-use super::{Event, Order, PORT, Rights, State, mounts};
+use super::units::{
+    ConditionTest, FstabMount, HttpCheck, RestartPolicy, ServiceProgram, ServiceUnit,
+    StartCriterion, UnitCondition,
+};
+use super::{Event, LocalPrivileges, Order, PORT, ServiceState, mounts};
 use crate::exec::Tool;
 
 /// The first user id for dynamic users of systemd (systemd.exec(5), DynamicUser=). Any id other
@@ -42,7 +45,7 @@ const INFO: u8 = 6;
 const ERROR: u8 = 3;
 
 /// The state of the local system, shared by its threads.
-struct System {
+struct SupervisedSystem {
     order: Order,
     /// The program `unshare` of the host: every service enters the root through it.
     unshare: Utf8PathBuf,
@@ -73,9 +76,9 @@ pub fn run() -> Result<()> {
     let order: Order = serde_json::from_str(&line).context("reading the order")?;
     let listener = std::io::stdin().as_fd().try_clone_to_owned().context("receiving the port")?;
     let listener = TcpListener::from(listener);
-    let unshare = crate::exec::find("unshare").context("finding unshare")?;
+    let unshare = crate::exec::find_program("unshare").context("finding unshare")?;
     // Leaked: it is needed as long as the process and its threads run.
-    let system: &'static System = Box::leak(Box::new(System {
+    let system: &'static SupervisedSystem = Box::leak(Box::new(SupervisedSystem {
         order,
         unshare,
         host: Mutex::new(host),
@@ -85,7 +88,7 @@ pub fn run() -> Result<()> {
         began: Instant::now(),
     }));
     if let Err(error) = system.prepare() {
-        system.tell(&Event::Broken { why: format!("{error:#}") });
+        system.send(&Event::Broken { why: format!("{error:#}") });
         return Ok(());
     }
     thread::spawn(|| system.kernel_log());
@@ -93,7 +96,7 @@ pub fn run() -> Result<()> {
     for unit in &system.order.system.units {
         thread::spawn(|| system.look_after(unit));
     }
-    thread::spawn(|| system.watch());
+    thread::spawn(|| system.watch_health());
     // Commands, one for each line. Their end means that the host's side has exited, and so does
     // this process.
     for line in orders.lines() {
@@ -104,9 +107,9 @@ pub fn run() -> Result<()> {
     Ok(())
 }
 
-impl System {
+impl SupervisedSystem {
     /// Sends a message to the host's side. If the host's side is gone, this system ends anyway.
-    fn tell(&self, event: &Event) {
+    fn send(&self, event: &Event) {
         let Ok(mut line) = serde_json::to_vec(event) else { return };
         line.push(b'\n');
         if lock(&self.host).write_all(&line).is_err() {
@@ -114,13 +117,13 @@ impl System {
         }
     }
 
-    fn said(&self, unit: &str, level: u8, line: &str) {
-        self.tell(&Event::Said { unit: unit.to_owned(), level, line: line.to_owned() });
+    fn log_line(&self, unit: &str, level: u8, line: &str) {
+        self.send(&Event::Said { unit: unit.to_owned(), level, line: line.to_owned() });
     }
 
-    fn state(&self, unit: &Unit, state: State, why: impl Into<String>) {
+    fn report_state(&self, unit: &ServiceUnit, state: ServiceState, why: impl Into<String>) {
         let seconds = self.began.elapsed().as_secs_f64();
-        self.tell(&Event::Unit { unit: unit.name.clone(), state, why: why.into(), seconds });
+        self.send(&Event::Unit { unit: unit.name.clone(), state, why: why.into(), seconds });
     }
 
     /// Prepares everything before the first service.
@@ -128,9 +131,9 @@ impl System {
         let Order { root, data, site, system, .. } = &self.order;
         // Like process 1 on a robot, independent of the user's umask.
         umask(Mode::from_raw_mode(0o022));
-        mounts::before(root, data, &system.mounts)?;
+        mounts::mount_first(root, data, &system.mounts)?;
         if let Some(site) = site {
-            mounts::site(root, site)?;
+            mounts::mount_site(root, site)?;
         }
         self.name()?;
         Tool::new("ip").args(["link", "set", "lo", "up"]).run().context("starting the network")?;
@@ -147,16 +150,16 @@ impl System {
     }
 
     /// Waits for the services that it depends on, then starts this one and keeps it running.
-    fn look_after(&'static self, unit: &'static Unit) {
+    fn look_after(&'static self, unit: &'static ServiceUnit) {
         let mut settled = lock(&self.settled);
         while !unit.after.iter().all(|other| settled.contains(other)) {
             settled = self.changed.wait(settled).unwrap_or_else(PoisonError::into_inner);
         }
         drop(settled);
-        let fails = |condition: &&Condition| !self.holds(condition);
+        let fails = |condition: &&UnitCondition| !self.holds(condition);
         if let Some(condition) = unit.conditions.iter().find(fails) {
-            self.state(unit, State::Skipped, condition.text.clone());
-            return self.settle(unit);
+            self.report_state(unit, ServiceState::Skipped, condition.text.clone());
+            return self.mark_settled(unit);
         }
         loop {
             let (healthy, why) = match self.once(unit) {
@@ -164,16 +167,16 @@ impl System {
                 Err(error) => (false, format!("{error:#}")),
             };
             let again = match unit.again {
-                Again::Always => true,
-                Again::Failed => !healthy,
-                Again::No => false,
+                RestartPolicy::Always => true,
+                RestartPolicy::Failed => !healthy,
+                RestartPolicy::No => false,
             };
             match (again, healthy) {
-                (true, _) => self.state(unit, State::Restarts, why),
-                (false, true) => self.state(unit, State::Done, ""),
-                (false, false) => self.state(unit, State::Failed, why),
+                (true, _) => self.report_state(unit, ServiceState::Restarts, why),
+                (false, true) => self.report_state(unit, ServiceState::Done, ""),
+                (false, false) => self.report_state(unit, ServiceState::Failed, why),
             }
-            self.settle(unit);
+            self.mark_settled(unit);
             if !again {
                 return;
             }
@@ -182,27 +185,27 @@ impl System {
     }
 
     /// Services that wait for this one may start.
-    fn settle(&self, unit: &Unit) {
+    fn mark_settled(&self, unit: &ServiceUnit) {
         if lock(&self.settled).contains(&unit.name) {
             return;
         }
-        let after = |mount: &&Mount| mount.after.as_ref() == Some(&unit.name);
+        let after = |mount: &&FstabMount| mount.after.as_ref() == Some(&unit.name);
         for mount in self.order.system.mounts.iter().filter(after) {
             // Like `nofail` in fstab: only reported.
-            if let Err(error) = mounts::place(&self.order.root, mount) {
-                self.said(&unit.name, ERROR, &format!("{error:#}"));
+            if let Err(error) = mounts::mount_entry(&self.order.root, mount) {
+                self.log_line(&unit.name, ERROR, &format!("{error:#}"));
             }
         }
         if let Err(error) = self.name() {
-            self.said(&unit.name, ERROR, &format!("{error:#}"));
+            self.log_line(&unit.name, ERROR, &format!("{error:#}"));
         }
         lock(&self.settled).push(unit.name.clone());
         self.changed.notify_all();
     }
 
-    fn holds(&self, condition: &Condition) -> bool {
+    fn holds(&self, condition: &UnitCondition) -> bool {
         let look = |path: &Utf8Path| {
-            let fd = mounts::within(&self.order.root, path).ok()?;
+            let fd = mounts::resolve_within(&self.order.root, path).ok()?;
             let path = Utf8PathBuf::from(mounts::by_descriptor(&fd));
             let about = fs::metadata(&path).ok()?;
             let entries = about.is_dir() && fs::read_dir(&path).ok()?.next().is_some();
@@ -211,23 +214,23 @@ impl System {
         let runs =
             |about: &fs::Metadata| about.is_file() && about.permissions().mode() & 0o111 != 0;
         let holds = match &condition.test {
-            Test::Exists(path) => look(path).is_some(),
-            Test::Executable(path) => look(path).is_some_and(|(about, _)| runs(&about)),
-            Test::NotEmpty(path) => look(path).is_some_and(|(about, _)| about.len() > 0),
-            Test::Populated(path) => look(path).is_some_and(|(_, entries)| entries),
-            Test::Container => true,
+            ConditionTest::Exists(path) => look(path).is_some(),
+            ConditionTest::Executable(path) => look(path).is_some_and(|(about, _)| runs(&about)),
+            ConditionTest::NotEmpty(path) => look(path).is_some_and(|(about, _)| about.len() > 0),
+            ConditionTest::Populated(path) => look(path).is_some_and(|(_, entries)| entries),
+            ConditionTest::Container => true,
         };
         holds != condition.negated
     }
 
     /// Runs a service once, to its end.
-    fn once(&'static self, unit: &'static Unit) -> Result<ExitStatus> {
+    fn once(&'static self, unit: &'static ServiceUnit) -> Result<ExitStatus> {
         for name in &unit.runtime {
             let path = self.order.root.join("run").join(name);
             fs::create_dir_all(&path).with_context(|| format!("making {path}"))?;
             let mode = fs::Permissions::from_mode(unit.runtime_mode);
             fs::set_permissions(&path, mode).with_context(|| format!("making {path}"))?;
-            self.give(unit, &path)?;
+            self.change_owner(unit, &path)?;
         }
         let deadline = Instant::now().checked_add(unit.timeout);
         for exec in &unit.before {
@@ -236,7 +239,7 @@ impl System {
                 bail!("{}: {status}", exec.words.join(" "));
             }
         }
-        if unit.start == Start::Ended {
+        if unit.start == StartCriterion::Ended {
             let mut last = Err(anyhow::anyhow!("the service has no program"));
             for exec in &unit.programs {
                 let status = self.to_the_end(unit, exec, deadline)?;
@@ -249,31 +252,34 @@ impl System {
         }
         let exec = unit.programs.first().context("the service has no program")?;
         let notified = match unit.start {
-            Start::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
+            StartCriterion::Notified => Some(Notified::new(&self.order.root, &unit.name)?),
             _ => None,
         };
         if let Some(notified) = &notified {
-            self.give(unit, &self.order.root.join(notified.inside.trim_start_matches('/')))?;
+            self.change_owner(
+                unit,
+                &self.order.root.join(notified.inside.trim_start_matches('/')),
+            )?;
         }
         let mut child = self.start(unit, exec, notified.as_ref())?;
         let mut waits = notified.as_ref();
         if waits.is_none() {
-            self.state(unit, State::Started, "");
-            self.settle(unit);
+            self.report_state(unit, ServiceState::Started, "");
+            self.mark_settled(unit);
         }
         loop {
             if let Some(status) = child.try_wait().context("waiting for the program")? {
                 // Its child processes end with it.
-                end(&child);
+                kill_program(&child);
                 return Ok(status);
             }
-            if let Some(said) = waits.and_then(Notified::ready) {
+            if let Some(status_text) = waits.and_then(Notified::ready) {
                 waits = None;
-                self.state(unit, State::Started, said);
-                self.settle(unit);
+                self.report_state(unit, ServiceState::Started, status_text);
+                self.mark_settled(unit);
             }
             if waits.is_some() && deadline.is_some_and(|deadline| Instant::now() > deadline) {
-                end(&child);
+                kill_program(&child);
                 child.wait().context("waiting for the program")?;
                 bail!("the service did not start within {} s", unit.timeout.as_secs());
             }
@@ -282,8 +288,8 @@ impl System {
     }
 
     /// Changes the owner of a file to a service's own user, if that differs.
-    fn give(&self, unit: &Unit, path: &Utf8Path) -> Result<()> {
-        if !unit.own_user || self.order.rights == Rights::User {
+    fn change_owner(&self, unit: &ServiceUnit, path: &Utf8Path) -> Result<()> {
+        if !unit.own_user || self.order.rights == LocalPrivileges::User {
             return Ok(());
         }
         chown(path, Some(OWN_USER), Some(OWN_USER))
@@ -292,8 +298,8 @@ impl System {
 
     fn to_the_end(
         &'static self,
-        unit: &'static Unit,
-        exec: &Exec,
+        unit: &'static ServiceUnit,
+        exec: &ServiceProgram,
         by: Option<Instant>,
     ) -> Result<ExitStatus> {
         let mut child = self.start(unit, exec, None)?;
@@ -302,7 +308,7 @@ impl System {
                 return Ok(status);
             }
             if by.is_some_and(|deadline| Instant::now() > deadline) {
-                end(&child);
+                kill_program(&child);
                 child.wait().context("waiting for the program")?;
                 bail!("{} did not end within {} s", exec.words.join(" "), unit.timeout.as_secs());
             }
@@ -324,19 +330,19 @@ impl System {
     /// root there, but with the files of the host's user. For root it is simply another user.
     fn start(
         &'static self,
-        unit: &'static Unit,
-        exec: &Exec,
+        unit: &'static ServiceUnit,
+        exec: &ServiceProgram,
         notified: Option<&Notified>,
     ) -> Result<Child> {
         let (user, group) = match self.order.rights {
-            Rights::User => ("--map-user", "--map-group"),
-            Rights::Root => ("--setuid", "--setgid"),
+            LocalPrivileges::User => ("--map-user", "--map-group"),
+            LocalPrivileges::Root => ("--setuid", "--setgid"),
         };
         let (user, group) = (format!("{user}={OWN_USER}"), format!("{group}={OWN_USER}"));
         let own: &[&str] = match (unit.own_user, self.order.rights) {
             (false, _) => &[],
-            (true, Rights::User) => &["--user", &user, &group],
-            (true, Rights::Root) => &[&user, &group],
+            (true, LocalPrivileges::User) => &["--user", &user, &group],
+            (true, LocalPrivileges::Root) => &[&user, &group],
         };
         let mut tool = self.enter(own, &unit.folder).args(&exec.words);
         for (name, value) in &unit.environment {
@@ -366,9 +372,9 @@ impl System {
         };
         // Ends when the last program closes the pipe.
         thread::spawn(move || {
-            for line in lines(output) {
-                let (level, text) = ranked(&line);
-                self.said(&unit.name, level, text);
+            for line in read_lines(output) {
+                let (level, text) = split_priority(&line);
+                self.log_line(&unit.name, level, text);
             }
         });
         Ok(child)
@@ -376,7 +382,7 @@ impl System {
 
     /// A file of variables (systemd.exec(5), EnvironmentFile=), without expansion.
     fn variables(&self, path: &Utf8Path, may_lack: bool) -> Result<Vec<(String, String)>> {
-        let text = mounts::within(&self.order.root, path)
+        let text = mounts::resolve_within(&self.order.root, path)
             .and_then(|fd| Ok(fs::read_to_string(mounts::by_descriptor(&fd))?));
         let text = match text {
             Err(_) if may_lack => return Ok(Vec::new()),
@@ -392,15 +398,15 @@ impl System {
         let path = self.order.root.join(mounts::KERNEL_LOG);
         // Also open for writing, so that it never reaches its end.
         let Ok(log) = File::options().read(true).write(true).open(&path) else { return };
-        for line in lines(log) {
-            let (level, text) = ranked(&line);
-            self.said("kernel", level, text);
+        for line in read_lines(log) {
+            let (level, text) = split_priority(&line);
+            self.log_line("kernel", level, text);
         }
     }
 
     /// Reports when all services have started and every declared address answers with its expected
     /// status.
-    fn watch(&self) {
+    fn watch_health(&self) {
         let units = &self.order.system.units;
         let mut settled = lock(&self.settled);
         while settled.len() < units.len() {
@@ -419,7 +425,7 @@ impl System {
                 thread::sleep(ASK);
             }
         }
-        self.tell(&Event::Well { seconds: self.began.elapsed().as_secs_f64() });
+        self.send(&Event::Well { seconds: self.began.elapsed().as_secs_f64() });
     }
 
     /// Runs a command in the root, as root.
@@ -431,7 +437,7 @@ impl System {
             .stdin(Stdio::null())
             .process_group(0)
             .output();
-        self.tell(&match ran {
+        self.send(&match ran {
             Ok(output) => Event::Ended {
                 code: output.status.code().unwrap_or(-1),
                 output: String::from_utf8_lossy(&output.stdout).into_owned(),
@@ -453,20 +459,20 @@ struct Notified {
 
 impl Notified {
     fn new(root: &Utf8Path, unit: &str) -> Result<Self> {
-        let doing = || format!("listening to {unit}");
-        let run = File::open(root.join("run")).with_context(doing)?;
+        let context = || format!("listening to {unit}");
+        let run = File::open(root.join("run")).with_context(context)?;
         let name = format!("{unit}.notify");
         let inside = format!("/run/{name}");
         match fs::remove_file(root.join("run").join(&name)) {
             Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(doing);
+                return Err(error).with_context(context);
             }
             _ => {}
         }
         // A socket's path has at most 107 bytes; the root's own may have more.
         let path = format!("{}/{name}", mounts::by_descriptor(&run));
-        let socket = UnixDatagram::bind(path).with_context(doing)?;
-        socket.set_nonblocking(true).with_context(doing)?;
+        let socket = UnixDatagram::bind(path).with_context(context)?;
+        socket.set_nonblocking(true).with_context(context)?;
         Ok(Self { socket, inside })
     }
 
@@ -485,7 +491,7 @@ impl Notified {
 }
 
 /// Kills a program and its children.
-fn end(child: &Child) {
+fn kill_program(child: &Child) {
     let group = i32::try_from(child.id()).ok().and_then(Pid::from_raw);
     if let Some(group) = group {
         // It may have just ended, which is fine.
@@ -494,7 +500,7 @@ fn end(child: &Child) {
 }
 
 /// Lines of any bytes, up to the end of the file or an error.
-fn lines(source: impl Read) -> impl Iterator<Item = String> {
+fn read_lines(source: impl Read) -> impl Iterator<Item = String> {
     BufReader::new(source)
         .split(b'\n')
         .map_while(Result::ok)
@@ -502,7 +508,7 @@ fn lines(source: impl Read) -> impl Iterator<Item = String> {
 }
 
 /// A line's priority, if it begins with one (sd-daemon(3)), and its text.
-fn ranked(line: &str) -> (u8, &str) {
+fn split_priority(line: &str) -> (u8, &str) {
     let parts = line.strip_prefix('<').and_then(|rest| rest.split_once('>'));
     match parts.and_then(|(level, text)| Some((level.parse().ok()?, text))) {
         Some((level @ 0..=7, text)) => (level, text),
@@ -519,15 +525,15 @@ fn hand_on(listener: &TcpListener) {
             // Nothing is listening yet: close the connection.
             let inner = TcpStream::connect((Ipv4Addr::LOCALHOST, PORT)).ok()?;
             let (from, to) = (outer.try_clone().ok()?, inner.try_clone().ok()?);
-            let there = thread::spawn(move || pass(from, to));
-            pass(inner, outer);
+            let there = thread::spawn(move || copy_stream(from, to));
+            copy_stream(inner, outer);
             there.join().ok()
         });
     }
 }
 
 /// Copies bytes to the end. A broken connection is treated as ended.
-fn pass(mut from: TcpStream, mut to: TcpStream) {
+fn copy_stream(mut from: TcpStream, mut to: TcpStream) {
     drop(std::io::copy(&mut from, &mut to));
     drop(to.shutdown(Shutdown::Write));
 }
@@ -538,10 +544,10 @@ mod tests {
 
     #[test]
     fn a_lines_priority_is_taken_off() {
-        assert_eq!(ranked("<3>bad"), (3, "bad"));
-        assert_eq!(ranked("<9>text"), (6, "<9>text"));
-        assert_eq!(ranked("<b>text"), (6, "<b>text"));
-        assert_eq!(ranked("plain"), (6, "plain"));
+        assert_eq!(split_priority("<3>bad"), (3, "bad"));
+        assert_eq!(split_priority("<9>text"), (6, "<9>text"));
+        assert_eq!(split_priority("<b>text"), (6, "<b>text"));
+        assert_eq!(split_priority("plain"), (6, "plain"));
     }
 
     #[test]
@@ -552,12 +558,12 @@ mod tests {
         let from = outer.accept().unwrap().0;
         let to = TcpStream::connect(inner.local_addr().unwrap()).unwrap();
         let mut server = inner.accept().unwrap().0;
-        let passing = thread::spawn(move || pass(from, to));
+        let passing = thread::spawn(move || copy_stream(from, to));
         client.write_all(b"question").unwrap();
         client.shutdown(Shutdown::Write).unwrap();
-        let mut said = String::new();
-        server.read_to_string(&mut said).unwrap();
-        assert_eq!(said, "question");
+        let mut status_text = String::new();
+        server.read_to_string(&mut status_text).unwrap();
+        assert_eq!(status_text, "question");
         passing.join().unwrap();
     }
 }

@@ -12,7 +12,7 @@ use rustix::fs::{CWD, Mode, OFlags, ResolveFlags, StatVfsMountFlags, mkfifoat, o
 use rustix::io::Errno;
 use rustix::mount::{MountFlags, mount, mount_bind, mount_remount};
 
-use super::units::Mount;
+use super::units::FstabMount;
 
 /// Virtual devices, independent of the machine (null(4), random(4), tty(4)).
 const DEVICES: [&str; 6] = ["full", "null", "random", "tty", "urandom", "zero"];
@@ -27,7 +27,7 @@ pub(super) const KERNEL_LOG: &str = "dev/kmsg";
 pub(super) const HOSTNAME: &str = "dev/hostname";
 
 /// Resolves a path in the root; links on the way never lead out of the root.
-pub(super) fn within(root: &Utf8Path, path: &Utf8Path) -> Result<OwnedFd> {
+pub(super) fn resolve_within(root: &Utf8Path, path: &Utf8Path) -> Result<OwnedFd> {
     let folder = File::open(root).with_context(|| format!("opening {root}"))?;
     let relative = path.strip_prefix("/").unwrap_or(path);
     let flags = OFlags::PATH | OFlags::CLOEXEC;
@@ -44,13 +44,13 @@ pub(super) fn by_descriptor(fd: &impl AsRawFd) -> String {
 ///
 /// # Errors
 /// What the kernel does not permit.
-pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Result<()> {
+pub(super) fn mount_first(root: &Utf8Path, data: &Utf8Path, mounts: &[FstabMount]) -> Result<()> {
     mount_bind(root.as_str(), root.as_str()).with_context(|| format!("mounting {root}"))?;
-    restrict(root, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)?;
+    restrict_mount(root, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)?;
     let at = |path: &str| root.join(path);
-    memory(&at("run"), "mode=0755,size=20%")?;
-    memory(&at("dev"), "mode=0755,size=16M")?;
-    devices(&at("dev"))?;
+    mount_tmpfs(&at("run"), "mode=0755,size=20%")?;
+    mount_tmpfs(&at("dev"), "mode=0755,size=16M")?;
+    mount_devices(&at("dev"))?;
     let flags = MountFlags::NODEV | MountFlags::NOEXEC | MountFlags::NOSUID;
     mount("proc", at("proc").as_str(), "proc", flags, None).map_err(|error| {
         let help = match error {
@@ -63,9 +63,9 @@ pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Resu
         anyhow!("mounting /proc: {error}{help}")
     })?;
     mount_bind(data.as_str(), at("data").as_str()).with_context(|| format!("mounting {data}"))?;
-    restrict(&at("data"), MountFlags::NODEV | MountFlags::NOSUID)?;
+    restrict_mount(&at("data"), MountFlags::NODEV | MountFlags::NOSUID)?;
     for entry in mounts.iter().filter(|entry| entry.after.is_none()) {
-        place(root, entry)?;
+        mount_entry(root, entry)?;
     }
     let name = fs::read_to_string(at("etc/hostname")).context("reading /etc/hostname")?;
     fs::write(at(HOSTNAME), name).context("writing the host name")?;
@@ -75,27 +75,27 @@ pub(super) fn before(root: &Utf8Path, data: &Utf8Path, mounts: &[Mount]) -> Resu
 }
 
 /// Mounts a directory of the host, read-only, where Python looks for the API first.
-pub(super) fn site(root: &Utf8Path, site: &Utf8Path) -> Result<()> {
+pub(super) fn mount_site(root: &Utf8Path, site: &Utf8Path) -> Result<()> {
     let at = root.join("data").join(super::SITE);
     mount_bind(site.as_str(), at.as_str()).with_context(|| format!("mounting {site}"))?;
-    restrict(&at, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)
+    restrict_mount(&at, MountFlags::RDONLY | MountFlags::NODEV | MountFlags::NOSUID)
 }
 
 /// Mounts an entry of fstab.
-pub(super) fn place(root: &Utf8Path, entry: &Mount) -> Result<()> {
-    let at = within(root, &entry.at)?;
+pub(super) fn mount_entry(root: &Utf8Path, entry: &FstabMount) -> Result<()> {
+    let at = resolve_within(root, &entry.at)?;
     let place = Utf8PathBuf::from(by_descriptor(&at));
     match &entry.what {
-        None => memory(&place, &entry.options),
+        None => mount_tmpfs(&place, &entry.options),
         Some(what) => {
-            let what = within(root, what)?;
+            let what = resolve_within(root, what)?;
             mount_bind(by_descriptor(&what), place.as_str()).context("binding")
         }
     }
     .with_context(|| format!("mounting {}", entry.at))
 }
 
-fn memory(at: &Utf8Path, options: &str) -> Result<()> {
+fn mount_tmpfs(at: &Utf8Path, options: &str) -> Result<()> {
     let flags = MountFlags::NODEV | MountFlags::NOSUID;
     let options = std::ffi::CString::new(options).context("options contain a zero byte")?;
     mount("tmpfs", at.as_str(), "tmpfs", flags, options.as_c_str())
@@ -103,7 +103,7 @@ fn memory(at: &Utf8Path, options: &str) -> Result<()> {
 }
 
 /// Adds flags to a mount. Existing flags must be kept: a user namespace may not remove them.
-fn restrict(at: &Utf8Path, more: MountFlags) -> Result<()> {
+fn restrict_mount(at: &Utf8Path, more: MountFlags) -> Result<()> {
     let now =
         statvfs(at.as_str()).with_context(|| format!("reading the mount flags of {at}"))?.f_flag;
     let kept = [
@@ -120,7 +120,7 @@ fn restrict(at: &Utf8Path, more: MountFlags) -> Result<()> {
     mount_remount(at.as_str(), flags, c"").with_context(|| format!("restricting {at}"))
 }
 
-fn devices(dev: &Utf8Path) -> Result<()> {
+fn mount_devices(dev: &Utf8Path) -> Result<()> {
     for name in DEVICES {
         let (from, to) = (Utf8Path::new("/dev").join(name), dev.join(name));
         File::create(&to).with_context(|| format!("making {to}"))?;
@@ -131,7 +131,7 @@ fn devices(dev: &Utf8Path) -> Result<()> {
     }
     let shared = dev.join("shm");
     fs::create_dir(&shared).with_context(|| format!("making {shared}"))?;
-    memory(&shared, "mode=1777,size=50%")?;
+    mount_tmpfs(&shared, "mode=1777,size=50%")?;
     mkfifoat(CWD, dev.join("kmsg").as_str(), Mode::from_raw_mode(0o600)).context("making kmsg")
 }
 

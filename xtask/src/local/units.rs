@@ -55,7 +55,7 @@ const CONFINEMENT: [&str; 24] = [
 /// When a service is considered started.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Start {
+pub enum StartCriterion {
     /// When its programs have ended.
     Ended,
     /// When its program runs.
@@ -67,7 +67,7 @@ pub enum Start {
 /// When a service that has ended is restarted.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Again {
+pub enum RestartPolicy {
     /// Never.
     No,
     /// When it has failed.
@@ -79,7 +79,7 @@ pub enum Again {
 /// One program of a service.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Exec {
+pub struct ServiceProgram {
     /// The program and its arguments.
     pub words: Vec<String>,
     /// Its failure is ignored.
@@ -89,11 +89,11 @@ pub struct Exec {
 /// A condition without which a service is skipped.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Condition {
+pub struct UnitCondition {
     /// The condition as in the unit, for messages.
     pub text: String,
     /// What is checked.
-    pub test: Test,
+    pub test: ConditionTest,
     /// The condition is negated.
     pub negated: bool,
 }
@@ -101,7 +101,7 @@ pub struct Condition {
 /// The kinds of conditions.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Test {
+pub enum ConditionTest {
     /// Whether a path exists.
     Exists(Utf8PathBuf),
     /// Whether an executable file exists.
@@ -117,22 +117,22 @@ pub enum Test {
 /// A service, as far as its settings are supported here.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Unit {
+pub struct ServiceUnit {
     /// Its name, such as `proxy.service`.
     pub name: String,
     /// Its conditions; the service is skipped when one fails.
-    pub conditions: Vec<Condition>,
+    pub conditions: Vec<UnitCondition>,
     /// Services that start before it.
     pub after: Vec<String>,
     /// Services that start after it, from its own unit.
     #[serde(skip)]
     pub ahead_of: Vec<String>,
     /// When it is considered started.
-    pub start: Start,
+    pub start: StartCriterion,
     /// Programs that run first, one after the other.
-    pub before: Vec<Exec>,
+    pub before: Vec<ServiceProgram>,
     /// Its main programs.
-    pub programs: Vec<Exec>,
+    pub programs: Vec<ServiceProgram>,
     /// Variables.
     pub environment: Vec<(String, String)>,
     /// Files of variables, and whether each may be missing.
@@ -148,7 +148,7 @@ pub struct Unit {
     /// Whether it has its own user, who is not root.
     pub own_user: bool,
     /// When it is restarted.
-    pub again: Again,
+    pub again: RestartPolicy,
     /// The delay before a restart.
     pub pause: Duration,
     /// How long it may take to start.
@@ -158,7 +158,7 @@ pub struct Unit {
 /// A mount from the root's fstab.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Mount {
+pub struct FstabMount {
     /// The mount point.
     pub at: Utf8PathBuf,
     /// The source: a path of the same root, or memory.
@@ -172,15 +172,15 @@ pub struct Mount {
 /// The services and mounts of a root.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct System {
+pub struct LocalServices {
     /// Services of overlays.
-    pub units: Vec<Unit>,
+    pub units: Vec<ServiceUnit>,
     /// Enabled units that are not run here: the base system's own, and units that are not services.
     pub left_out: Vec<String>,
     /// Settings of services that are not supported here.
     pub notes: Vec<String>,
     /// The mounts of fstab.
-    pub mounts: Vec<Mount>,
+    pub mounts: Vec<FstabMount>,
     /// Addresses that must answer for the system to be healthy (`/etc/slotd/health.d`).
     pub addresses: Vec<HttpCheck>,
 }
@@ -189,9 +189,9 @@ pub struct System {
 ///
 /// # Errors
 /// A unit of an overlay that is malformed, has an unsupported setting, or depends on itself.
-pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> {
-    let mut system = System { mounts: mounts(root)?, ..System::default() };
-    for name in enabled(root)? {
+pub fn read_services(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<LocalServices> {
+    let mut system = LocalServices { mounts: read_fstab(root)?, ..LocalServices::default() };
+    for name in enabled_units(root)? {
         let there = |dir: &&&str| root.join(dir).join(&name).symlink_metadata().is_ok();
         let dir = FOLDERS.iter().find(there).copied();
         let path = Utf8Path::new(dir.unwrap_or_default()).join(&name);
@@ -202,31 +202,31 @@ pub fn read(root: &Utf8Path, overlay: &BTreeSet<Utf8PathBuf>) -> Result<System> 
         match dir {
             Some(dir) if name.ends_with(".service") && overlay.contains(&path) => {
                 let text = with_drop_ins(root, dir, &name)?;
-                let parsed = parse(&name, &text, &mut system.notes);
+                let parsed = parse_service(&name, &text, &mut system.notes);
                 system.units.push(parsed.with_context(|| format!("reading /{dir}/{name}"))?);
             }
             _ => system.left_out.push(name),
         }
     }
     in_order(&mut system.units)?;
-    system.addresses = addresses(root)?;
+    system.addresses = read_addresses(root)?;
     Ok(system)
 }
 
 /// The units that a target wants or requires.
-fn enabled(root: &Utf8Path) -> Result<BTreeSet<String>> {
+fn enabled_units(root: &Utf8Path) -> Result<BTreeSet<String>> {
     let mut names = BTreeSet::new();
     let folder = root.join(FOLDERS[0]);
-    for entry in listing(&folder)? {
+    for entry in list_dir(&folder)? {
         if entry.ends_with(".wants") || entry.ends_with(".requires") {
-            names.extend(listing(&folder.join(entry))?);
+            names.extend(list_dir(&folder.join(entry))?);
         }
     }
     Ok(names)
 }
 
 /// The names in a directory, sorted; empty if it does not exist.
-fn listing(folder: &Utf8Path) -> Result<Vec<String>> {
+fn list_dir(folder: &Utf8Path) -> Result<Vec<String>> {
     if !folder.is_dir() {
         return Ok(Vec::new());
     }
@@ -248,7 +248,7 @@ fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
     let mut drop_ins = BTreeMap::new();
     for dir in FOLDERS.iter().rev() {
         let folder = Utf8Path::new(dir).join(format!("{name}.d"));
-        let found = listing(&root.join(&folder))?.into_iter().filter(|n| n.ends_with(".conf"));
+        let found = list_dir(&root.join(&folder))?.into_iter().filter(|n| n.ends_with(".conf"));
         drop_ins.extend(found.map(|file| (file.clone(), folder.join(file))));
     }
     for path in drop_ins.values() {
@@ -259,7 +259,7 @@ fn with_drop_ins(root: &Utf8Path, dir: &str, name: &str) -> Result<String> {
 }
 
 /// Settings as `section`, `key`, `value`, in order; an empty value resets earlier ones.
-fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
+fn parse_settings(text: &str) -> Result<Vec<(String, String, String)>> {
     let joined = text.replace("\\\n", " ");
     let mut section = String::new();
     let mut found: Vec<(String, String, String)> = Vec::new();
@@ -285,13 +285,13 @@ fn settings(text: &str) -> Result<Vec<(String, String, String)>> {
 }
 
 /// Parses a service.
-fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
-    let mut unit = Unit {
+fn parse_service(name: &str, text: &str, notes: &mut Vec<String>) -> Result<ServiceUnit> {
+    let mut unit = ServiceUnit {
         name: name.to_owned(),
         conditions: Vec::new(),
         after: Vec::new(),
         ahead_of: Vec::new(),
-        start: Start::Running,
+        start: StartCriterion::Running,
         before: Vec::new(),
         programs: Vec::new(),
         environment: Vec::new(),
@@ -301,33 +301,37 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
         runtime_mode: 0o755,
         umask: 0o022,
         own_user: false,
-        again: Again::No,
+        again: RestartPolicy::No,
         pause: RESTART_PAUSE,
         timeout: START_TIMEOUT,
     };
     let mut oneshot = false;
-    for (section, key, value) in settings(text)? {
-        let doing = || format!("`{key}={value}`");
+    for (section, key, value) in parse_settings(text)? {
+        let context = || format!("`{key}={value}`");
         match (section.as_str(), key.as_str()) {
             ("Unit", "After") => unit.after.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", "Before") => unit.ahead_of.extend(value.split_whitespace().map(str::to_owned)),
             ("Unit", key) if key.starts_with("Condition") => {
-                unit.conditions.push(condition(key, &value)?);
+                unit.conditions.push(parse_condition(key, &value)?);
             }
             ("Service", "Type") => {
                 oneshot = value == "oneshot";
                 unit.start = match value.as_str() {
-                    "oneshot" => Start::Ended,
-                    "simple" | "exec" => Start::Running,
-                    "notify" => Start::Notified,
-                    _ => bail!("{}: expected oneshot, simple, exec or notify", doing()),
+                    "oneshot" => StartCriterion::Ended,
+                    "simple" | "exec" => StartCriterion::Running,
+                    "notify" => StartCriterion::Notified,
+                    _ => bail!("{}: expected oneshot, simple, exec or notify", context()),
                 };
             }
-            ("Service", "ExecStartPre") => unit.before.push(exec(&value).with_context(doing)?),
-            ("Service", "ExecStart") => unit.programs.push(exec(&value).with_context(doing)?),
+            ("Service", "ExecStartPre") => {
+                unit.before.push(parse_program(&value).with_context(context)?)
+            }
+            ("Service", "ExecStart") => {
+                unit.programs.push(parse_program(&value).with_context(context)?)
+            }
             ("Service", "Environment") => {
-                for word in words(&value).with_context(doing)? {
-                    let (name, value) = word.split_once('=').with_context(doing)?;
+                for word in split_words(&value).with_context(context)? {
+                    let (name, value) = word.split_once('=').with_context(context)?;
                     unit.environment.push((name.to_owned(), value.to_owned()));
                 }
             }
@@ -340,27 +344,29 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
                 unit.runtime = value.split_whitespace().map(str::to_owned).collect();
             }
             ("Service", "RuntimeDirectoryMode") => {
-                unit.runtime_mode = u32::from_str_radix(&value, 8).with_context(doing)?;
+                unit.runtime_mode = u32::from_str_radix(&value, 8).with_context(context)?;
             }
             ("Service", "UMask") => {
-                unit.umask = u32::from_str_radix(&value, 8).with_context(doing)?;
+                unit.umask = u32::from_str_radix(&value, 8).with_context(context)?;
             }
             ("Service", "DynamicUser") => unit.own_user = value == "yes" || value == "true",
             ("Service", "Restart") => {
                 unit.again = match value.as_str() {
-                    "no" => Again::No,
-                    "always" => Again::Always,
-                    "on-failure" | "on-abnormal" | "on-abort" => Again::Failed,
-                    _ => bail!("{}: expected no, always or on-failure", doing()),
+                    "no" => RestartPolicy::No,
+                    "always" => RestartPolicy::Always,
+                    "on-failure" | "on-abnormal" | "on-abort" => RestartPolicy::Failed,
+                    _ => bail!("{}: expected no, always or on-failure", context()),
                 };
             }
-            ("Service", "RestartSec") => unit.pause = time(&value).with_context(doing)?,
+            ("Service", "RestartSec") => {
+                unit.pause = parse_time_span(&value).with_context(context)?
+            }
             ("Service", "TimeoutStartSec" | "TimeoutSec") => {
-                unit.timeout = time(&value).with_context(doing)?;
+                unit.timeout = parse_time_span(&value).with_context(context)?;
             }
             ("Service", key) if CONFINEMENT.iter().any(|start| key.starts_with(start)) => {}
             ("Service", _) => {
-                notes.push(format!("{name}: {} is not supported here and ignored", doing()))
+                notes.push(format!("{name}: {} is not supported here and ignored", context()))
             }
             _ => {}
         }
@@ -373,38 +379,38 @@ fn parse(name: &str, text: &str, notes: &mut Vec<String>) -> Result<Unit> {
     Ok(unit)
 }
 
-fn condition(key: &str, value: &str) -> Result<Condition> {
+fn parse_condition(key: &str, value: &str) -> Result<UnitCondition> {
     let (negated, bare) = match value.strip_prefix('!') {
         Some(rest) => (true, rest),
         None => (false, value),
     };
     let path = || Utf8PathBuf::from(bare);
     let test = match (key, bare) {
-        ("ConditionPathExists", _) => Test::Exists(path()),
-        ("ConditionFileIsExecutable", _) => Test::Executable(path()),
-        ("ConditionFileNotEmpty", _) => Test::NotEmpty(path()),
-        ("ConditionDirectoryNotEmpty", _) => Test::Populated(path()),
-        ("ConditionVirtualization", "container") => Test::Container,
+        ("ConditionPathExists", _) => ConditionTest::Exists(path()),
+        ("ConditionFileIsExecutable", _) => ConditionTest::Executable(path()),
+        ("ConditionFileNotEmpty", _) => ConditionTest::NotEmpty(path()),
+        ("ConditionDirectoryNotEmpty", _) => ConditionTest::Populated(path()),
+        ("ConditionVirtualization", "container") => ConditionTest::Container,
         _ => bail!(
             "`{key}={value}` is not supported here\n\
              help: supported are PathExists, FileIsExecutable, FileNotEmpty, DirectoryNotEmpty, \
              and ConditionVirtualization=!container for services that need hardware"
         ),
     };
-    Ok(Condition { text: format!("{key}={value}"), test, negated })
+    Ok(UnitCondition { text: format!("{key}={value}"), test, negated })
 }
 
-fn exec(value: &str) -> Result<Exec> {
+fn parse_program(value: &str) -> Result<ServiceProgram> {
     let bare = value.trim_start_matches(['-', '@', ':', '+', '!']);
     let prefix = &value[..value.len() - bare.len()];
     ensure!(!prefix.contains('@'), "the prefix @ is not supported here");
-    let words = words(bare)?;
+    let words = split_words(bare)?;
     ensure!(words.first().is_some_and(|w| w.starts_with('/')), "expected an absolute path");
-    Ok(Exec { words, may_fail: prefix.contains('-') })
+    Ok(ServiceProgram { words, may_fail: prefix.contains('-') })
 }
 
 /// Words without specifiers, quotes or variables.
-fn words(text: &str) -> Result<Vec<String>> {
+fn split_words(text: &str) -> Result<Vec<String>> {
     if let Some(c) = text.chars().find(|c| ['"', '\'', '\\', '$', '%'].contains(c)) {
         bail!("`{c}` is not supported here: only plain words are");
     }
@@ -412,7 +418,7 @@ fn words(text: &str) -> Result<Vec<String>> {
 }
 
 /// A span of time (systemd.time(7)), in whole units.
-fn time(text: &str) -> Result<Duration> {
+fn parse_time_span(text: &str) -> Result<Duration> {
     if text == "infinity" {
         return Ok(Duration::MAX);
     }
@@ -434,18 +440,19 @@ fn time(text: &str) -> Result<Duration> {
 
 /// Sorts services so that each comes after its dependencies, and drops dependencies that are not
 /// among them.
-fn in_order(units: &mut Vec<Unit>) -> Result<()> {
+fn in_order(units: &mut Vec<ServiceUnit>) -> Result<()> {
     let names: BTreeSet<String> = units.iter().map(|unit| unit.name.clone()).collect();
-    let said: Vec<(String, Vec<String>)> =
+    let declared: Vec<(String, Vec<String>)> =
         units.iter_mut().map(|u| (u.name.clone(), std::mem::take(&mut u.ahead_of))).collect();
     for unit in units.iter_mut() {
-        let others = said.iter().filter(|(_, later)| later.contains(&unit.name));
+        let others = declared.iter().filter(|(_, later)| later.contains(&unit.name));
         unit.after.extend(others.map(|(name, _)| name.clone()));
         unit.after.retain(|other| names.contains(other));
     }
-    let mut placed: Vec<Unit> = Vec::new();
+    let mut placed: Vec<ServiceUnit> = Vec::new();
     while !units.is_empty() {
-        let ready = |unit: &Unit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
+        let ready =
+            |unit: &ServiceUnit| unit.after.iter().all(|o| placed.iter().any(|p| p.name == *o));
         let Some(next) = units.iter().position(ready) else {
             let names: Vec<&str> = units.iter().map(|unit| unit.name.as_str()).collect();
             bail!("these services depend on each other in a circle: {}", names.join(", "));
@@ -457,7 +464,7 @@ fn in_order(units: &mut Vec<Unit>) -> Result<()> {
 }
 
 /// The mounts of fstab, except the root: memory, and bind mounts of `data`.
-fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
+fn read_fstab(root: &Utf8Path) -> Result<Vec<FstabMount>> {
     let path = root.join("etc/fstab");
     let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
     let mut found = Vec::new();
@@ -474,7 +481,7 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
         let own = |option: &&str| ["mode=", "size="].iter().any(|key| option.starts_with(key));
         let own: Vec<&str> = options.split(',').filter(own).collect();
         let after = options.split(',').find_map(|o| o.strip_prefix("x-systemd.requires="));
-        found.push(Mount {
+        found.push(FstabMount {
             at: at.into(),
             what,
             options: own.join(","),
@@ -485,10 +492,10 @@ fn mounts(root: &Utf8Path) -> Result<Vec<Mount>> {
 }
 
 /// The addresses of the agent's declared health checks.
-fn addresses(root: &Utf8Path) -> Result<Vec<HttpCheck>> {
+fn read_addresses(root: &Utf8Path) -> Result<Vec<HttpCheck>> {
     let folder = root.join(health_file::FOLDER);
     let mut found = Vec::new();
-    for name in listing(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
+    for name in list_dir(&folder)?.into_iter().filter(|name| name.ends_with(".toml")) {
         let path = folder.join(name);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         found.extend(HealthFile::parse_address(&text).with_context(|| format!("reading {path}"))?);
@@ -509,24 +516,24 @@ mod tests {
         WorkingDirectory=/run/x\nUMask=0077\nProtectSystem=strict\nLimitNOFILE=5\n\
         [Install]\nWantedBy=multi-user.target\n";
 
-    fn one(text: &str) -> Result<Unit> {
-        parse("x.service", text, &mut Vec::new())
+    fn one(text: &str) -> Result<ServiceUnit> {
+        parse_service("x.service", text, &mut Vec::new())
     }
 
     #[test]
     fn a_service_is_read_as_systemd_would() {
         let mut notes = Vec::new();
-        let unit = parse("x.service", PROXY, &mut notes).unwrap();
+        let unit = parse_service("x.service", PROXY, &mut notes).unwrap();
         assert_eq!(unit.after, ["api.service", "network.target", "state.service"]);
-        assert_eq!(unit.conditions[0].test, Test::Executable("/usr/bin/x".into()));
+        assert_eq!(unit.conditions[0].test, ConditionTest::Executable("/usr/bin/x".into()));
         assert_eq!(unit.environment, [("A".into(), "1".into()), ("B".into(), "a=b".into())]);
         assert_eq!(unit.environment_files, [("/usr/lib/x.env".into(), true)]);
         assert_eq!(
             unit.before,
-            [Exec { words: vec!["/bin/prepare".into(), "all".into()], may_fail: true }]
+            [ServiceProgram { words: vec!["/bin/prepare".into(), "all".into()], may_fail: true }]
         );
         assert_eq!(unit.programs[0].words, ["/usr/bin/x", "--fast"]);
-        assert_eq!((unit.start, unit.again), (Start::Notified, Again::Always));
+        assert_eq!((unit.start, unit.again), (StartCriterion::Notified, RestartPolicy::Always));
         assert_eq!((unit.pause.as_secs(), unit.timeout.as_secs()), (2, 90));
         assert_eq!((unit.runtime_mode, unit.umask, unit.own_user), (0o700, 0o077, true));
         assert_eq!(unit.folder, "/run/x");
@@ -601,7 +608,7 @@ mod tests {
         symlink("/dev/null", root.join("etc/systemd/system/masked.service")).unwrap();
         let overlay = ["a.service", "b.service", "never.service", "masked.service"];
         let overlay = overlay.map(|n| Utf8PathBuf::from(format!("usr/lib/systemd/system/{n}")));
-        let system = read(&root, &overlay.into_iter().collect()).unwrap();
+        let system = read_services(&root, &overlay.into_iter().collect()).unwrap();
         let names: Vec<&str> = system.units.iter().map(|unit| unit.name.as_str()).collect();
         assert_eq!(names, ["b.service", "a.service"]);
         assert_eq!(system.units[0].umask, 0o077);
@@ -620,7 +627,7 @@ mod tests {
     #[test]
     fn before_is_after_seen_from_the_other_side() {
         let unit = |more: &str| one(&format!("[Unit]\n{more}\n[Service]\nExecStart=/x\n")).unwrap();
-        let named = |name: &str, unit: Unit| Unit { name: name.to_owned(), ..unit };
+        let named = |name: &str, unit: ServiceUnit| ServiceUnit { name: name.to_owned(), ..unit };
         let mut units =
             vec![named("b.service", unit("")), named("a.service", unit("Before=b.service never"))];
         in_order(&mut units).unwrap();
@@ -640,7 +647,7 @@ mod tests {
         ];
         let (_guard, root) = root(&files, &["a.service", "b.service"]);
         let overlay = files.iter().map(|(path, _)| Utf8PathBuf::from(*path)).collect();
-        let error = read(&root, &overlay).unwrap_err().to_string();
+        let error = read_services(&root, &overlay).unwrap_err().to_string();
         assert_eq!(error, "these services depend on each other in a circle: a.service, b.service");
     }
 }

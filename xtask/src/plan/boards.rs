@@ -2,22 +2,27 @@
 //! machine's memory, the boot state's place on the card, what only one engine or one kernel can
 //! boot.
 
-use super::{BoardPlan, EarlierCard, Origin, cmdline};
+use super::{BoardPlan, EarlierCardPlan, ListOrigin, cmdline};
 use crate::config::board::{
-    Address, Board, BootFlow, BootSource, Compile, Console, Disk, Earlier, Partition,
+    BoardConfig, BootFileFormat, BootFlowKind, BootSourceConfig, ConsoleConfig, DiskConfig,
+    EarlierDiskConfig, MemoryAddress, PartitionConfig,
 };
-use crate::config::product::{Engine, Product};
-use crate::config::reader::{Finding, FromToml, Located};
-use crate::disk::layout::{self, DiskRequest, Filesystem, Layout, PartitionRequest};
+use crate::config::product::{Engine, ProductConfig};
+use crate::config::reader::{ConfigFinding, FromToml, Located};
+use crate::disk::layout::{self, DiskLayout, DiskRequest, Filesystem, PartitionRequest};
 
 /// Alignment of partitions without a `start` of their own: erase blocks of cards are 4 MiB.
 const ALIGNMENT: u64 = 4 << 20;
 
 /// Checks the rules of a board, and of a product on it.
-pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+pub(super) fn check_board(
+    product: &ProductConfig,
+    board: &BoardConfig,
+    out: &mut Vec<ConfigFinding>,
+) {
     if board.arch.value != "arm64" {
         let message = format!("`arch`: expected \"arm64\", found \"{}\"", board.arch.value);
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &board.arch.place,
             message,
             "no engine supports another architecture yet",
@@ -25,13 +30,13 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
     }
     let flow = board.boot_flow.value;
     let needed: &[&str] = match flow {
-        BootFlow::Uboot => &["boot", "root-a", "root-b", "data"],
-        BootFlow::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
+        BootFlowKind::Uboot => &["boot", "root-a", "root-b", "data"],
+        BootFlowKind::Tryboot => &["boot", "boot-a", "boot-b", "root-a", "root-b", "data"],
     };
     let find = |role: &str| board.partitions.iter().find(|p| p.role.value.0 == role);
     for role in needed.iter().filter(|role| find(role).is_none()) {
         let message = format!("the partition `{role}` is missing");
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &board.boot_flow.place,
             message,
             "add a [[partitions]] table for it",
@@ -41,7 +46,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         let role = partition.role.value.0.as_str();
         if !needed.contains(&role) {
             let message = format!("this boot flow has no role `{role}`");
-            out.push(Finding::new(
+            out.push(ConfigFinding::new(
                 &partition.role.place,
                 message,
                 format!("roles: {}", needed.join(", ")),
@@ -54,7 +59,7 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                 "`{role}` must be {}",
                 if expected == Filesystem::Vfat { "vfat" } else { "ext4" }
             );
-            out.push(Finding::new(&partition.filesystem.place, message, ""));
+            out.push(ConfigFinding::new(&partition.filesystem.place, message, ""));
         }
     }
     for (a, b) in [("root-a", "root-b"), ("boot-a", "boot-b")] {
@@ -63,68 +68,71 @@ pub(super) fn check(product: &Product, board: &Board, out: &mut Vec<Finding>) {
         {
             let message = format!(
                 "`{a}` has {} and `{b}` {}: both slots must hold the same image",
-                layout::exact(first.size.value.0),
-                layout::exact(second.size.value.0)
+                layout::exact_size(first.size.value.0),
+                layout::exact_size(second.size.value.0)
             );
-            out.push(Finding::new(&second.size.place, message, "give both the same size"));
+            out.push(ConfigFinding::new(&second.size.place, message, "give both the same size"));
         }
     }
-    if (flow == BootFlow::Tryboot) != board.eeprom_since.is_some() {
+    if (flow == BootFlowKind::Tryboot) != board.eeprom_since.is_some() {
         let place = board.eeprom_since.as_ref().map_or(&board.boot_flow.place, |s| &s.place);
         let (message, help) = match flow {
-            BootFlow::Tryboot => (
+            BootFlowKind::Tryboot => (
                 "the flow \"tryboot\" needs `eeprom-since`",
                 "add the day of the oldest EEPROM release that can try a slot",
             ),
-            BootFlow::Uboot => (
+            BootFlowKind::Uboot => (
                 "`eeprom-since` has no meaning with the flow \"uboot\"",
                 "remove it: only the flow \"tryboot\" depends on the EEPROM's release",
             ),
         };
-        out.push(Finding::new(place, message, help));
+        out.push(ConfigFinding::new(place, message, help));
     }
     if let (Some(first), false) = (board.disk.trust.first(), board.disk.trust.len() == 2) {
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &first.place,
             format!("`disk.trust.offsets`: expected 2 copies, found {}", board.disk.trust.len()),
             "two copies are written alternately, so that one of them is always intact",
         ));
     }
-    let expected = if flow == BootFlow::Uboot { 2 } else { 0 };
+    let expected = if flow == BootFlowKind::Uboot { 2 } else { 0 };
     let found = board.disk.boot_state.len();
     if found != expected {
         let place = board.disk.boot_state.first().map_or(&board.boot_flow.place, |s| &s.place);
         let message = format!(
             "`disk.boot-state.offsets`: expected {expected} sectors for this boot flow, found {found}"
         );
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             place,
             message,
             "only the flow \"uboot\" uses a boot state, in two copies",
         ));
     }
-    if flow == BootFlow::Uboot {
-        let script = |s: &BootSource| {
-            matches!(s, BootSource::Template { compile: Some(Compile::BootScript), .. })
+    if flow == BootFlowKind::Uboot {
+        let script = |s: &BootSourceConfig| {
+            matches!(
+                s,
+                BootSourceConfig::Template { compile: Some(BootFileFormat::BootScript), .. }
+            )
         };
         if !board.boot_files.iter().any(|file| script(&file.source)) {
             let message = "the flow \"uboot\" needs a boot script";
             let help = "add a [[boot-files]] table with `compile = \"boot-script\"`";
-            out.push(Finding::new(&board.boot_flow.place, message, help));
+            out.push(ConfigFinding::new(&board.boot_flow.place, message, help));
         }
     }
     check_kernel(product, board, out);
-    cmdline::check(board, out);
+    cmdline::check_cmdline(board, out);
     check_states(board, out);
     check_memory(board, out);
 }
 
 /// Assigns an offset to every partition.
-pub(super) fn place(
-    disk: &Disk,
-    partitions: &[Partition],
-    out: &mut Vec<Finding>,
-) -> Option<Layout> {
+pub(super) fn place_board_partitions(
+    disk: &DiskConfig,
+    partitions: &[PartitionConfig],
+    out: &mut Vec<ConfigFinding>,
+) -> Option<DiskLayout> {
     let request = DiskRequest {
         table: disk.table.value,
         size: disk.size.value.0,
@@ -144,15 +152,16 @@ pub(super) fn place(
             })
             .collect(),
     };
-    match layout::place(&request) {
+    match layout::lay_out_disk(&request) {
         Ok(layout) => Some(layout),
         Err(messages) => {
             for message in messages {
                 // The place of the finding is that of the first partition that it names.
-                let named = |p: &&Partition| message.contains(&format!("`{}`", p.role.value.0));
+                let named =
+                    |p: &&PartitionConfig| message.contains(&format!("`{}`", p.role.value.0));
                 let place =
                     partitions.iter().find(named).map_or(&disk.size.place, |p| &p.size.place);
-                out.push(Finding::new(place, message, ""));
+                out.push(ConfigFinding::new(place, message, ""));
             }
             None
         }
@@ -160,7 +169,11 @@ pub(super) fn place(
 }
 
 /// The board's part of the plan.
-pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) -> BoardPlan {
+pub(super) fn plan_board(
+    product: &ProductConfig,
+    board: &BoardConfig,
+    earlier: Vec<EarlierCardPlan>,
+) -> BoardPlan {
     let debian = board.debian.as_ref();
     let buildroot = board.buildroot.as_ref();
     let (firmware, bootloader, machines) = match product.rootfs.engine.value {
@@ -179,9 +192,9 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
     let compatible = own.unwrap_or_else(|| board.compatible.clone());
     let mut left_out_revisions = board.left_out_revisions.clone();
     left_out_revisions.extend(machines.iter().flat_map(|m| m.left_out_revisions.clone()));
-    let console = console(product, board);
+    let console = choose_console(product, board);
     let kernel = &board.kernel;
-    let mut cmdline = plain(&kernel.cmdline);
+    let mut cmdline = plain_values(&kernel.cmdline);
     // The last one is /dev/console.
     cmdline.extend(console.iter().map(|c| format!("console={},{}", c.device, c.baud)));
     // A module's parameter: modprobe reads it from the command line (kernel-parameters.txt).
@@ -205,45 +218,48 @@ pub(super) fn plan(product: &Product, board: &Board, earlier: Vec<EarlierCard>) 
         console_on_board: console.as_ref().is_some_and(|c| c.device == board.console.device),
         console,
         cmdline,
-        device_trees: plain(&kernel.device_trees),
-        initrd_modules: plain(&kernel.initrd_modules),
-        modules_keep: plain(&kernel.modules_keep),
-        firmware: firmware.map(|list| plain(list)).unwrap_or_default(),
+        device_trees: plain_values(&kernel.device_trees),
+        initrd_modules: plain_values(&kernel.initrd_modules),
+        modules_keep: plain_values(&kernel.modules_keep),
+        firmware: firmware.map(|list| plain_values(list)).unwrap_or_default(),
         bootloader: bootloader.map(|located| located.value.clone()),
         uboot: board.uboot.clone(),
         qemu: board.qemu.clone(),
         earlier_cards: earlier,
-        origins: lists.into_iter().flat_map(|(list, values)| origins(list, values)).collect(),
+        origins: lists.into_iter().flat_map(|(list, values)| list_origins(list, values)).collect(),
     }
 }
 
-fn plain(list: &[Located<String>]) -> Vec<String> {
+fn plain_values(list: &[Located<String>]) -> Vec<String> {
     list.iter().map(|located| located.value.clone()).collect()
 }
 
 /// The product decides about the device, the board about the speed.
-fn console(product: &Product, board: &Board) -> Option<Console> {
+fn choose_console(product: &ProductConfig, board: &BoardConfig) -> Option<ConsoleConfig> {
     let baud = board.console.baud;
     match &product.console {
         None => Some(board.console.clone()),
-        Some(own) => own.value.0.clone().map(|device| Console { device, baud }),
+        Some(own) => own.value.0.clone().map(|device| ConsoleConfig { device, baud }),
     }
 }
 
 /// How many of a list's elements are from which file, in order.
-fn origins(list: &'static str, values: &[Located<String>]) -> Vec<Origin> {
-    let mut origins: Vec<Origin> = Vec::new();
+fn list_origins(list: &'static str, values: &[Located<String>]) -> Vec<ListOrigin> {
+    let mut origins: Vec<ListOrigin> = Vec::new();
     for value in values {
         match origins.iter_mut().find(|origin| origin.file == value.place.file) {
             Some(origin) => origin.count += 1,
-            None => origins.push(Origin { list, file: value.place.file.clone(), count: 1 }),
+            None => origins.push(ListOrigin { list, file: value.place.file.clone(), count: 1 }),
         }
     }
     origins
 }
 
 /// The layouts of cards that were flashed earlier. They had the same partitions.
-pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard> {
+pub(super) fn plan_earlier_cards(
+    board: &BoardConfig,
+    out: &mut Vec<ConfigFinding>,
+) -> Vec<EarlierCardPlan> {
     let mut cards = Vec::new();
     for card in &board.earlier {
         for partition in &board.partitions {
@@ -251,22 +267,28 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
             if !card.partitions.iter().any(|p| p.role.value.0 == *role) {
                 let message = format!("`earlier-cards` until {} have no `{role}`", card.until);
                 let help = "every card has all roles: define the missing one";
-                out.push(Finding::new(&card.place, message, help));
+                out.push(ConfigFinding::new(&card.place, message, help));
             }
         }
         if card.disk.boot_state.len() != board.disk.boot_state.len() {
             let message = format!("`earlier-cards` until {} have no boot state", card.until);
-            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.boot-state]"));
+            out.push(ConfigFinding::new(
+                &card.place,
+                message,
+                "add [earlier-cards.disk.boot-state]",
+            ));
         }
         if card.disk.trust.len() != board.disk.trust.len() {
             let message = format!("`earlier-cards` until {} have no trust area", card.until);
-            out.push(Finding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
+            out.push(ConfigFinding::new(&card.place, message, "add [earlier-cards.disk.trust]"));
         }
-        if let Some(disk) = place(&card.disk, &card.partitions, out) {
-            if let Some(now) = place(&board.disk, &board.partitions, &mut Vec::new()) {
+        if let Some(disk) = place_board_partitions(&card.disk, &card.partitions, out) {
+            if let Some(now) =
+                place_board_partitions(&board.disk, &board.partitions, &mut Vec::new())
+            {
                 check_told_apart(card, &disk, &now, out);
             }
-            cards.push(EarlierCard { until: card.until.clone(), disk });
+            cards.push(EarlierCardPlan { until: card.until.clone(), disk });
         }
     }
     cards
@@ -274,8 +296,13 @@ pub(super) fn earlier(board: &Board, out: &mut Vec<Finding>) -> Vec<EarlierCard>
 
 /// A robot recognises the layout of its card by the number and the offset of the slot that it runs
 /// from.
-fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Vec<Finding>) {
-    let slots = |layout: &'_ Layout| -> Vec<(u32, u64)> {
+fn check_told_apart(
+    card: &EarlierDiskConfig,
+    earlier: &DiskLayout,
+    now: &DiskLayout,
+    out: &mut Vec<ConfigFinding>,
+) {
+    let slots = |layout: &'_ DiskLayout| -> Vec<(u32, u64)> {
         let slots = layout.partitions.iter().filter(|p| p.name.starts_with("root-"));
         slots.map(|p| (p.number, p.offset)).collect()
     };
@@ -287,23 +314,23 @@ fn check_told_apart(card: &Earlier, earlier: &Layout, now: &Layout, out: &mut Ve
         );
         let help =
             "the robot could not distinguish the cards: move the slots, or remove this table";
-        out.push(Finding::new(&card.place, message, help));
+        out.push(ConfigFinding::new(&card.place, message, help));
     }
 }
 
 /// Some boards need a kernel of their own.
-fn check_kernel(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+fn check_kernel(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let Some(debian) = board.debian.as_ref().filter(|d| !d.kernels.is_empty()) else { return };
     let rootfs = &product.rootfs;
     let has = |kernel: &Located<String>| {
         rootfs.unpacked.iter().any(|package| package.value == kernel.value)
     };
     if rootfs.engine.value == Engine::Debian && !debian.kernels.iter().any(has) {
-        let names = plain(&debian.kernels).join(" or ");
+        let names = plain_values(&debian.kernels).join(" or ");
         let message = format!("the board {} needs the kernel {names}", board.name.value.0);
         let help = "name it in `rootfs.unpacked`, and its archive in [[rootfs.sources]]; the board's file says why";
         let place = rootfs.unpacked.first().map_or(&rootfs.engine.place, |p| &p.place);
-        out.push(Finding::new(place, message, help));
+        out.push(ConfigFinding::new(place, message, help));
     }
 }
 
@@ -314,7 +341,7 @@ const APART: u64 = 8 << 20;
 
 /// Each copy of the boot state and of the trust record must be alone in its erase unit: without
 /// another copy, the partition table or a partition.
-fn check_states(board: &Board, out: &mut Vec<Finding>) {
+fn check_states(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let mut taken = vec![(0, "the partition table".to_owned())];
     let first = (board.disk.first_partition.value.0, "the first partition".to_owned());
     let states = board.disk.boot_state.iter().enumerate().map(|(n, s)| (s, "boot-state", n + 1));
@@ -326,13 +353,13 @@ fn check_states(board: &Board, out: &mut Vec<Finding>) {
         for (other, name) in near.filter(|(other, _)| here.abs_diff(*other) < APART) {
             let message = format!(
                 "{this} (at {}) is {} away from {name}, expected {} or more",
-                layout::exact(here),
-                layout::exact(here.abs_diff(*other)),
-                layout::exact(APART)
+                layout::exact_size(here),
+                layout::exact_size(here.abs_diff(*other)),
+                layout::exact_size(APART)
             );
             let help = "a power cut while one of them is written may destroy the other: they share \
              an erase unit";
-            out.push(Finding::new(&state.place, message, help));
+            out.push(ConfigFinding::new(&state.place, message, help));
         }
         taken.push((here, this));
     }
@@ -350,7 +377,7 @@ const LOADED: [(&str, u64); 4] = [
 ];
 
 /// Everything that the boot script loads fits into the smallest machine and does not overlap.
-fn check_memory(board: &Board, out: &mut Vec<Finding>) {
+fn check_memory(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let Some(memory) = &board.memory else { return };
     let place = &memory.smallest.place;
     let number = |key: &str| {
@@ -366,8 +393,8 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
             (None, found) => {
                 let found = found.map_or("none".to_owned(), |text| format!("\"{text}\""));
                 let message =
-                    format!("`u-boot.{key}`: expected {}, found {found}", Address::EXPECTED);
-                out.push(Finding::new(place, message, ""));
+                    format!("`u-boot.{key}`: expected {}, found {found}", MemoryAddress::EXPECTED);
+                out.push(ConfigFinding::new(place, message, ""));
             }
         }
     }
@@ -387,9 +414,9 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
             );
             let help = format!(
                 "the smallest machine of `compatible` has {} of memory",
-                layout::exact(smallest)
+                layout::exact_size(smallest)
             );
-            out.push(Finding::new(place, message, help));
+            out.push(ConfigFinding::new(place, message, help));
         }
     }
     for pair in regions.windows(2) {
@@ -399,7 +426,7 @@ fn check_memory(board: &Board, out: &mut Vec<Finding>) {
             let message = format!(
                 "`u-boot.{first}` needs {address:#010x} to {after:#010x}, but `u-boot.{second}` is {next:#010x}"
             );
-            out.push(Finding::new(place, message, "move them apart"));
+            out.push(ConfigFinding::new(place, message, "move them apart"));
         }
     }
 }

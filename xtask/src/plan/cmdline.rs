@@ -1,8 +1,8 @@
 //! The kernel's command line: which arguments reach the kernel unchanged through the boot flow, and
 //! how the kernel parses them.
 
-use crate::config::board::{Board, BootFlow};
-use crate::config::reader::Finding;
+use crate::config::board::{BoardConfig, BootFlowKind};
+use crate::config::reader::ConfigFinding;
 
 /// The maximum length on arm64 including the final zero (`COMMAND_LINE_SIZE`,
 /// arch/arm64/include/uapi/asm/setup.h).
@@ -20,11 +20,11 @@ const OURS: [&str; 5] =
 const SHELL: &str = "\"'`$\\;&|";
 
 /// The rules of `kernel.cmdline`.
-pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
+pub(super) fn check_cmdline(board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     for word in &board.kernel.cmdline {
-        if let Some((why, help)) = wrong(&word.value, board.boot_flow.value) {
+        if let Some((why, help)) = find_problem(&word.value, board.boot_flow.value) {
             let message = format!("`kernel.cmdline`: `{}` {why}", word.value.escape_debug());
-            out.push(Finding::new(&word.place, message, help));
+            out.push(ConfigFinding::new(&word.place, message, help));
         }
     }
     let length: usize = board.kernel.cmdline.iter().map(|word| word.value.len() + 1).sum();
@@ -36,12 +36,12 @@ pub(super) fn check(board: &Board, out: &mut Vec<Finding>) {
             KERNEL_TAKES - 1
         );
         let help = "move settings of modules to /etc/modprobe.d of an overlay";
-        out.push(Finding::new(&last.place, message, help));
+        out.push(ConfigFinding::new(&last.place, message, help));
     }
 }
 
 /// Why an argument would not reach the kernel as it is written, and what to do.
-fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
+fn find_problem(word: &str, flow: BootFlowKind) -> Option<(String, &'static str)> {
     const ONE: &str = "write one argument: `name` or `name=value`";
     let name = word.trim_start_matches('"').split(['=', ' ']).next().unwrap_or_default();
     // The kernel treats a dash as an underscore; `--` ends its arguments.
@@ -66,7 +66,7 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
         ));
     }
     match flow {
-        BootFlow::Uboot => {
+        BootFlowKind::Uboot => {
             let c = word.chars().find(|c| SHELL.contains(*c))?;
             let why = format!("has the character {c:?}, which has a meaning in U-Boot's shell");
             let help = "remove the character: `module.dyndbg=+p` needs no quotes, and options of \
@@ -74,19 +74,19 @@ fn wrong(word: &str, flow: BootFlow) -> Option<(String, &'static str)> {
                         in /etc/modprobe.d of an overlay";
             Some((why, help))
         }
-        BootFlow::Tryboot if word.matches('"').count() % 2 == 1 => {
+        BootFlowKind::Tryboot if word.matches('"').count() % 2 == 1 => {
             let why = "has a quote that is not closed: the kernel would read the rest of the line \
              as its value";
             Some((why.to_owned(), "close the quote"))
         }
-        BootFlow::Tryboot => None,
+        BootFlowKind::Tryboot => None,
     }
 }
 
 /// The arguments of a line as the kernel takes them apart (`next_arg`, lib/cmdline.c): name, and
 /// value without the quotes around it; a quote that is not closed takes the rest. Arguments after
 /// `--` are for init.
-pub fn arguments(line: &str) -> Vec<(String, Option<String>)> {
+pub fn split_arguments(line: &str) -> Vec<(String, Option<String>)> {
     let (mut words, mut word, mut quoted) = (Vec::new(), String::new(), false);
     for c in line.chars() {
         quoted ^= c == '"';
@@ -126,14 +126,14 @@ mod tests {
             ("e", value("f g")),
             ("h", value("i\"j k\"l")),
         ];
-        assert_eq!(arguments(line), expected.map(|(name, value)| (name.to_owned(), value)));
-        assert_eq!(arguments("a=\"b ro"), [("a".to_owned(), value("b ro"))]);
+        assert_eq!(split_arguments(line), expected.map(|(name, value)| (name.to_owned(), value)));
+        assert_eq!(split_arguments("a=\"b ro"), [("a".to_owned(), value("b ro"))]);
     }
 
     #[test]
     fn what_would_not_arrive_is_refused() {
-        let uboot = |word: &str| wrong(word, BootFlow::Uboot).map(|(why, _)| why);
-        let tryboot = |word: &str| wrong(word, BootFlow::Tryboot).map(|(why, _)| why);
+        let uboot = |word: &str| find_problem(word, BootFlowKind::Uboot).map(|(why, _)| why);
+        let tryboot = |word: &str| find_problem(word, BootFlowKind::Tryboot).map(|(why, _)| why);
         for word in ["ro", "console=tty0", "rootwait", "rootfstype=ext4", "a=b,c:d/e@f#g", "x=1 y"]
         {
             assert_eq!((uboot(word), tryboot(word)), (None, None), "{word}");

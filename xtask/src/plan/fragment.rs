@@ -7,12 +7,12 @@ use std::fmt;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use crate::config::reader::{Finding, Place};
+use crate::config::reader::{ConfigFinding, ConfigPlace};
 
 /// The value that a line requests for a symbol.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Value {
+pub enum SymbolValue {
     /// `SYMBOL=y`
     Yes,
     /// `# SYMBOL is not set`, or `SYMBOL=n`
@@ -23,7 +23,7 @@ pub enum Value {
     Number(String),
 }
 
-impl fmt::Display for Value {
+impl fmt::Display for SymbolValue {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Yes => f.write_str("y"),
@@ -40,19 +40,19 @@ impl fmt::Display for Value {
 /// One symbol with all its requests.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Request {
+pub struct SymbolRequest {
     /// The symbol's name, with its `BR2_`.
     pub symbol: String,
     /// The requested value.
-    pub value: Value,
+    pub value: SymbolValue,
     /// The lines with the request; several fragments may agree.
-    pub places: Vec<Place>,
+    pub places: Vec<ConfigPlace>,
 }
 
-impl Request {
+impl SymbolRequest {
     /// The place that messages name.
-    pub fn place(&self) -> Place {
-        self.places.first().cloned().unwrap_or(Place {
+    pub fn place(&self) -> ConfigPlace {
+        self.places.first().cloned().unwrap_or(ConfigPlace {
             file: "the defconfig".into(),
             line: 0,
             text: String::new(),
@@ -62,7 +62,7 @@ impl Request {
     /// The defconfig's line for it.
     pub fn line(&self) -> String {
         match &self.value {
-            Value::No => format!("# {} is not set", self.symbol),
+            SymbolValue::No => format!("# {} is not set", self.symbol),
             value => format!("{}={value}", self.symbol),
         }
     }
@@ -70,12 +70,12 @@ impl Request {
 
 /// The merged requests, in the order in which they were first written.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
-pub struct Defconfig(pub Vec<Request>);
+pub struct Defconfig(pub Vec<SymbolRequest>);
 
 /// The kind of a line.
 enum Line {
     Nothing,
-    Request(String, Value),
+    Request(String, SymbolValue),
     Malformed { message: String, help: String },
 }
 
@@ -83,22 +83,25 @@ enum Line {
 ///
 /// Kconfig accepts only four forms: `X=y`, `X=42`, `X="text"` and `# X is not set`. It ignores
 /// everything else, with a warning at best; here it is a finding.
-pub fn parse(file: &Utf8Path, text: &str) -> (Vec<Request>, Vec<Finding>) {
+pub fn parse_fragment(file: &Utf8Path, text: &str) -> (Vec<SymbolRequest>, Vec<ConfigFinding>) {
     let (mut requests, mut findings) = (Vec::new(), Vec::new());
     for (index, line) in text.lines().enumerate() {
-        let place = Place { file: file.to_owned(), line: index + 1, text: line.trim().to_owned() };
-        match classify(line) {
+        let place =
+            ConfigPlace { file: file.to_owned(), line: index + 1, text: line.trim().to_owned() };
+        match classify_line(line) {
             Line::Nothing => {}
             Line::Request(symbol, value) => {
-                requests.push(Request { symbol, value, places: vec![place] });
+                requests.push(SymbolRequest { symbol, value, places: vec![place] });
             }
-            Line::Malformed { message, help } => findings.push(Finding::new(&place, message, help)),
+            Line::Malformed { message, help } => {
+                findings.push(ConfigFinding::new(&place, message, help))
+            }
         }
     }
     (requests, findings)
 }
 
-fn malformed(message: impl Into<String>, help: impl Into<String>) -> Line {
+fn malformed_line(message: impl Into<String>, help: impl Into<String>) -> Line {
     Line::Malformed { message: message.into(), help: help.into() }
 }
 
@@ -106,7 +109,7 @@ fn is_name(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|b| b.is_ascii_alphanumeric() || b == b'_')
 }
 
-fn classify(line: &str) -> Line {
+fn classify_line(line: &str) -> Line {
     let full = line;
     let line = line.trim_end();
     if line.is_empty() {
@@ -116,19 +119,19 @@ fn classify(line: &str) -> Line {
         return classify_comment(line, comment);
     }
     let Some((name, value)) = line.split_once('=') else {
-        return malformed(
+        return malformed_line(
             "neither `SYMBOL=value` nor `# SYMBOL is not set`: Kconfig ignores the line",
             "write the line in one of these forms, or begin it with `#`",
         );
     };
     if name != name.trim() || value != value.trim_start() || full.trim_end_matches('\r') != line {
-        return malformed(
+        return malformed_line(
             "blanks before, after or around `=`: Kconfig ignores such a line",
             format!("write {}={}", name.trim(), value.trim()),
         );
     }
     if !is_name(name) {
-        return malformed(format!("`{name}` is not the name of a symbol"), "");
+        return malformed_line(format!("`{name}` is not the name of a symbol"), "");
     }
     if !name.starts_with("BR2_") {
         let help = if name.starts_with("CONFIG_") {
@@ -136,12 +139,12 @@ fn classify(line: &str) -> Line {
         } else {
             "every symbol of Buildroot begins with BR2_"
         };
-        return malformed(format!("{name} is not a symbol of Buildroot"), help);
+        return malformed_line(format!("{name} is not a symbol of Buildroot"), help);
     }
     match parse_value(value) {
         Ok(value) => Line::Request(name.to_owned(), value),
         Err((message, help)) => {
-            malformed(format!("{name}: {message}"), help.replace("SYMBOL", name))
+            malformed_line(format!("{name}: {message}"), help.replace("SYMBOL", name))
         }
     }
 }
@@ -154,14 +157,14 @@ fn classify_comment(line: &str, comment: &str) -> Line {
         return Line::Nothing;
     }
     if line == format!("# {symbol} is not set") {
-        return Line::Request((*symbol).to_owned(), Value::No);
+        return Line::Request((*symbol).to_owned(), SymbolValue::No);
     }
     let nearly = matches!(
         rest,
         ["is", "not", "set"] | ["not", "set"] | ["is", "unset"] | ["is", "not", "set."]
     );
     if nearly {
-        return malformed(
+        return malformed_line(
             format!("for Kconfig this is a comment: {symbol} keeps its default"),
             format!("write exactly `# {symbol} is not set`"),
         );
@@ -170,7 +173,7 @@ fn classify_comment(line: &str, comment: &str) -> Line {
 }
 
 /// The value of a line, or the error and the help.
-fn parse_value(text: &str) -> Result<Value, (String, String)> {
+fn parse_value(text: &str) -> Result<SymbolValue, (String, String)> {
     if let Some(rest) = text.strip_prefix('"') {
         let Some((inner, after)) = unquote(rest) else {
             return Err(("the closing quote is missing".into(), "end the text with `\"`".into()));
@@ -181,13 +184,13 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
                 "write a quote inside a text as `\\\"`, and a comment on a separate line".into(),
             ));
         }
-        return Ok(Value::Text(inner));
+        return Ok(SymbolValue::Text(inner));
     }
     let digits = text.strip_prefix('-').unwrap_or(text);
     let hex = digits.strip_prefix("0x").or_else(|| digits.strip_prefix("0X"));
     match text {
-        "y" => Ok(Value::Yes),
-        "n" => Ok(Value::No),
+        "y" => Ok(SymbolValue::Yes),
+        "n" => Ok(SymbolValue::No),
         "m" => Err((
             "invalid value `m`: Buildroot has no modules".into(),
             "write SYMBOL=y; kernel modules are chosen in the kernel's fragment".into(),
@@ -197,10 +200,10 @@ fn parse_value(text: &str) -> Result<Value, (String, String)> {
             "write SYMBOL=y, SYMBOL=\"\" or `# SYMBOL is not set`".into(),
         )),
         _ if !digits.is_empty() && digits.bytes().all(|b| b.is_ascii_digit()) => {
-            Ok(Value::Number(text.to_owned()))
+            Ok(SymbolValue::Number(text.to_owned()))
         }
         _ if hex.is_some_and(|h| !h.is_empty() && h.bytes().all(|b| b.is_ascii_hexdigit())) => {
-            Ok(Value::Number(text.to_owned()))
+            Ok(SymbolValue::Number(text.to_owned()))
         }
         _ => Err((
             "a text without quotes: Kconfig ignores the line".into(),
@@ -225,14 +228,14 @@ pub fn unquote(text: &str) -> Option<(String, &str)> {
 
 /// Merges fragments, given as path and text. Two requests that agree are both named as the origin;
 /// two that disagree are a finding that names both.
-pub fn merge<'a>(
+pub fn merge_fragments<'a>(
     fragments: impl IntoIterator<Item = (&'a Utf8Path, &'a str)>,
-) -> (Defconfig, Vec<Finding>) {
-    let mut merged: Vec<Request> = Vec::new();
+) -> (Defconfig, Vec<ConfigFinding>) {
+    let mut merged: Vec<SymbolRequest> = Vec::new();
     let mut known: BTreeMap<String, usize> = BTreeMap::new();
     let mut findings = Vec::new();
     for (file, text) in fragments {
-        let (requests, malformed) = parse(file, text);
+        let (requests, malformed) = parse_fragment(file, text);
         findings.extend(malformed);
         for request in requests {
             let Some(&index) = known.get(&request.symbol) else {
@@ -251,7 +254,7 @@ pub fn merge<'a>(
                 request.symbol, request.value, first.value, there.file, there.line
             );
             let help = "Kconfig would use the later line; keep one of the two lines";
-            findings.push(Finding::new(&here, message, help));
+            findings.push(ConfigFinding::new(&here, message, help));
         }
     }
     (Defconfig(merged), findings)
@@ -273,7 +276,7 @@ impl Defconfig {
     }
 
     /// The request for a symbol.
-    pub fn get(&self, symbol: &str) -> Option<&Request> {
+    pub fn get(&self, symbol: &str) -> Option<&SymbolRequest> {
         self.0.iter().find(|request| request.symbol == symbol)
     }
 }
@@ -282,8 +285,8 @@ impl Defconfig {
 mod tests {
     use super::*;
 
-    fn one(line: &str) -> Result<(String, Value), String> {
-        let (requests, findings) = parse(Utf8Path::new("f"), line);
+    fn one(line: &str) -> Result<(String, SymbolValue), String> {
+        let (requests, findings) = parse_fragment(Utf8Path::new("f"), line);
         match (requests.as_slice(), findings.as_slice()) {
             ([r], []) => Ok((r.symbol.clone(), r.value.clone())),
             ([], [f]) => Err(format!("{} [{}]", f.message, f.help)),
@@ -294,13 +297,13 @@ mod tests {
 
     #[test]
     fn the_four_forms_are_taken() {
-        assert_eq!(one("BR2_aarch64=y").expect("taken").1, Value::Yes);
-        assert_eq!(one("BR2_X=n").expect("taken").1, Value::No);
-        assert_eq!(one("# BR2_X is not set").expect("taken").1, Value::No);
-        assert_eq!(one("BR2_X=0x2A").expect("taken").1, Value::Number("0x2A".into()));
-        assert_eq!(one("BR2_X=-1").expect("taken").1, Value::Number("-1".into()));
+        assert_eq!(one("BR2_aarch64=y").expect("taken").1, SymbolValue::Yes);
+        assert_eq!(one("BR2_X=n").expect("taken").1, SymbolValue::No);
+        assert_eq!(one("# BR2_X is not set").expect("taken").1, SymbolValue::No);
+        assert_eq!(one("BR2_X=0x2A").expect("taken").1, SymbolValue::Number("0x2A".into()));
+        assert_eq!(one("BR2_X=-1").expect("taken").1, SymbolValue::Number("-1".into()));
         let (_, text) = one(r#"BR2_X="a \"b\" \\ $(C) # d""#).expect("taken");
-        assert_eq!(text, Value::Text(r#"a "b" \ $(C) # d"#.into()));
+        assert_eq!(text, SymbolValue::Text(r#"a "b" \ $(C) # d"#.into()));
         assert_eq!(text.to_string(), r#""a \"b\" \\ $(C) # d""#);
     }
 
@@ -335,8 +338,10 @@ mod tests {
     #[test]
     fn agreement_has_two_origins_and_disagreement_names_both() {
         let (a, b) = (Utf8Path::new("a.fragment"), Utf8Path::new("b.fragment"));
-        let (merged, findings) =
-            merge([(a, "# why\nBR2_X=y\nBR2_T=\"one\"\n"), (b, "BR2_X=y\nBR2_T=\"two\"\n")]);
+        let (merged, findings) = merge_fragments([
+            (a, "# why\nBR2_X=y\nBR2_T=\"one\"\n"),
+            (b, "BR2_X=y\nBR2_T=\"two\"\n"),
+        ]);
         assert_eq!(merged.0.len(), 2);
         let text = merged.render("t");
         assert!(text.contains("\n# a.fragment:2, b.fragment:1\nBR2_X=y\n"), "{text}");
@@ -351,12 +356,12 @@ mod tests {
     #[test]
     fn what_is_rendered_reads_back_as_the_same() {
         let text = "BR2_A=y\n# BR2_B is not set\nBR2_C=\"x \\\" y\"\nBR2_D=7\n";
-        let (merged, findings) = merge([(Utf8Path::new("f"), text)]);
+        let (merged, findings) = merge_fragments([(Utf8Path::new("f"), text)]);
         assert!(findings.is_empty(), "{findings:?}");
         let rendered = merged.render("t");
-        let (again, findings) = merge([(Utf8Path::new("g"), rendered.as_str())]);
+        let (again, findings) = merge_fragments([(Utf8Path::new("g"), rendered.as_str())]);
         assert!(findings.is_empty(), "{findings:?}");
-        let plain = |d: &Defconfig| d.0.iter().map(Request::line).collect::<Vec<_>>();
+        let plain = |d: &Defconfig| d.0.iter().map(SymbolRequest::line).collect::<Vec<_>>();
         assert_eq!(plain(&again), plain(&merged));
     }
 }

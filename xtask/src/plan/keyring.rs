@@ -5,7 +5,7 @@ use bundle::keys::decode_base64;
 
 /// Why a file is not a keyring for apt.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum BadKey {
+pub enum KeyringError {
     /// The file contains a secret key.
     Secret,
     /// The file is something else, or damaged.
@@ -25,30 +25,30 @@ const END: &str = "-----END PGP ";
 ///
 /// # Errors
 /// When the file contains a secret key, or no public key.
-pub fn keyring(file: &[u8]) -> Result<Vec<u8>, BadKey> {
+pub fn decode_keyring(file: &[u8]) -> Result<Vec<u8>, KeyringError> {
     let binary = match std::str::from_utf8(file) {
-        Ok(text) if text.contains(BEGIN) => unarmoured(text)?,
-        Ok(_) => return Err(BadKey::NoKey("a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
+        Ok(text) if text.contains(BEGIN) => decode_armour(text)?,
+        Ok(_) => return Err(KeyringError::NoKey("a text without \"BEGIN PGP PUBLIC KEY BLOCK\"")),
         Err(_) => file.to_vec(),
     };
     let mut rest = binary.as_slice();
     let mut first = true;
     while !rest.is_empty() {
         let (tag, length) =
-            packet(rest).ok_or(BadKey::NoKey("the data is damaged or truncated"))?;
+            packet_header(rest).ok_or(KeyringError::NoKey("the data is damaged or truncated"))?;
         if SECRET_KEYS.contains(&tag) {
-            return Err(BadKey::Secret);
+            return Err(KeyringError::Secret);
         }
         if tag != PUBLIC_KEY && (first || !BESIDES.contains(&tag)) {
-            return Err(BadKey::NoKey("OpenPGP data without a public key"));
+            return Err(KeyringError::NoKey("OpenPGP data without a public key"));
         }
         (first, rest) = (false, &rest[length..]);
     }
-    if first { Err(BadKey::NoKey("the file is empty")) } else { Ok(binary) }
+    if first { Err(KeyringError::NoKey("the file is empty")) } else { Ok(binary) }
 }
 
 /// Tag and total length of the first packet of `bytes`.
-fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
+fn packet_header(bytes: &[u8]) -> Option<(u8, usize)> {
     let head = *bytes.first()?;
     let number = |at: std::ops::Range<usize>| {
         bytes
@@ -81,16 +81,16 @@ fn packet(bytes: &[u8]) -> Option<(u8, usize)> {
 }
 
 /// The content of all armoured blocks, without their checksums: apt checks the signatures.
-fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
+fn decode_armour(text: &str) -> Result<Vec<u8>, KeyringError> {
     let mut binary = Vec::new();
     let mut lines = text.lines().map(str::trim);
     while let Some(line) = lines.next() {
         let Some(kind) = line.strip_prefix(BEGIN) else { continue };
         if kind.starts_with("PRIVATE KEY") {
-            return Err(BadKey::Secret);
+            return Err(KeyringError::Secret);
         }
         if !kind.starts_with("PUBLIC KEY BLOCK") {
-            return Err(BadKey::NoKey("OpenPGP data without a public key"));
+            return Err(KeyringError::NoKey("OpenPGP data without a public key"));
         }
         let mut body = String::new();
         let mut ended = false;
@@ -105,7 +105,7 @@ fn unarmoured(text: &str) -> Result<Vec<u8>, BadKey> {
             }
         }
         let decoded = if ended { decode_base64(&body) } else { None };
-        binary.extend(decoded.ok_or(BadKey::NoKey("the data is damaged or truncated"))?);
+        binary.extend(decoded.ok_or(KeyringError::NoKey("the data is damaged or truncated"))?);
     }
     Ok(binary)
 }
@@ -122,42 +122,42 @@ mod tests {
     #[test]
     fn a_secret_key_is_found_wherever_it_is() {
         let public = made(6, &[4, 1, 2, 0xff]);
-        assert_eq!(keyring(&public), Ok(public.clone()));
+        assert_eq!(decode_keyring(&public), Ok(public.clone()));
         let both = [public.clone(), made(13, b"me"), made(5, &[4, 0xff])].concat();
-        assert_eq!(keyring(&both), Err(BadKey::Secret));
+        assert_eq!(decode_keyring(&both), Err(KeyringError::Secret));
         let subkey = [public.clone(), made(7, &[4, 0xff])].concat();
-        assert_eq!(keyring(&subkey), Err(BadKey::Secret));
+        assert_eq!(decode_keyring(&subkey), Err(KeyringError::Secret));
         let text =
             "-----BEGIN PGP PRIVATE KEY BLOCK-----\n\nxgME\n-----END PGP PRIVATE KEY BLOCK-----\n";
-        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+        assert_eq!(decode_keyring(text.as_bytes()), Err(KeyringError::Secret));
         // A secret key (tag 5) that is labelled as public.
         let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\n\nxQME//8=\n-----END PGP PUBLIC KEY BLOCK-----\n";
-        assert_eq!(keyring(text.as_bytes()), Err(BadKey::Secret));
+        assert_eq!(decode_keyring(text.as_bytes()), Err(KeyringError::Secret));
     }
 
     #[test]
     fn damage_is_no_key() {
         let public = made(6, &[4, 1, 2, 0xff]);
         for cut in 1..public.len() {
-            assert!(matches!(keyring(&public[..cut]), Err(BadKey::NoKey(_))), "{cut}");
+            assert!(matches!(decode_keyring(&public[..cut]), Err(KeyringError::NoKey(_))), "{cut}");
         }
         for file in [&b""[..], b"hello", &made(2, &[0xff]), &[0xc6, 255, 255, 255, 255, 255]] {
-            assert!(matches!(keyring(file), Err(BadKey::NoKey(_))), "{file:?}");
+            assert!(matches!(decode_keyring(file), Err(KeyringError::NoKey(_))), "{file:?}");
         }
         let text = "-----BEGIN PGP PUBLIC KEY BLOCK-----\nComment: x\n\nxgQE\nAQL/\n=abcd\n";
-        assert!(matches!(keyring(text.as_bytes()), Err(BadKey::NoKey(_))));
+        assert!(matches!(decode_keyring(text.as_bytes()), Err(KeyringError::NoKey(_))));
         let whole = format!("{text}-----END PGP PUBLIC KEY BLOCK-----\n");
-        assert_eq!(keyring(whole.as_bytes()), Ok(public));
+        assert_eq!(decode_keyring(whole.as_bytes()), Ok(public));
     }
 
     #[test]
     fn lengths_are_read_in_every_form() {
         let body = vec![0xff; 300];
         let old = [&[0x80 | 6 << 2 | 1, 1, 44][..], &body].concat();
-        assert_eq!(keyring(&old), Ok(old.clone()));
+        assert_eq!(decode_keyring(&old), Ok(old.clone()));
         let two = [&[0xc6, 192, 108][..], &body].concat();
-        assert_eq!(keyring(&two), Ok(two.clone()));
+        assert_eq!(decode_keyring(&two), Ok(two.clone()));
         let five = [&[0xc6, 255, 0, 0, 1, 44][..], &body].concat();
-        assert_eq!(keyring(&five), Ok(five.clone()));
+        assert_eq!(decode_keyring(&five), Ok(five.clone()));
     }
 }

@@ -14,24 +14,24 @@ use std::collections::BTreeMap;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use crate::config::board::{BootFlow, Bus, Compile, Console, Qemu};
-use crate::config::overlay::{Attributes, EntryKind};
-use crate::config::product::{BuildKind, Engine, Network, Ssh, Version};
-use crate::config::reader::{Finding, Place};
-use crate::config::{Config, Input};
-use crate::disk::layout::Layout;
+use crate::config::board::{BootFileFormat, BootFlowKind, ConsoleConfig, DiskBus, QemuConfig};
+use crate::config::overlay::{FileAttributes, OverlayFileKind};
+use crate::config::product::{BuildKind, Engine, NetworkConfig, SshConfig, Version};
+use crate::config::reader::{ConfigFinding, ConfigPlace};
+use crate::config::{Config, InputFile};
+use crate::disk::layout::DiskLayout;
 use fragment::Defconfig;
-pub use identifiers::Identifiers;
-pub use resolve::{packages, resolve};
-pub use sources::{SourcePlan, sources};
+pub use identifiers::DiskIdentifiers;
+pub use resolve::{check_package_names, resolve};
+pub use sources::{AptSourcePlan, plan_sources};
 
 /// Facts about this checkout. Collected once, by `facts::collect`.
 #[derive(Debug, Clone, serde::Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Facts {
+pub struct CheckoutFacts {
     /// The commit that is checked out; `None` outside a git checkout.
     pub commit: Option<String>,
-    /// Files differ from that commit (`git::changes`).
+    /// Files differ from that commit (`git::changed_files`).
     pub modified: bool,
     /// Seconds since 1970 that every timestamp in the outputs is set to.
     pub epoch: u64,
@@ -54,29 +54,29 @@ pub struct Plan {
     /// Seconds since 1970 that every timestamp in the outputs is set to.
     pub epoch: u64,
     /// UUIDs and volume ids, derived from product, version and board.
-    pub identifiers: Identifiers,
+    pub identifiers: DiskIdentifiers,
     /// Every partition with its final byte offset.
-    pub disk: Layout,
+    pub disk: DiskLayout,
     /// The base system.
     pub rootfs: RootfsPlan,
     /// Overlay files, later overlays over earlier ones, sorted by target.
     pub overlay: Vec<OverlayPlan>,
     /// Directories with a mode or owner of their own.
-    pub directories: Vec<(Utf8PathBuf, Attributes)>,
+    pub directories: Vec<(Utf8PathBuf, FileAttributes)>,
     /// The API wheel.
     pub api: Option<ApiPlan>,
     /// Accounts.
     pub users: Vec<UserPlan>,
     /// SSH policy.
-    pub ssh: Ssh,
+    pub ssh: SshConfig,
     /// Network defaults.
-    pub network: Network,
+    pub network: NetworkConfig,
     /// Update policy.
     pub update: UpdatePlan,
     /// Files of the boot partitions.
     pub boot_files: Vec<BootFilePlan>,
     /// Every file of the workspace that the build reads.
-    pub inputs: Vec<Input>,
+    pub inputs: Vec<InputFile>,
 }
 
 /// What ships.
@@ -104,7 +104,7 @@ pub struct BoardPlan {
     /// Debian's name for the architecture.
     pub arch: String,
     /// How the slot that boots is selected.
-    pub boot_flow: BootFlow,
+    pub boot_flow: BootFlowKind,
     /// Device-tree `compatible` strings.
     pub compatible: Vec<String>,
     /// The date of the oldest EEPROM release that can try a slot; only with the flow `tryboot`.
@@ -112,7 +112,7 @@ pub struct BoardPlan {
     /// Revisions of the board that are known not to boot; they are excluded on purpose.
     pub left_out_revisions: Vec<String>,
     /// Serial console; `None` where the product disables it.
-    pub console: Option<Console>,
+    pub console: Option<ConsoleConfig>,
     /// Whether the console is on the board's own port: then firmware and U-Boot also print there.
     pub console_on_board: bool,
     /// Kernel command line, including the consoles and the radio's country.
@@ -120,7 +120,7 @@ pub struct BoardPlan {
     /// Globs of device trees.
     pub device_trees: Vec<String>,
     /// The bus of its disk.
-    pub disk_bus: Bus,
+    pub disk_bus: DiskBus,
     /// Modules of the initrd.
     pub initrd_modules: Vec<String>,
     /// Globs of the modules that stay.
@@ -132,28 +132,28 @@ pub struct BoardPlan {
     /// Values for the boot script's template.
     pub uboot: BTreeMap<String, String>,
     /// How to run it in QEMU.
-    pub qemu: Option<Qemu>,
+    pub qemu: Option<QemuConfig>,
     /// The layouts of cards that were flashed with earlier images: updates never change a card's
     /// partition table.
-    pub earlier_cards: Vec<EarlierCard>,
+    pub earlier_cards: Vec<EarlierCardPlan>,
     /// How many elements of each list are from which file.
-    pub origins: Vec<Origin>,
+    pub origins: Vec<ListOrigin>,
 }
 
 /// The disk of cards that were flashed with an earlier image.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct EarlierCard {
+pub struct EarlierCardPlan {
     /// The last date of images with it.
     pub until: String,
     /// Every partition with its offset.
-    pub disk: Layout,
+    pub disk: DiskLayout,
 }
 
 /// A file that a list of the board comes from.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Origin {
+pub struct ListOrigin {
     /// The list's key.
     pub list: &'static str,
     /// The file.
@@ -180,7 +180,7 @@ pub struct RootfsPlan {
     pub lock: Option<Utf8PathBuf>,
     /// Further apt archives.
     #[serde(skip_serializing_if = "Vec::is_empty")]
-    pub sources: Vec<SourcePlan>,
+    pub sources: Vec<AptSourcePlan>,
     /// The pinned Buildroot and its defconfig.
     pub buildroot: Option<BuildrootPlan>,
     /// Percent of the slot above which the build fails.
@@ -220,9 +220,9 @@ pub struct OverlayPlan {
     /// Path on the robot, without the leading slash.
     pub target: Utf8PathBuf,
     /// Literal, template or link.
-    pub kind: EntryKind,
+    pub kind: OverlayFileKind,
     /// Mode and owner.
-    pub attributes: Attributes,
+    pub attributes: FileAttributes,
 }
 
 /// The API wheel.
@@ -294,7 +294,7 @@ pub enum BootSourcePlan {
         /// Path in the workspace.
         source: Utf8PathBuf,
         /// How it is processed; `None`: a plain text file.
-        compile: Option<Compile>,
+        compile: Option<BootFileFormat>,
     },
     /// Firmware files.
     Firmware,
@@ -311,9 +311,15 @@ pub enum BootSourcePlan {
 }
 
 /// Finds fault with a file that a configuration names and that is not there.
-fn must_exist(config: &Config, place: &Place, path: &Utf8Path, help: &str, out: &mut Vec<Finding>) {
+fn must_exist(
+    config: &Config,
+    place: &ConfigPlace,
+    path: &Utf8Path,
+    help: &str,
+    out: &mut Vec<ConfigFinding>,
+) {
     if !config.inputs.iter().any(|input| input.path == path) {
-        out.push(Finding::new(place, format!("the file {path} does not exist"), help));
+        out.push(ConfigFinding::new(place, format!("the file {path} does not exist"), help));
     }
 }
 

@@ -8,34 +8,34 @@ use camino::Utf8Path;
 use super::boards;
 use super::fragment;
 use super::{
-    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, Facts, Identifiers, OverlayPlan, Plan,
-    ProductPlan, RootfsPlan, UpdatePlan, UserPlan, must_exist,
+    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, CheckoutFacts, DiskIdentifiers,
+    OverlayPlan, Plan, ProductPlan, RootfsPlan, UpdatePlan, UserPlan, must_exist,
 };
 use crate::config::Config;
-use crate::config::board::{Board, BootSource};
-use crate::config::product::{BuildKind, Engine, Product, User};
-use crate::config::reader::{Finding, Findings, Located};
+use crate::config::board::{BoardConfig, BootSourceConfig};
+use crate::config::product::{BuildKind, Engine, ProductConfig, UserConfig};
+use crate::config::reader::{ConfigFinding, ConfigFindings, Located};
 use crate::ssh_keys;
 
 /// Resolves one build. Pure.
 ///
 /// # Errors
 /// Everything that is wrong, each with file, line and text.
-pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
+pub fn resolve(config: &Config, facts: &CheckoutFacts) -> anyhow::Result<Plan> {
     let mut findings = Vec::new();
     let (product, board) = (&config.product, &config.board);
     check_product(config, &mut findings);
     check_users(product, &mut findings);
-    boards::check(product, board, &mut findings);
+    boards::check_board(product, board, &mut findings);
     check_engine(product, board, &mut findings);
-    let buildroot = buildroot(config, &mut findings);
-    let (sources, wrong) = super::sources(config);
+    let buildroot = plan_buildroot(config, &mut findings);
+    let (sources, wrong) = super::plan_sources(config);
     findings.extend(wrong);
-    let disk = boards::place(&board.disk, &board.partitions, &mut findings);
-    let earlier = boards::earlier(board, &mut findings);
+    let disk = boards::place_board_partitions(&board.disk, &board.partitions, &mut findings);
+    let earlier = boards::plan_earlier_cards(board, &mut findings);
     let overlay = merge_overlays(config);
     let boot_files = boot_files(config, &mut findings);
-    Findings(findings).check()?;
+    ConfigFindings(findings).check()?;
     let disk = disk.context("the disk was rejected without a finding")?;
     let rootfs = &product.rootfs;
     Ok(Plan {
@@ -46,11 +46,11 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
             version: product.version.value.clone(),
             kind: product.kind.value,
         },
-        board: boards::plan(product, board, earlier),
+        board: boards::plan_board(product, board, earlier),
         commit: facts.commit.clone(),
         modified: facts.modified,
         epoch: facts.epoch,
-        identifiers: Identifiers::derive(
+        identifiers: DiskIdentifiers::derive(
             &product.name.value.0,
             product.version.value.as_str(),
             &board.name.value.0,
@@ -101,18 +101,18 @@ pub fn resolve(config: &Config, facts: &Facts) -> anyhow::Result<Plan> {
     })
 }
 
-fn check_product(config: &Config, out: &mut Vec<Finding>) {
+fn check_product(config: &Config, out: &mut Vec<ConfigFinding>) {
     let product = &config.product;
     let (board, file) = (&config.board, &config.product.place);
     for (title, place) in [(&product.title, file), (&board.title, &board.place)] {
         if title.chars().any(char::is_control) {
             let message = "`title` contains a control character, such as a line break";
-            out.push(Finding::new(place, message, "write it as one line of text"));
+            out.push(ConfigFinding::new(place, message, "write it as one line of text"));
         }
     }
     for board in product.boards.iter().filter(|b| !config.boards.contains(&b.value.0)) {
         let message = format!("there is no board {}", board.value.0);
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &board.place,
             message,
             format!("known boards: {}", config.boards.join(", ")),
@@ -124,14 +124,14 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
             "`minimum-version` is {}, above the product's own version {}",
             floor.value, product.version.value
         );
-        out.push(Finding::new(&floor.place, message, "a robot would reject this bundle"));
+        out.push(ConfigFinding::new(&floor.place, message, "a robot would reject this bundle"));
     }
     if product.rootfs.fill_warning > product.rootfs.fill_limit {
         let message = format!(
             "`fill-warning` ({}%) is above `fill-limit` ({}%)",
             product.rootfs.fill_warning.0, product.rootfs.fill_limit.0
         );
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &product.rootfs.engine.place,
             message,
             "with these values, the build would never warn",
@@ -148,10 +148,10 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
     }
     for path in keys {
         let file = config.authorized_keys.iter().find(|(file, _)| *file == path.value);
-        if let Some(Err(bad)) = file.map(|(_, bytes)| ssh_keys::parse(bytes)) {
+        if let Some(Err(bad)) = file.map(|(_, bytes)| ssh_keys::parse_keys(bytes)) {
             let line = bad.line.map_or(String::new(), |line| format!(":{line}"));
             let message = format!("{}{line}: {}", path.value, bad.message);
-            out.push(Finding::new(&path.place, message, bad.help));
+            out.push(ConfigFinding::new(&path.place, message, bad.help));
         }
     }
     if let Some(api) = &product.api {
@@ -162,7 +162,7 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
         if !exact {
             let message =
                 format!("`package`: expected `name==version`, found \"{}\"", api.package.value);
-            out.push(Finding::new(&api.package.place, message, "name one exact version"));
+            out.push(ConfigFinding::new(&api.package.place, message, "name one exact version"));
         }
         if let Some(floor) = &api.minimum_version {
             let own = api.package.value.split("==").nth(1).unwrap_or_default();
@@ -178,33 +178,41 @@ fn check_product(config: &Config, out: &mut Vec<Finding>) {
                 _ => None,
             };
             let help = "lower it: the image's own API must not be below it";
-            out.extend(above.map(|message| Finding::new(&floor.place, message, help)));
+            out.extend(above.map(|message| ConfigFinding::new(&floor.place, message, help)));
         }
     }
     if product.kind.value == BuildKind::Release {
         if product.ssh.password_authentication {
             let message = "a release product must not accept passwords over SSH";
             let help = "set `password-authentication = false` and use `authorized-keys`";
-            out.push(Finding::new(&product.ssh.place, message, help));
+            out.push(ConfigFinding::new(&product.ssh.place, message, help));
         }
         for user in product.users.iter().filter(|u| u.password.value == "empty") {
             let message =
                 format!("the account {} of a release product has no password", user.name.value.0);
-            out.push(Finding::new(&user.password.place, message, "write \"locked\" or a hash"));
+            out.push(ConfigFinding::new(
+                &user.password.place,
+                message,
+                "write \"locked\" or a hash",
+            ));
         }
     }
 }
 
-fn check_users(product: &Product, out: &mut Vec<Finding>) {
+fn check_users(product: &ProductConfig, out: &mut Vec<ConfigFinding>) {
     for (i, user) in product.users.iter().enumerate() {
         let (name, uid) = (&user.name.value.0, user.uid.value);
         if let Some(other) = product.users[..i].iter().find(|u| u.name.value == user.name.value) {
             let message = format!("the account {name} is listed twice");
             let help = format!("the first entry is in line {}", other.name.place.line);
-            out.push(Finding::new(&user.name.place, message, help));
+            out.push(ConfigFinding::new(&user.name.place, message, help));
         } else if let Some(other) = product.users[..i].iter().find(|u| u.uid.value == uid) {
             let message = format!("{name} and {} both have uid {uid}", other.name.value.0);
-            out.push(Finding::new(&user.uid.place, message, "give each account a different id"));
+            out.push(ConfigFinding::new(
+                &user.uid.place,
+                message,
+                "give each account a different id",
+            ));
         }
         // 0 is root; below 1000 the distribution hands out ids; 60000 is login.defs' UID_MAX.
         if !(uid == 0 && name == "root" || (1000..60000).contains(&uid)) {
@@ -212,7 +220,7 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
                 "`users.uid` of {name}: expected a whole number from 1000 to 59999, found {uid}"
             );
             let help = "0 is root's, those up to 999 are the system's own accounts'";
-            out.push(Finding::new(&user.uid.place, message, help));
+            out.push(ConfigFinding::new(&user.uid.place, message, help));
         }
         check_account(user, out);
         let password = &user.password.value;
@@ -222,15 +230,15 @@ fn check_users(product: &Product, out: &mut Vec<Finding>) {
             let mut place = user.password.place.clone();
             // The value may be a plain-text password: do not show it.
             place.text = "password = …".to_owned();
-            out.push(Finding::new(&place, message, "create a hash with `openssl passwd -6`"));
+            out.push(ConfigFinding::new(&place, message, "create a hash with `openssl passwd -6`"));
         }
     }
 }
 
 /// Values for passwd(5) and group(5), which do not support quoting.
-fn check_account(user: &User, out: &mut Vec<Finding>) {
+fn check_account(user: &UserConfig, out: &mut Vec<ConfigFinding>) {
     let (name, place) = (&user.name.value.0, &user.name.place);
-    let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
+    let mut find = |message: String, help: &str| out.push(ConfigFinding::new(place, message, help));
     let plain = |c: char| c.is_ascii_alphanumeric() || "/._+-@".contains(c);
     let is_path = |path: &str| {
         let parts = path.split('/').skip(1).collect::<Vec<_>>();
@@ -335,23 +343,23 @@ fn is_package(text: &str) -> bool {
 }
 
 /// What is wrong with the names of packages, of a product and a board.
-pub fn packages(product: &Product, board: &Board) -> Vec<Finding> {
+pub fn check_package_names(product: &ProductConfig, board: &BoardConfig) -> Vec<ConfigFinding> {
     let boards = board.debian.iter().flat_map(|debian| &debian.packages);
     let all = product.rootfs.packages.iter().chain(&product.rootfs.unpacked).chain(boards);
     let finding = |package: &Located<String>| {
         let message = format!("\"{}\" does not name a package of Debian", package.value);
-        Finding::new(&package.place, message, PACKAGE_HELP)
+        ConfigFinding::new(&package.place, message, PACKAGE_HELP)
     };
     all.filter(|package| !is_package(&package.value)).map(finding).collect()
 }
 
-fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
+fn check_engine(product: &ProductConfig, board: &BoardConfig, out: &mut Vec<ConfigFinding>) {
     let rootfs = &product.rootfs;
     let place = &rootfs.engine.place;
     let mut needs = |present: bool, key: &str| {
         if !present {
             let message = format!("the engine needs `rootfs.{key}`");
-            out.push(Finding::new(place, message, format!("add `{key} = …` to [rootfs]")));
+            out.push(ConfigFinding::new(place, message, format!("add `{key} = …` to [rootfs]")));
         }
     };
     match rootfs.engine.value {
@@ -360,7 +368,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
             needs(rootfs.lock.is_some(), "lock");
             needs(!rootfs.components.is_empty(), "components");
             needs(!rootfs.packages.is_empty(), "packages");
-            out.extend(packages(product, board));
+            out.extend(check_package_names(product, board));
             if board.debian.is_none() {
                 let message =
                     format!("the engine debian does not support the board {}", board.name.value.0);
@@ -368,7 +376,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                     "add a [debian] table to {}, or use the engine buildroot",
                     board.place.file
                 );
-                out.push(Finding::new(place, message, help));
+                out.push(ConfigFinding::new(place, message, help));
             }
         }
         Engine::Buildroot => {
@@ -379,7 +387,7 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                     "write BR2_PACKAGE_{}=y into a fragment",
                     package.value.to_uppercase().replace(['-', '.'], "_")
                 );
-                out.push(Finding::new(&package.place, message, help));
+                out.push(ConfigFinding::new(&package.place, message, help));
             }
             if board.buildroot.is_none() {
                 let message = format!(
@@ -387,14 +395,14 @@ fn check_engine(product: &Product, board: &Board, out: &mut Vec<Finding>) {
                     board.name.value.0
                 );
                 let help = format!("add a [buildroot] table to {}", board.place.file);
-                out.push(Finding::new(place, message, help));
+                out.push(ConfigFinding::new(place, message, help));
             }
         }
     }
 }
 
 /// The defconfig of the engine `buildroot`, merged from board and product.
-fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
+fn plan_buildroot(config: &Config, out: &mut Vec<ConfigFinding>) -> Option<BuildrootPlan> {
     let rootfs = &config.product.rootfs;
     let pinned = rootfs.buildroot.as_ref().filter(|_| rootfs.engine.value == Engine::Buildroot)?;
     let board = config.board.buildroot.iter().flat_map(|b| &b.fragments);
@@ -402,14 +410,14 @@ fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
         must_exist(config, &path.place, &path.value, "create the file, or correct the path", out);
     }
     let texts = config.fragments.iter().map(|(path, text)| (path.as_path(), text.as_str()));
-    let (defconfig, findings) = fragment::merge(texts);
+    let (defconfig, findings) = fragment::merge_fragments(texts);
     out.extend(findings);
     let release = pinned.release.value.as_str();
     let plain = |b: u8| b.is_ascii_alphanumeric() || b".-_".contains(&b);
     // The tag is used as a directory name and as an argument of git.
     if !release.starts_with(|c: char| c.is_ascii_alphanumeric()) || !release.bytes().all(plain) {
         let message = format!("`release`: \"{release}\" is not a valid tag name");
-        out.push(Finding::new(
+        out.push(ConfigFinding::new(
             &pinned.release.place,
             message,
             "write a release such as 2025.02.16",
@@ -420,7 +428,7 @@ fn buildroot(config: &Config, out: &mut Vec<Finding>) -> Option<BuildrootPlan> {
         let message =
             format!("`commit`: expected 40 hexadecimal digits, found \"{}\"", commit.value);
         let help = "`git rev-parse <tag>^{commit}` prints the commit";
-        out.push(Finding::new(&commit.place, message, help));
+        out.push(ConfigFinding::new(&commit.place, message, help));
     }
     Some(BuildrootPlan {
         url: pinned.url.value.clone(),
@@ -446,32 +454,32 @@ fn merge_overlays(config: &Config) -> Vec<OverlayPlan> {
     merged.into_values().collect()
 }
 
-fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
+fn boot_files(config: &Config, out: &mut Vec<ConfigFinding>) -> Vec<BootFilePlan> {
     let board = &config.board;
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let mut files = Vec::new();
     let engine = config.product.rootfs.engine.value;
     for file in board.boot_files.iter().filter(|f| f.engine.is_none_or(|only| only == engine)) {
         let source = match &file.source {
-            BootSource::Template { name, compile } => {
+            BootSourceConfig::Template { name, compile } => {
                 let source = config.templates.get(&name.value).unwrap_or(&name.value).clone();
                 let help = format!("looked in {dir} and board/common");
                 must_exist(config, &name.place, &source, &help, out);
                 BootSourcePlan::Template { source, compile: *compile }
             }
-            BootSource::Firmware => BootSourcePlan::Firmware,
-            BootSource::DeviceTrees => BootSourcePlan::DeviceTrees,
-            BootSource::DeviceTree(path) => BootSourcePlan::DeviceTree(path.clone()),
-            BootSource::Bootloader => BootSourcePlan::Bootloader,
-            BootSource::Kernel => BootSourcePlan::Kernel,
-            BootSource::Initrd => BootSourcePlan::Initrd,
+            BootSourceConfig::Firmware => BootSourcePlan::Firmware,
+            BootSourceConfig::DeviceTrees => BootSourcePlan::DeviceTrees,
+            BootSourceConfig::DeviceTree(path) => BootSourcePlan::DeviceTree(path.clone()),
+            BootSourceConfig::Bootloader => BootSourcePlan::Bootloader,
+            BootSourceConfig::Kernel => BootSourcePlan::Kernel,
+            BootSourceConfig::Initrd => BootSourcePlan::Initrd,
         };
         let roles: &[&str] = match file.partition.value.0.as_str() {
             "boot-slot" => &["boot-a", "boot-b"],
             "boot" => &["boot"],
             other => {
                 let message = format!("boot files cannot go to the partition `{other}`");
-                out.push(Finding::new(
+                out.push(ConfigFinding::new(
                     &file.partition.place,
                     message,
                     "use \"boot\" or \"boot-slot\"",
@@ -486,7 +494,7 @@ fn boot_files(config: &Config, out: &mut Vec<Finding>) -> Vec<BootFilePlan> {
                      define it",
                     file.path
                 );
-                out.push(Finding::new(&file.partition.place, message, ""));
+                out.push(ConfigFinding::new(&file.partition.place, message, ""));
                 continue;
             }
             files.push(BootFilePlan {

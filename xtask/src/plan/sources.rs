@@ -5,16 +5,16 @@ use serde::Serialize;
 
 use camino::Utf8PathBuf;
 
-use super::keyring::{BadKey, keyring};
+use super::keyring::{KeyringError, decode_keyring};
 use super::must_exist;
 use crate::config::Config;
 use crate::config::product::{AptSource, Engine};
-use crate::config::reader::Finding;
+use crate::config::reader::ConfigFinding;
 
 /// An additional apt archive.
 #[derive(Debug, Clone, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct SourcePlan {
+pub struct AptSourcePlan {
     /// Its name in messages and in the lock.
     pub name: String,
     /// Its address, without a slash at the end.
@@ -33,12 +33,13 @@ pub struct SourcePlan {
 const OWN: [&str; 2] = ["debian", "security"];
 
 /// The archives, and all findings about them.
-pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
+pub fn plan_sources(config: &Config) -> (Vec<AptSourcePlan>, Vec<ConfigFinding>) {
     let mut out = Vec::new();
     let rootfs = &config.product.rootfs;
     for (n, source) in rootfs.sources.iter().enumerate() {
         let (name, place) = (&source.name.value.0, &source.name.place);
-        let mut find = |message: String, help: &str| out.push(Finding::new(place, message, help));
+        let mut find =
+            |message: String, help: &str| out.push(ConfigFinding::new(place, message, help));
         if rootfs.engine.value != Engine::Debian {
             find(
                 format!("the source {name} has no effect with this engine"),
@@ -71,7 +72,7 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
         }
         check_key(config, source, &mut out);
     }
-    let plain = |source: &AptSource| SourcePlan {
+    let plain = |source: &AptSource| AptSourcePlan {
         name: source.name.value.0.clone(),
         address: source.address.value.clone(),
         suite: source.suite.value.0.clone(),
@@ -82,7 +83,7 @@ pub fn sources(config: &Config) -> (Vec<SourcePlan>, Vec<Finding>) {
     (rootfs.sources.iter().map(plain).collect(), out)
 }
 
-fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
+fn check_key(config: &Config, source: &AptSource, out: &mut Vec<ConfigFinding>) {
     let (name, key) = (&source.name.value.0, &source.key);
     let help = format!(
         "create the file with the OpenPGP public key of {}, armoured or binary, from a source that \
@@ -93,17 +94,17 @@ fn check_key(config: &Config, source: &AptSource, out: &mut Vec<Finding>) {
     let Some((_, bytes)) = config.source_keys.iter().find(|(path, _)| *path == key.value) else {
         return;
     };
-    let (message, help) = match keyring(bytes) {
+    let (message, help) = match decode_keyring(bytes) {
         Ok(_) => return,
-        Err(BadKey::Secret) => (
+        Err(KeyringError::Secret) => (
             format!("{}, the key of the source {name}, is a secret key", key.value),
             "replace it with the public key (`gpg --export`); the secret key would allow everyone \
              with the repository to sign the archive",
         ),
-        Err(BadKey::NoKey(why)) => (
+        Err(KeyringError::NoKey(why)) => (
             format!("{}, the key of the source {name}, is not a public key: {why}", key.value),
             "replace it with an OpenPGP public key, armoured or binary",
         ),
     };
-    out.push(Finding::new(&key.place, message, help));
+    out.push(ConfigFinding::new(&key.place, message, help));
 }

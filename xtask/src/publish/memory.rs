@@ -12,8 +12,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::artifact::{hash_bytes, write_atomically};
 use crate::progress::warn;
-use crate::store::Store;
-use crate::store::format::{Channel, pretty};
+use crate::store::ReleaseStore;
+use crate::store::format::{Channel, to_pretty_json};
 
 /// The format version of the memory's files.
 const FORMAT: u32 = 1;
@@ -23,7 +23,7 @@ pub const RESTORED: &str = "--store-was-restored";
 
 /// The last index that was seen.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Seen {
+pub struct SeenIndex {
     /// Its serial; 0: there was no index.
     pub serial: u64,
     /// SHA-256 of the channel's file, lower-case hexadecimal.
@@ -33,22 +33,22 @@ pub struct Seen {
 /// What is remembered about one store.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-struct Record {
+struct StoreRecord {
     /// [`FORMAT`].
     format: u32,
     /// The store's address, informational; the name of the file is its hash.
     store: String,
-    channels: BTreeMap<String, Seen>,
+    channels: BTreeMap<String, SeenIndex>,
 }
 
 /// The memory: a directory with one small file for each store.
 #[derive(Debug, Clone)]
-pub struct Memory {
+pub struct IndexMemory {
     dir: Utf8PathBuf,
     restored: bool,
 }
 
-impl Memory {
+impl IndexMemory {
     /// `$SLIPWAY_STATE`, else `$XDG_STATE_HOME/slipway`, else `~/.local/state/slipway`. `restored`:
     /// accept the current state of stores, whatever was seen before.
     ///
@@ -68,11 +68,11 @@ impl Memory {
              help: set SLIPWAY_STATE to a directory"
             )
         };
-        Ok(Self::at(dir, restored))
+        Ok(Self::in_dir(dir, restored))
     }
 
     /// The memory in this state directory.
-    pub fn at(dir: Utf8PathBuf, restored: bool) -> Self {
+    pub fn in_dir(dir: Utf8PathBuf, restored: bool) -> Self {
         Self { dir: dir.join("stores"), restored }
     }
 
@@ -86,17 +86,18 @@ impl Memory {
         self.dir.join(format!("{}.json", name.get(..16).unwrap_or(&name)))
     }
 
-    fn read(&self, store: &str) -> Result<Record> {
+    fn read(&self, store: &str) -> Result<StoreRecord> {
         let path = self.path(store);
         let empty =
-            || Record { format: FORMAT, store: store.to_owned(), channels: BTreeMap::new() };
-        let read = || -> Result<Record> {
+            || StoreRecord { format: FORMAT, store: store.to_owned(), channels: BTreeMap::new() };
+        let read = || -> Result<StoreRecord> {
             let text = match std::fs::read(&path) {
                 Ok(text) => text,
                 Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
                 Err(error) => return Err(error).context("the file cannot be read"),
             };
-            let record: Record = serde_json::from_slice(&text).context("the file is damaged")?;
+            let record: StoreRecord =
+                serde_json::from_slice(&text).context("the file is damaged")?;
             ensure!(record.format == FORMAT, "the file has the format {}", record.format);
             ensure!(record.store == store, "the file belongs to another store, {}", record.store);
             Ok(record)
@@ -117,7 +118,11 @@ impl Memory {
     ///
     /// # Errors
     /// When the memory is damaged, so that it is unknown.
-    pub fn of(&self, store: &dyn Store, channel: Channel) -> Result<Option<Seen>> {
+    pub fn last_seen(
+        &self,
+        store: &dyn ReleaseStore,
+        channel: Channel,
+    ) -> Result<Option<SeenIndex>> {
         Ok(self.read(&store.identity()?)?.channels.remove(channel.name()))
     }
 
@@ -127,10 +132,10 @@ impl Memory {
     /// When it is older, or is another index with the same serial.
     pub fn judge(
         &self,
-        store: &dyn Store,
+        store: &dyn ReleaseStore,
         channel: Channel,
-        seen: Option<&Seen>,
-        now: &Seen,
+        seen: Option<&SeenIndex>,
+        now: &SeenIndex,
     ) -> Result<()> {
         if let Some(seen) = seen.filter(|_| !self.restored) {
             let name = store.name();
@@ -178,7 +183,12 @@ impl Memory {
     ///
     /// # Errors
     /// When it cannot be remembered.
-    pub fn wrote(&self, store: &dyn Store, channel: Channel, now: &Seen) -> Result<()> {
+    pub fn remember_written(
+        &self,
+        store: &dyn ReleaseStore,
+        channel: Channel,
+        now: &SeenIndex,
+    ) -> Result<()> {
         self.change(store, |channels| {
             let known = channels.get(channel.name()).map_or(0, |seen| seen.serial);
             if now.serial > known {
@@ -191,7 +201,7 @@ impl Memory {
     ///
     /// # Errors
     /// When the memory cannot be written.
-    pub fn forget(&self, store: &dyn Store) -> Result<()> {
+    pub fn forget(&self, store: &dyn ReleaseStore) -> Result<()> {
         if self.path(&store.identity()?).exists() {
             self.change(store, BTreeMap::clear)
         } else {
@@ -201,14 +211,14 @@ impl Memory {
 
     fn change(
         &self,
-        store: &dyn Store,
-        change: impl FnOnce(&mut BTreeMap<String, Seen>),
+        store: &dyn ReleaseStore,
+        change: impl FnOnce(&mut BTreeMap<String, SeenIndex>),
     ) -> Result<()> {
         let _turn = self.lock()?;
         let identity = store.identity()?;
         let mut record = self.read(&identity)?;
         change(&mut record.channels);
-        let text = pretty(&record)?;
+        let text = to_pretty_json(&record)?;
         write_atomically(&self.path(&identity), |out| Ok(out.write_all(text.as_bytes())?))
             .with_context(|| format!("remembering the serials of {identity}"))
     }
@@ -217,17 +227,18 @@ impl Memory {
     /// process ends.
     fn lock(&self) -> Result<File> {
         let dir = &self.dir;
-        let doing = || {
+        let context = || {
             format!(
                 "locking {dir}, the directory of remembered serials\n\
                  help: SLIPWAY_STATE selects another directory"
             )
         };
-        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(doing)?;
+        std::fs::DirBuilder::new().recursive(true).mode(0o700).create(dir).with_context(context)?;
         let mut options = OpenOptions::new();
         options.create(true).truncate(false).write(true).mode(0o600);
-        let file = options.open(dir.join(".lock")).with_context(doing)?;
-        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive).with_context(doing)?;
+        let file = options.open(dir.join(".lock")).with_context(context)?;
+        rustix::fs::flock(&file, rustix::fs::FlockOperation::LockExclusive)
+            .with_context(context)?;
         Ok(file)
     }
 }

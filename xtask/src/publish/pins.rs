@@ -9,7 +9,7 @@ use camino::Utf8Path;
 use serde::Deserialize;
 
 use crate::config;
-use crate::store::format::{Channel, Entry, Index};
+use crate::store::format::{Channel, ChannelEntry, ChannelIndex};
 use crate::store::index;
 
 /// The file with the channels' kinds, in the workspace's root.
@@ -17,7 +17,7 @@ pub const FILE: &str = "releases.toml";
 
 /// The pinned kinds.
 #[derive(Debug, Clone, Default)]
-pub struct Pins {
+pub struct PinnedKinds {
     channels: BTreeMap<Channel, BuildKind>,
     products: BTreeMap<String, BuildKind>,
 }
@@ -35,8 +35,8 @@ struct Product {
     kind: BuildKind,
 }
 
-impl Pins {
-    /// The pins of the workspace; outside of a workspace, the defaults ([`Pins::channel`]).
+impl PinnedKinds {
+    /// The pins of the workspace; outside of a workspace, the defaults ([`PinnedKinds::channel`]).
     ///
     /// # Errors
     /// When a file cannot be read: then its pin is unknown.
@@ -58,7 +58,7 @@ impl Pins {
              help: remove the line, or use beta"
         );
         let mut products = BTreeMap::new();
-        for name in config::products(root)? {
+        for name in config::list_products(root)? {
             let path = root.join("configs").join(format!("{name}.toml"));
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
             let product: Product = toml::from_str(&text)
@@ -68,13 +68,13 @@ impl Pins {
         Ok(Self { channels, products })
     }
 
-    /// Opens a channel's file as this workspace pins it: [`Index::open`] with the channel's kind, and each product
+    /// Opens a channel's file as this workspace pins it: [`ChannelIndex::open`] with the channel's kind, and each product
     /// in it of the kind that is pinned for it.
     ///
     /// # Errors
-    /// As [`Index::open`]; or a product is of another kind.
-    pub fn open(&self, channel: Channel, file: &[u8], keys: &KeySet) -> Result<Index> {
-        let index = Index::open(channel, file, keys, self.channel(channel))?;
+    /// As [`ChannelIndex::open`]; or a product is of another kind.
+    pub fn open(&self, channel: Channel, file: &[u8], keys: &KeySet) -> Result<ChannelIndex> {
+        let index = ChannelIndex::open(channel, file, keys, self.channel(channel))?;
         self.check(&index).with_context(|| format!("reading {}", channel.path()))?;
         Ok(index)
     }
@@ -92,7 +92,7 @@ impl Pins {
     ///
     /// # Errors
     /// When the product has another kind in the workspace, or the channel does not accept its kind.
-    pub fn fits(&self, channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
+    pub fn check_product(&self, channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
         if let Some(pinned) = self.products.get(product) {
             ensure!(
                 *pinned == kind,
@@ -114,20 +114,20 @@ impl Pins {
     /// Checks all releases of a channel.
     ///
     /// # Errors
-    /// As [`Pins::fits`].
-    pub fn check(&self, index: &Index) -> Result<()> {
-        let fits = |e: &Entry| self.fits(index.channel, &e.product, e.kind);
+    /// As [`PinnedKinds::check_product`].
+    pub fn check(&self, index: &ChannelIndex) -> Result<()> {
+        let fits = |e: &ChannelEntry| self.check_product(index.channel, &e.product, e.kind);
         index.releases.iter().try_for_each(fits)
     }
 
     /// Whether a release of this product may be made in this channel.
     ///
     /// # Errors
-    /// As [`Pins::may_speak_of`]; when it is a development product, and the channel is `stable`.
-    pub fn takes(&self, channel: Channel, product: &str) -> Result<()> {
+    /// As [`PinnedKinds::may_speak_of`]; when it is a development product, and the channel is `stable`.
+    pub fn check_new_release(&self, channel: Channel, product: &str) -> Result<()> {
         self.may_speak_of(channel, product)?;
         let kind = self.products.get(product);
-        kind.map_or(Ok(()), |kind| index::takes(channel, product, *kind))
+        kind.map_or(Ok(()), |kind| index::check_channel_accepts(channel, product, *kind))
     }
 
     /// Whether a channel is authoritative for this product at all, even for the absence of
@@ -137,7 +137,7 @@ impl Pins {
     /// When it is a release product, but development keys sign the channel.
     pub fn may_speak_of(&self, channel: Channel, product: &str) -> Result<()> {
         match self.products.get(product) {
-            Some(kind) => self.fits(channel, product, *kind),
+            Some(kind) => self.check_product(channel, product, *kind),
             None => Ok(()),
         }
     }

@@ -5,7 +5,7 @@ use serde::Serialize;
 /// The result of an install.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Installed {
+pub struct PushedSystem {
     /// Whether it resumed an interrupted install.
     pub resumed: bool,
     /// Bytes of all payloads.
@@ -16,7 +16,7 @@ pub struct Installed {
     pub written: u64,
 }
 
-impl From<contract::answer::InstalledSystem> for Installed {
+impl From<contract::answer::InstalledSystem> for PushedSystem {
     fn from(done: contract::answer::InstalledSystem) -> Self {
         Self { resumed: done.resumed, size: done.size, held: done.held, written: done.written }
     }
@@ -25,7 +25,7 @@ impl From<contract::answer::InstalledSystem> for Installed {
 /// The result of an install of the API.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct InstalledApi {
+pub struct PushedApi {
     /// The version that runs now.
     pub version: String,
     /// The previous version; `None`: the system's own.
@@ -40,7 +40,7 @@ pub struct InstalledApi {
     pub down_ms: u64,
 }
 
-impl From<contract::answer::InstalledApi> for InstalledApi {
+impl From<contract::answer::InstalledApi> for PushedApi {
     fn from(done: contract::answer::InstalledApi) -> Self {
         Self {
             version: done.version,

@@ -47,7 +47,7 @@ const TAIL: usize = 5;
 
 /// The result of a request.
 #[derive(Debug)]
-pub enum Reply<T> {
+pub enum RobotReply<T> {
     /// The answer.
     Said(T),
     /// The agent's refusal.
@@ -58,7 +58,7 @@ pub enum Reply<T> {
 
 /// One robot.
 #[derive(Debug)]
-pub struct Connection {
+pub struct RobotConnection {
     /// The host, as given on the command line.
     pub host: String,
     options: Vec<String>,
@@ -107,7 +107,7 @@ fn is_address(host: &str) -> bool {
     user.is_none_or(is_word) && is_word(name) && (with_port || !has_port)
 }
 
-impl Connection {
+impl RobotConnection {
     /// Does not connect.
     ///
     /// # Errors
@@ -138,17 +138,17 @@ impl Connection {
         if !self.updater {
             let (code, out, tail) = self.run(&["id", "-u"], None, |_| false)?;
             if code != Some(0) {
-                return self.no_login(&last(&tail));
+                return self.no_login(&last_lines(&tail));
             }
             if String::from_utf8_lossy(&out).trim() != "0" {
                 self.agent = vec!["sudo", "-n", "slotd"];
             }
         }
         match self.status()? {
-            Reply::Said(status) => Ok(status),
-            Reply::Refused(refused) => Err(refused.into()),
-            Reply::Broken(why) if self.updater => self.no_login(&why),
-            Reply::Broken(why) => bail!("the connection broke: {why}"),
+            RobotReply::Said(status) => Ok(status),
+            RobotReply::Refused(refused) => Err(refused.into()),
+            RobotReply::Broken(why) if self.updater => self.no_login(&why),
+            RobotReply::Broken(why) => bail!("the connection broke: {why}"),
         }
     }
 
@@ -182,10 +182,10 @@ impl Connection {
     /// The robot's status.
     ///
     /// # Errors
-    /// As [`Connection::ask`].
-    pub fn status(&self) -> Result<Reply<RobotStatus>> {
-        let reply = self.ask::<RobotStatus>(&["status"], None, |_| {})?;
-        if let Reply::Said(status) = &reply {
+    /// As [`RobotConnection::request`].
+    pub fn status(&self) -> Result<RobotReply<RobotStatus>> {
+        let reply = self.request::<RobotStatus>(&["status"], None, |_| {})?;
+        if let RobotReply::Said(status) = &reply {
             // By it alone a restart is seen.
             ensure!(status.boot_id.is_some(), "the robot's kernel does not say its boot id");
         }
@@ -197,12 +197,12 @@ impl Connection {
     ///
     /// # Errors
     /// When there is no agent, or its answer is invalid.
-    pub fn ask<T: DeserializeOwned>(
+    pub fn request<T: DeserializeOwned>(
         &self,
         verb: &[&str],
         input: Option<File>,
         mut progress: impl FnMut(Progress),
-    ) -> Result<Reply<T>> {
+    ) -> Result<RobotReply<T>> {
         let words = [&self.agent, verb, &["--format", "json"]].concat();
         let (code, out, tail) = self.run(&words, input, |line| {
             let at = serde_json::from_str::<ProgressLine>(line);
@@ -218,16 +218,16 @@ impl Connection {
                 let answer = serde_json::from_slice(&out).with_context(|| {
                     format!("the answer of `{shown}` is not supported by this version")
                 });
-                Ok(Reply::Said(answer?))
+                Ok(RobotReply::Said(answer?))
             }
-            None | Some(SSH_FAILED) => Ok(Reply::Broken(last(&tail))),
+            None | Some(SSH_FAILED) => Ok(RobotReply::Broken(last_lines(&tail))),
             Some(NOT_FOUND) => bail!(
                 "a program is missing on the robot: {}\n\
                  help: log in as root, to an image that `cargo xtask build-image` built",
-                last(&tail)
+                last_lines(&tail)
             ),
             Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {
-                Ok(line) => Ok(Reply::Refused(line.refused)),
+                Ok(line) => Ok(RobotReply::Refused(line.refused)),
                 Err(_) => bail!("`{shown}` failed with exit code {code}: {}", tail.join("\n")),
             },
         }
@@ -256,7 +256,7 @@ impl Connection {
     }
 }
 
-fn last(tail: &[String]) -> String {
+fn last_lines(tail: &[String]) -> String {
     tail.last().cloned().unwrap_or_else(|| "no message from ssh".to_owned())
 }
 

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::process::{Pid, Signal, kill_process};
 
-use super::{Files, Machine, OnRestart, Overlay, PROGRAM, arguments};
+use super::{CardOverlay, MachineFiles, PROGRAM, QemuMachine, RestartEffect, qemu_arguments};
 use crate::exec::Tool;
 
 /// How many of the console's last lines an error shows.
@@ -21,7 +21,7 @@ const FATAL: [&str; 2] = ["Kernel panic - not syncing", "slipway-init: cannot st
 
 /// A running machine. Dropping it stops it (and only it).
 #[derive(Debug)]
-pub struct Session {
+pub struct QemuSession {
     child: Child,
     input: ChildStdin,
     output: Receiver<Vec<u8>>,
@@ -33,37 +33,38 @@ pub struct Session {
     commands: u32,
 }
 
-impl Session {
+impl QemuSession {
     /// Starts a machine on an overlay; the output of its console is also written to `log`. Its SSH
     /// server is at this port of the loopback address; without one it has no network.
     ///
     /// # Errors
     /// When QEMU is missing or older than the machine, or the log cannot be written.
     pub fn start(
-        machine: &Machine,
-        files: &Files,
-        overlay: &Overlay,
+        machine: &QemuMachine,
+        files: &MachineFiles,
+        overlay: &CardOverlay,
         log: &Utf8Path,
-        on_restart: OnRestart,
+        on_restart: RestartEffect,
         ssh_port: Option<u16>,
     ) -> Result<Self> {
         if let Some(parent) = log.parent() {
             std::fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
         }
         let mut log_file = File::create(log).with_context(|| format!("creating the log {log}"))?;
-        super::require(machine)?;
+        super::require_version(machine)?;
         let card = overlay.path();
         let tree = files.tree(card.parent().context("the overlay is in a directory")?)?;
         let arguments =
-            arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
+            qemu_arguments(machine, files, tree.as_deref(), card, "stdio", ssh_port, on_restart);
         // The machine ends with the process that drives it, also when that is killed.
         let tool = Tool::new("setpriv").args(["--pdeathsig", "KILL", PROGRAM]).args(arguments);
-        writeln!(log_file, "$ {}", tool.shown()).with_context(|| format!("writing {log}"))?;
+        writeln!(log_file, "$ {}", tool.command_line())
+            .with_context(|| format!("writing {log}"))?;
         Self::spawn(tool, log_file, log)
     }
 
     fn spawn(tool: Tool, mut log_file: File, log: &Utf8Path) -> Result<Self> {
-        let shown = tool.shown();
+        let shown = tool.command_line();
         let errors = log_file.try_clone().with_context(|| format!("opening the log {log}"))?;
         let mut child = tool
             .into_command()
@@ -97,7 +98,7 @@ impl Session {
     /// # Errors
     /// When the time is over, the machine ends, or its system cannot start; with the last lines.
     pub fn expect(&mut self, words: &str, timeout: Duration) -> Result<String> {
-        self.expect_any(&[words], timeout).map(|(_, said)| said)
+        self.expect_any(&[words], timeout).map(|(_, output)| output)
     }
 
     /// Like [`Self::expect`], for the first of several; also returns which.
@@ -117,16 +118,16 @@ impl Session {
             let first = words
                 .iter()
                 .enumerate()
-                .filter_map(|(i, w)| Some((position(&self.unread, w, from)?, i, w.len())))
+                .filter_map(|(i, w)| Some((find_words(&self.unread, w, from)?, i, w.len())))
                 .min();
             if let Some((start, index, length)) = first {
-                let said: Vec<u8> = self.unread.drain(..start + length).collect();
-                return Ok((index, plain(&said)));
+                let output: Vec<u8> = self.unread.drain(..start + length).collect();
+                return Ok((index, strip_terminal_codes(&output)));
             }
             // Wait for the end of their line first: the reason follows them, and may be the
             // expected output.
             last_words = last_words.or_else(|| {
-                FATAL.into_iter().find_map(|w| Some((position(&self.unread, w, from)?, w)))
+                FATAL.into_iter().find_map(|w| Some((find_words(&self.unread, w, from)?, w)))
             });
             if let Some((at, fatal)) = last_words
                 && self.unread[at..].contains(&b'\n')
@@ -137,7 +138,7 @@ impl Session {
             }
             let left = end.saturating_duration_since(Instant::now());
             match self.output.recv_timeout(left) {
-                Ok(bytes) => self.take(&bytes),
+                Ok(bytes) => self.handle_output(&bytes),
                 Err(RecvTimeoutError::Timeout) => {
                     let seconds = timeout.as_secs();
                     bail!(self.report(&format!("waiting for `{wanted}`: not within {seconds} s")));
@@ -174,14 +175,14 @@ impl Session {
             "echo slipway'-begin-{n}'; {command}; echo slipway'-exit-{n}='$?"
         ))?;
         self.expect(&format!("slipway-begin-{n}"), timeout)?;
-        let mut said = self.expect(&format!("slipway-exit-{n}="), timeout)?;
+        let mut output = self.expect(&format!("slipway-exit-{n}="), timeout)?;
         let code = self.expect("\n", timeout)?;
-        said.truncate(said.len() - format!("slipway-exit-{n}=").len());
+        output.truncate(output.len() - format!("slipway-exit-{n}=").len());
         let code = code
             .trim()
             .parse()
             .with_context(|| format!("reading the exit code of `{command}` from `{code}`"))?;
-        Ok((code, said.replace('\r', "").trim().to_owned()))
+        Ok((code, output.replace('\r', "").trim().to_owned()))
     }
 
     /// Waits until the machine has stopped by itself (powered off, or restarted where that stops
@@ -193,7 +194,7 @@ impl Session {
         let end = Instant::now() + timeout;
         loop {
             match self.output.recv_timeout(end.saturating_duration_since(Instant::now())) {
-                Ok(bytes) => self.take(&bytes),
+                Ok(bytes) => self.handle_output(&bytes),
                 Err(RecvTimeoutError::Disconnected) => {
                     return self.child.wait().context("waiting for the machine to stop");
                 }
@@ -205,7 +206,7 @@ impl Session {
         }
     }
 
-    fn take(&mut self, bytes: &[u8]) {
+    fn handle_output(&mut self, bytes: &[u8]) {
         self.unread.extend_from_slice(bytes);
         self.tail.extend_from_slice(bytes);
         // Far more than the lines that are shown.
@@ -214,7 +215,7 @@ impl Session {
     }
 
     fn report(&self, problem: &str) -> String {
-        let text = plain(&self.tail).replace('\r', "");
+        let text = strip_terminal_codes(&self.tail).replace('\r', "");
         let lines: Vec<&str> = text.lines().filter(|line| !line.trim().is_empty()).collect();
         let mut message = problem.to_owned();
         for line in &lines[lines.len().saturating_sub(TAIL_LINES)..] {
@@ -240,7 +241,7 @@ impl Session {
     }
 }
 
-impl Drop for Session {
+impl Drop for QemuSession {
     fn drop(&mut self) {
         // It may have stopped by itself; errors cannot be handled here.
         drop(self.child.kill());
@@ -249,13 +250,13 @@ impl Drop for Session {
 }
 
 /// The position of these words, searched from here on.
-fn position(text: &[u8], words: &str, from: usize) -> Option<usize> {
+fn find_words(text: &[u8], words: &str, from: usize) -> Option<usize> {
     let found = text[from..].windows(words.len()).position(|window| window == words.as_bytes());
     found.map(|at| from + at)
 }
 
 /// Text without terminal codes (`ESC [ … letter`, `ESC ] … BEL`).
-fn plain(bytes: &[u8]) -> String {
+fn strip_terminal_codes(bytes: &[u8]) -> String {
     let text = String::from_utf8_lossy(bytes);
     let mut kept = String::with_capacity(text.len());
     let mut chars = text.chars();
@@ -280,10 +281,10 @@ mod tests {
     const SOON: Duration = Duration::from_secs(10);
 
     /// A shell instead of a machine: a session works the same with both.
-    fn shell(folder: &Utf8Path, script: &str) -> Session {
+    fn shell(folder: &Utf8Path, script: &str) -> QemuSession {
         let log = folder.join("console.log");
         let file = File::create(&log).unwrap();
-        Session::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
+        QemuSession::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
     }
 
     #[test]
@@ -330,8 +331,8 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let folder = Utf8Path::from_path(folder.path()).unwrap();
         let script = "printf 'slipway-init: cannot start'; sleep 1; echo ': no disk'; exec cat";
-        let said = shell(folder, script).expect("cannot start: no disk", SOON);
-        assert_eq!(said.unwrap(), "slipway-init: cannot start: no disk");
+        let output = shell(folder, script).expect("cannot start: no disk", SOON);
+        assert_eq!(output.unwrap(), "slipway-init: cannot start: no disk");
     }
 
     #[test]

@@ -11,18 +11,18 @@ use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use super::collect::{packages, read_report};
+use super::collect::{read_packages, read_report};
 use crate::artifact::hash_bytes;
 use crate::cache::Cache;
 use crate::config;
-use crate::diff::{self, Changes, Content, Difference, Inventory, what_changed};
+use crate::diff::{self, ChangeSet, EntryContent, Inventory, InventoryDifference, what_changed};
 use crate::disk::read::{self, DiskTables};
 use crate::exec::Tool;
 use crate::facts;
 use crate::git;
-use crate::inspect::{Held, content};
+use crate::inspect::{DetectedFilesystem, detect_filesystem};
 use crate::progress::say;
-use crate::report::Report;
+use crate::report::BuildReport;
 use crate::update;
 
 /// How many bytes around the first difference are shown.
@@ -33,29 +33,29 @@ const PIECE: usize = 1 << 20;
 /// The result of a comparison.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Comparison {
+pub struct BuildComparison {
     /// All outputs are equal, byte for byte.
     pub equal: bool,
     /// The outputs.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<ComparedOutput>,
 }
 
 /// One output of two builds.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Output {
+pub struct ComparedOutput {
     /// The file's name.
     pub name: String,
     /// Equal, byte for byte.
     pub equal: bool,
     /// What differs.
-    pub differences: Vec<Located>,
+    pub differences: Vec<LocatedDifference>,
 }
 
 /// One difference.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Located {
+pub struct LocatedDifference {
     /// The place: a partition, a component, a part of the output.
     pub place: String,
     /// The file in this place.
@@ -64,13 +64,13 @@ pub struct Located {
     pub what: String,
 }
 
-fn located(place: &str, path: Option<&str>, what: String) -> Located {
-    Located { place: place.to_owned(), path: path.map(str::to_owned), what }
+fn difference_at(place: &str, path: Option<&str>, what: String) -> LocatedDifference {
+    LocatedDifference { place: place.to_owned(), path: path.map(str::to_owned), what }
 }
 
 /// What to build again.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct RebuildRequest<'a> {
     /// The workspace.
     pub root: &'a Utf8Path,
     /// The product.
@@ -89,8 +89,8 @@ pub struct Request<'a> {
 ///
 /// # Errors
 /// When there are no results of the commit that is checked out, or the second build fails.
-pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
-    let Request { root, product, board, .. } = *request;
+pub fn rebuild_and_compare(request: &RebuildRequest<'_>) -> Result<BuildComparison> {
+    let RebuildRequest { root, product, board, .. } = *request;
     let dist = root.join("dist").join(product).join(board);
     let report = read_report(&dist, product, board)?;
     let facts = facts::collect(root)?;
@@ -112,8 +112,8 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     let folder =
         Utf8PathBuf::try_from(keep.path().to_owned()).context("the path of the directory")?;
     let (checkout, cache) = (folder.join("checkout"), folder.join("cache"));
-    git::checkout(root, facts.commit.as_deref().unwrap_or_default(), &checkout)?;
-    share(&cache, request.keep_stages)?;
+    git::create_checkout(root, facts.commit.as_deref().unwrap_or_default(), &checkout)?;
+    share_downloads(&cache, request.keep_stages)?;
     let program = std::env::current_exe().context("finding this program")?;
     let program = Utf8PathBuf::try_from(program).context("this program's path")?;
     let words = ["build-image", "--locked", "--product", product, "--board", board];
@@ -133,7 +133,7 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
     }
     tool.run_lines(|line| say("again", line.trim_start())).context("building a second time")?;
     let second = checkout.join("dist").join(product).join(board);
-    let comparison = compare(&dist, &second)?;
+    let comparison = compare_builds(&dist, &second)?;
     if !comparison.equal {
         say("kept", format!("the second build is kept in {}", keep.keep().display()));
     }
@@ -141,7 +141,7 @@ pub fn rebuild(request: &Request<'_>) -> Result<Comparison> {
 }
 
 /// A cache that contains only the downloads, the host's tools, and the stages to keep.
-fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
+fn share_downloads(cache: &Utf8Path, stages: &[String]) -> Result<()> {
     let shared = Cache::locate()?.root;
     let stages = stages.iter().map(|stage| format!("stages/{stage}"));
     for part in ["downloads".to_owned(), "tools".to_owned()].into_iter().chain(stages) {
@@ -158,9 +158,9 @@ fn share(cache: &Utf8Path, stages: &[String]) -> Result<()> {
 ///
 /// # Errors
 /// When one has files that the other lacks, or cannot be read.
-pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
-    let mut names = outputs(one)?;
-    names.extend(outputs(other)?);
+pub fn compare_builds(one: &Utf8Path, other: &Utf8Path) -> Result<BuildComparison> {
+    let mut names = list_outputs(one)?;
+    names.extend(list_outputs(other)?);
     names.sort();
     names.dedup();
     let mut found = Vec::new();
@@ -169,32 +169,32 @@ pub fn compare(one: &Utf8Path, other: &Utf8Path) -> Result<Comparison> {
         let mut differences = Vec::new();
         let missing: Vec<_> = [&a, &b].into_iter().filter(|path| !path.is_file()).collect();
         if let Some(path) = missing.first() {
-            differences.push(located("file", None, format!("{path} does not exist")));
+            differences.push(difference_at("file", None, format!("{path} does not exist")));
         } else if let Some(at) = first_difference(&File::open(&a)?, &File::open(&b)?, 0..u64::MAX)?
         {
             differences = match a.extension() {
-                Some("img") => images(&a, &b)?,
-                Some("bundle") => bundles(&a, &b)?,
-                Some("json") => sboms(&a, &b)?,
+                Some("img") => compare_images(&a, &b)?,
+                Some("bundle") => compare_bundles(&a, &b)?,
+                Some("json") => compare_sboms(&a, &b)?,
                 _ => Vec::new(),
             };
             if differences.is_empty() {
-                differences.push(located("file", None, shown(&a, &b, at)?));
+                differences.push(difference_at("file", None, describe_difference(&a, &b, at)?));
             }
         }
-        found.push(Output { name, equal: differences.is_empty(), differences });
+        found.push(ComparedOutput { name, equal: differences.is_empty(), differences });
     }
-    Ok(Comparison { equal: found.iter().all(|output| output.equal), outputs: found })
+    Ok(BuildComparison { equal: found.iter().all(|output| output.equal), outputs: found })
 }
 
 /// The files of a build that are part of a release, by its report: files of earlier versions are
 /// ignored.
-fn outputs(dir: &Utf8Path) -> Result<Vec<String>> {
+fn list_outputs(dir: &Utf8Path) -> Result<Vec<String>> {
     let path = dir.join("report.json");
     let text = fs::read_to_string(&path).with_context(|| {
         format!("reading {path}\nhelp: build first, or name a directory dist/<product>/<board>")
     })?;
-    let report = Report::from_json(&text).with_context(|| format!("reading {path}"))?;
+    let report = BuildReport::from_json(&text).with_context(|| format!("reading {path}"))?;
     let stem = format!("{}-{}-{}", report.product.name, report.product.version, report.board);
     let mut names = vec!["sbom.cdx.json".to_owned()];
     names.extend(["img", "img.bmap", "bundle"].map(|extension| format!("{stem}.{extension}")));
@@ -232,7 +232,7 @@ fn first_difference(one: &File, other: &File, range: std::ops::Range<u64>) -> Re
 }
 
 /// The bytes around a difference, printable.
-fn shown(one: &Utf8Path, other: &Utf8Path, at: u64) -> Result<String> {
+fn describe_difference(one: &Utf8Path, other: &Utf8Path, at: u64) -> Result<String> {
     let part = |path: &Utf8Path| -> Result<Vec<u8>> {
         let mut bytes = vec![0; SHOWN];
         let n =
@@ -240,10 +240,10 @@ fn shown(one: &Utf8Path, other: &Utf8Path, at: u64) -> Result<String> {
         bytes.truncate(n);
         Ok(bytes)
     };
-    Ok(sentence(&part(one)?, &part(other)?, at))
+    Ok(describe_bytes(&part(one)?, &part(other)?, at))
 }
 
-fn sentence(one: &[u8], other: &[u8], at: u64) -> String {
+fn describe_bytes(one: &[u8], other: &[u8], at: u64) -> String {
     let text = |bytes: &[u8]| {
         let bytes = bytes.get(..SHOWN.min(bytes.len())).unwrap_or_default();
         format!("\"{}\"", bytes.escape_ascii())
@@ -251,11 +251,11 @@ fn sentence(one: &[u8], other: &[u8], at: u64) -> String {
     format!("differs from byte {at}: {} and {}", text(one), text(other))
 }
 
-fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
-    let (tables, others) = (read::tables(one)?, read::tables(other)?);
+fn compare_images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
+    let (tables, others) = (read::read_tables(one)?, read::read_tables(other)?);
     let mut found = Vec::new();
     if let Some(what) = table_difference(&tables, &others) {
-        found.push(located("partition table", None, what));
+        found.push(difference_at("partition table", None, what));
         return Ok(found);
     }
     let (a, b) = (File::open(one)?, File::open(other)?);
@@ -264,25 +264,28 @@ fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
     for p in &tables.partitions {
         let name = p.name.clone().unwrap_or_else(|| format!("partition {}", p.number));
         if let Some(at) = first_difference(&a, &b, end..p.offset)? {
-            let what = shown(one, other, end + at)?;
-            found.push(located("outside of partitions", None, what));
+            let what = describe_difference(one, other, end + at)?;
+            found.push(difference_at("outside of partitions", None, what));
         }
         end = p.offset + p.size;
         let Some(at) = first_difference(&a, &b, p.offset..end)? else { continue };
-        let mut inside = match content(one, p.offset)? {
-            Some(Held::Ext4) => ext4((one, other), p.offset, &name)?,
-            Some(Held::Fat) => fats((one, other), p.offset, p.size, &name)?,
+        let mut inside = match detect_filesystem(one, p.offset)? {
+            Some(DetectedFilesystem::Ext4) => compare_ext4((one, other), p.offset, &name)?,
+            Some(DetectedFilesystem::Fat) => compare_fats((one, other), p.offset, p.size, &name)?,
             None => Vec::new(),
         };
         if inside.is_empty() {
-            let what = format!("no file differs; {}", shown(one, other, p.offset + at)?);
-            inside.push(located(&name, None, what));
+            let what =
+                format!("no file differs; {}", describe_difference(one, other, p.offset + at)?);
+            inside.push(difference_at(&name, None, what));
         }
         // Both slots contain the same bytes: the second one would repeat everything.
-        let said: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
-        let key = hash_bytes(format!("{said:?}").as_bytes());
+        let differences: Vec<_> = inside.iter().map(|l| (&l.path, &l.what)).collect();
+        let key = hash_bytes(format!("{differences:?}").as_bytes());
         match seen.get(&key) {
-            Some(first) => found.push(located(&name, None, format!("differs as {first} does"))),
+            Some(first) => {
+                found.push(difference_at(&name, None, format!("differs as {first} does")))
+            }
             None => {
                 seen.insert(key, name);
                 found.extend(inside);
@@ -290,7 +293,11 @@ fn images(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
         }
     }
     if let Some(at) = first_difference(&a, &b, end..u64::MAX)? {
-        found.push(located("after the last partition", None, shown(one, other, end + at)?));
+        found.push(difference_at(
+            "after the last partition",
+            None,
+            describe_difference(one, other, end + at)?,
+        ));
     }
     Ok(found)
 }
@@ -310,31 +317,36 @@ fn table_difference(one: &DiskTables, other: &DiskTables) -> Option<String> {
     })
 }
 
-fn ext4(images: (&Utf8Path, &Utf8Path), offset: u64, name: &str) -> Result<Vec<Located>> {
+fn compare_ext4(
+    images: (&Utf8Path, &Utf8Path),
+    offset: u64,
+    name: &str,
+) -> Result<Vec<LocatedDifference>> {
     let old = Inventory::of_ext4(images.0, offset)?;
     let new = Inventory::of_ext4(images.1, offset)?;
-    let difference = Difference::between(&old, &new);
+    let difference = InventoryDifference::between(&old, &new);
     let mut found = Vec::new();
     for path in difference.files.removed.keys() {
-        found.push(located(name, Some(path), "only in the first".to_owned()));
+        found.push(difference_at(name, Some(path), "only in the first".to_owned()));
     }
     for path in difference.files.added.keys() {
-        found.push(located(name, Some(path), "only in the second".to_owned()));
+        found.push(difference_at(name, Some(path), "only in the second".to_owned()));
     }
     for (path, change) in &difference.files.changed {
         let mut what = what_changed(change);
         let hashes = (&change.old.content, &change.new.content);
-        if let ((Content::Sha256(a), Content::Sha256(b)), true) = (hashes, path.starts_with('/'))
+        if let ((EntryContent::Sha256(a), EntryContent::Sha256(b)), true) =
+            (hashes, path.starts_with('/'))
             && a != b
         {
             let text = |image: &Utf8Path| -> Result<Vec<u8>> {
-                let filesystem = diff::open(image, offset)?;
+                let filesystem = diff::open_ext4(image, offset)?;
                 Ok(filesystem.read(path.as_str())?)
             };
             what.push_str("; ");
             what.push_str(&bytes_difference(&text(images.0)?, &text(images.1)?));
         }
-        found.push(located(name, Some(path), what));
+        found.push(difference_at(name, Some(path), what));
     }
     Ok(found)
 }
@@ -343,17 +355,17 @@ fn bytes_difference(one: &[u8], other: &[u8]) -> String {
     let at = one.iter().zip(other).position(|(a, b)| a != b);
     let at = at.unwrap_or(one.len().min(other.len()));
     let rest = |bytes: &[u8]| bytes.get(at..).unwrap_or_default().to_vec();
-    sentence(&rest(one), &rest(other), at as u64)
+    describe_bytes(&rest(one), &rest(other), at as u64)
 }
 
-fn fats(
+fn compare_fats(
     (one, other): (&Utf8Path, &Utf8Path),
     offset: u64,
     size: u64,
     name: &str,
-) -> Result<Vec<Located>> {
+) -> Result<Vec<LocatedDifference>> {
     let files = |image: &Utf8Path| -> Result<BTreeMap<String, Vec<u8>>> {
-        let listing = read::fat(image, offset, size)?;
+        let listing = read::list_fat(image, offset, size)?;
         let files = listing.entries.into_iter().filter(|entry| !entry.folder);
         files
             .map(|entry| {
@@ -362,28 +374,28 @@ fn fats(
             })
             .collect()
     };
-    let changes = Changes::between(&files(one)?, &files(other)?);
+    let changes = ChangeSet::between(&files(one)?, &files(other)?);
     let mut found = Vec::new();
     for path in changes.removed.keys() {
-        found.push(located(name, Some(path), "only in the first".to_owned()));
+        found.push(difference_at(name, Some(path), "only in the first".to_owned()));
     }
     for path in changes.added.keys() {
-        found.push(located(name, Some(path), "only in the second".to_owned()));
+        found.push(difference_at(name, Some(path), "only in the second".to_owned()));
     }
     for (path, change) in &changes.changed {
-        found.push(located(name, Some(path), bytes_difference(&change.old, &change.new)));
+        found.push(difference_at(name, Some(path), bytes_difference(&change.old, &change.new)));
     }
     Ok(found)
 }
 
-fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
-    let (old, new) = (update::unverified(one)?.0, update::unverified(other)?.0);
+fn compare_bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
+    let (old, new) = (update::read_unverified(one)?.0, update::read_unverified(other)?.0);
     let mut found = Vec::new();
     let head = |m: &bundle::BundleManifest| {
         serde_json::json!([m.product, m.version, m.kind, m.boards, m.epoch, m.key_epoch])
     };
     if head(&old) != head(&new) {
-        found.push(located("manifest", None, format!("{} and {}", head(&old), head(&new))));
+        found.push(difference_at("manifest", None, format!("{} and {}", head(&old), head(&new))));
     }
     let payloads = |m: &bundle::BundleManifest| -> BTreeMap<String, bundle::Payload> {
         let all = m
@@ -392,42 +404,50 @@ fn bundles(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
             .flat_map(|c| c.payloads.iter().map(|p| (format!("{}/{}", c.name, p.role), p.clone())));
         all.collect()
     };
-    let changes = Changes::between(&payloads(&old), &payloads(&new));
+    let changes = ChangeSet::between(&payloads(&old), &payloads(&new));
     let only = changes.removed.keys().chain(changes.added.keys());
-    found.extend(only.map(|name| located(name, None, "only in one of the two".to_owned())));
+    found.extend(only.map(|name| difference_at(name, None, "only in one of the two".to_owned())));
     for (name, change) in &changes.changed {
         let what = if change.old.index == change.new.index {
             "equal content, packed differently: was another --compression used?".to_owned()
         } else {
             "different content: see the image".to_owned()
         };
-        found.push(located(name, None, what));
+        found.push(difference_at(name, None, what));
     }
     if found.is_empty() {
         let what = "equal content with another signature: was another key used?".to_owned();
-        found.push(located("signature", None, what));
+        found.push(difference_at("signature", None, what));
     }
     Ok(found)
 }
 
-fn sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<Located>> {
+fn compare_sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifference>> {
     let read = |path: &Utf8Path| -> Result<BTreeMap<String, String>> {
         let mut text = Vec::new();
         File::open(path)?.read_to_end(&mut text).with_context(|| format!("reading {path}"))?;
-        packages(&text).with_context(|| format!("reading {path}"))
+        read_packages(&text).with_context(|| format!("reading {path}"))
     };
-    let changes = Changes::between(&read(one)?, &read(other)?);
+    let changes = ChangeSet::between(&read(one)?, &read(other)?);
     let mut found = Vec::new();
     for (name, version) in changes.removed.iter().chain(&changes.added) {
-        found.push(located("packages", Some(name), format!("{version}, in only one of the two")));
+        found.push(difference_at(
+            "packages",
+            Some(name),
+            format!("{version}, in only one of the two"),
+        ));
     }
     for (name, change) in &changes.changed {
-        found.push(located("packages", Some(name), format!("{} and {}", change.old, change.new)));
+        found.push(difference_at(
+            "packages",
+            Some(name),
+            format!("{} and {}", change.old, change.new),
+        ));
     }
     Ok(found)
 }
 
-impl Comparison {
+impl BuildComparison {
     /// The comparison in human-readable form.
     pub fn describe(&self) -> String {
         let mut text = String::new();

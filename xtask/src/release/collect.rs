@@ -9,12 +9,12 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::{Artifact, hash_file};
-use crate::cache::{Cache, Key, Origin};
+use crate::cache::{Cache, CacheKey, StageOrigin};
 use crate::config;
 use crate::disk::{bmap, compress};
 use crate::progress::say;
-use crate::report::{self, Report};
-use crate::store::format::{Board, Object, Unpacked};
+use crate::report::{BuildReport, ReportKind};
+use crate::store::format::{ReleaseBoard, ReleaseObject, UnpackedObject};
 use crate::update;
 use crate::verify::verify_image;
 
@@ -25,7 +25,7 @@ const COMPRESSED_VERSION: u32 = 1;
 
 /// The verified results of a product.
 #[derive(Debug)]
-pub struct Collected {
+pub struct CollectedBuild {
     /// The product.
     pub product: String,
     /// The product's human-readable name.
@@ -39,7 +39,7 @@ pub struct Collected {
     /// The time in all outputs.
     pub epoch: u64,
     /// The results for each board, sorted by name.
-    pub boards: Vec<Board>,
+    pub boards: Vec<ReleaseBoard>,
     /// The path of each object, by SHA-256.
     pub sources: BTreeMap<String, Utf8PathBuf>,
 }
@@ -62,13 +62,13 @@ struct Planned {
 /// # Errors
 /// When a result is missing or damaged, the boards were built from different commits or as
 /// different versions, or from uncommitted changes.
-pub fn collect(
+pub fn collect_builds(
     root: &Utf8Path,
     product: &str,
     boards: &[String],
     keys: &KeySet,
     allow_changes: bool,
-) -> Result<Collected> {
+) -> Result<CollectedBuild> {
     let configured = config::read_product(root, product)?;
     let mut names: Vec<String> = match boards {
         [] => configured.boards.iter().map(|board| board.value.0.clone()).collect(),
@@ -76,10 +76,10 @@ pub fn collect(
     };
     names.sort();
     names.dedup();
-    let mut collected: Option<Collected> = None;
+    let mut collected: Option<CollectedBuild> = None;
     for name in &names {
         let dir = root.join("dist").join(product).join(name);
-        let part = board(root, &dir, product, name, keys, allow_changes)
+        let part = collect_board(root, &dir, product, name, keys, allow_changes)
             .with_context(|| format!("verifying the results of {product} for {name}"))?;
         match &mut collected {
             None => collected = Some(part),
@@ -107,22 +107,22 @@ pub fn collect(
 ///
 /// # Errors
 /// When there is none.
-pub fn read_report(dir: &Utf8Path, product: &str, board: &str) -> Result<Report> {
+pub fn read_report(dir: &Utf8Path, product: &str, board: &str) -> Result<BuildReport> {
     let path = dir.join("report.json");
     let text = fs::read_to_string(&path).with_context(|| {
         format!("reading {path}\nhelp: cargo xtask build-image --product {product} --board {board}")
     })?;
-    Report::from_json(&text).with_context(|| format!("reading {path}"))
+    BuildReport::from_json(&text).with_context(|| format!("reading {path}"))
 }
 
-fn board(
+fn collect_board(
     root: &Utf8Path,
     dir: &Utf8Path,
     product: &str,
     board: &str,
     keys: &KeySet,
     allow_changes: bool,
-) -> Result<Collected> {
+) -> Result<CollectedBuild> {
     let report = read_report(dir, product, board)?;
     ensure!(
         report.product.name == product && report.board == board,
@@ -131,8 +131,8 @@ fn board(
         report.board
     );
     let kind = match report.product.kind {
-        report::Kind::Development => BuildKind::Development,
-        report::Kind::Release => BuildKind::Release,
+        ReportKind::Development => BuildKind::Development,
+        ReportKind::Release => BuildKind::Release,
     };
     let plan = dir.join("plan.json");
     let text = fs::read(&plan).with_context(|| format!("reading {plan}"))?;
@@ -159,7 +159,7 @@ fn board(
     verify_image(&image)?;
     let policy =
         BundlePolicy { product: Some(product), board: Some(board), floor: None, key_epoch: 0 };
-    let verified = update::verify(&bundle, keys, &policy)?;
+    let verified = update::verify_bundle(&bundle, keys, &policy)?;
     ensure!(
         verified.manifest.version == version,
         "{bundle} has the version {}, expected {version}",
@@ -167,24 +167,25 @@ fn board(
     );
     let mut sources = BTreeMap::new();
     let mut objects = Vec::new();
-    let compressed = compressed(&image, &Artifact::of(&map)?)?;
-    let mut add = |role: &str, name: String, artifact: Artifact, unpacked: Option<Unpacked>| {
-        let Artifact { path, size, sha256 } = artifact;
-        sources.insert(sha256.clone(), path);
-        objects.push(Object { role: role.to_owned(), name, size, sha256, unpacked });
-    };
-    let unpacked = Unpacked {
+    let compressed = compress_once(&image, &Artifact::from_file(&map)?)?;
+    let mut add =
+        |role: &str, name: String, artifact: Artifact, unpacked: Option<UnpackedObject>| {
+            let Artifact { path, size, sha256 } = artifact;
+            sources.insert(sha256.clone(), path);
+            objects.push(ReleaseObject { role: role.to_owned(), name, size, sha256, unpacked });
+        };
+    let unpacked = UnpackedObject {
         name: format!("{stem}.img"),
         size: compressed.image_size,
         sha256: compressed.image_sha256,
     };
     add("image", format!("{stem}.img.zst"), compressed.artifact, Some(unpacked));
-    add("block-map", format!("{stem}.img.bmap"), Artifact::of(map)?, None);
-    add("bundle", format!("{stem}.bundle"), Artifact::of(bundle)?, None);
+    add("block-map", format!("{stem}.img.bmap"), Artifact::from_file(map)?, None);
+    add("bundle", format!("{stem}.bundle"), Artifact::from_file(bundle)?, None);
     let sbom = dir.join("sbom.cdx.json");
-    packages(&fs::read(&sbom).with_context(|| format!("reading {sbom}"))?)
+    read_packages(&fs::read(&sbom).with_context(|| format!("reading {sbom}"))?)
         .with_context(|| format!("reading {sbom}"))?;
-    add("sbom", format!("{stem}.sbom.cdx.json"), Artifact::of(sbom)?, None);
+    add("sbom", format!("{stem}.sbom.cdx.json"), Artifact::from_file(sbom)?, None);
     for output in &report.outputs {
         let Some(expected) = &output.sha256 else { continue };
         let path = root.join(&output.path);
@@ -197,8 +198,8 @@ fn board(
     }
     let engine = report.engine.clone();
     let components = report.components.clone();
-    let boards = vec![Board { board: board.to_owned(), engine, objects, components }];
-    Ok(Collected {
+    let boards = vec![ReleaseBoard { board: board.to_owned(), engine, objects, components }];
+    Ok(CollectedBuild {
         product: product.to_owned(),
         title: report.product.title.clone(),
         version,
@@ -212,8 +213,8 @@ fn board(
 
 /// The image as one zstd file, created once for each image: its block map contains the hashes of
 /// all mapped bytes.
-fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
-    let key = Key::new("compressed", COMPRESSED_VERSION)
+fn compress_once(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
+    let key = CacheKey::new("compressed", COMPRESSED_VERSION)
         .with("block map", &map.sha256)
         .with("level", LEVEL.to_string())
         .finish();
@@ -227,8 +228,8 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
             Ok(Compressed { artifact, image_size, image_sha256 })
         },
     )?;
-    let how = if staged.origin == Origin::Kept { "kept" } else { "compressed" };
-    let size = crate::progress::bytes(staged.value.artifact.size);
+    let how = if staged.origin == StageOrigin::Kept { "kept" } else { "compressed" };
+    let size = crate::progress::format_bytes(staged.value.artifact.size);
     say("release", format!("{}  {size} ({how})", image.file_name().unwrap_or_default()));
     Ok(staged.value)
 }
@@ -237,7 +238,7 @@ fn compressed(image: &Utf8Path, map: &Artifact) -> Result<Compressed> {
 ///
 /// # Errors
 /// When it is invalid.
-pub fn packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
+pub fn read_packages(sbom: &[u8]) -> Result<BTreeMap<String, String>> {
     #[derive(Deserialize)]
     #[serde(rename_all = "camelCase")]
     struct Bom {

@@ -8,20 +8,22 @@ use camino::Utf8Path;
 use serde::Serialize;
 
 use super::LOCAL;
-use super::collect::{self, Collected};
-use super::notes::{self, Past};
+use super::collect::{self, CollectedBuild};
+use super::notes::{self, PastRelease};
 use crate::artifact::Artifact;
-use crate::publish::{self, Authority, change, load};
-use crate::scratch::scratch;
-use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, FORMAT, File, Index, Manifest, Object};
+use crate::publish::{self, SigningAuthority, change_channel, load_channel};
+use crate::scratch::create_scratch_dir;
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{
+    Channel, ChannelEntry, ChannelIndex, FORMAT, ReleaseManifest, ReleaseObject, StoreFile,
+};
 use crate::store::index::Retention;
-use crate::store::{Files, Store};
+use crate::store::{FileStore, ReleaseStore};
 use crate::time::now;
 
 /// What to release.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct ReleaseRequest<'a> {
     /// The workspace.
     pub root: &'a Utf8Path,
     /// The product.
@@ -39,20 +41,20 @@ pub struct Request<'a> {
 /// A created release.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Created {
+pub struct CreatedRelease {
     /// The channel.
     pub channel: Channel,
     /// It existed already, with the same content.
     pub existed: bool,
     /// Its entry in the channel.
-    pub entry: Entry,
+    pub entry: ChannelEntry,
     /// The release.
-    pub manifest: Manifest,
+    pub manifest: ReleaseManifest,
 }
 
 /// The local store.
-pub fn local(root: &Utf8Path) -> Directory {
-    Directory::new(&root.join(LOCAL))
+pub fn local_store(root: &Utf8Path) -> DirectoryStore {
+    DirectoryStore::new(&root.join(LOCAL))
 }
 
 /// Makes a release from the build results, and adds it to a channel.
@@ -60,9 +62,12 @@ pub fn local(root: &Utf8Path) -> Directory {
 /// # Errors
 /// When a result is missing or damaged, the version does not increase, or there is no key for its
 /// kind.
-pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Created> {
-    let store = local(request.root);
-    let collected = collect::collect(
+pub fn create_release(
+    request: &ReleaseRequest<'_>,
+    authority: &mut SigningAuthority,
+) -> Result<CreatedRelease> {
+    let store = local_store(request.root);
+    let collected = collect::collect_builds(
         request.root,
         request.product,
         request.boards,
@@ -70,32 +75,33 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         request.allow_changes,
     )?;
     // Check early: the channel would reject the release in the end anyway.
-    authority.pins().fits(request.channel, &collected.product, collected.kind)?;
+    authority.pins().check_product(request.channel, &collected.product, collected.kind)?;
     authority.begin(&store)?;
     let mut channels = BTreeMap::new();
     for channel in Channel::ALL {
-        channels.insert(channel, load(&store, channel, authority)?.0);
+        channels.insert(channel, load_channel(&store, channel, authority)?.0);
     }
-    if let Some(created) = existing(&store, &channels, &collected, request.channel, authority)? {
+    if let Some(created) = find_existing(&store, &channels, &collected, request.channel, authority)?
+    {
         return Ok(created);
     }
-    let past = past(&store, &channels, &collected, request.channel, authority)?;
-    let text = notes::notes(request.root, &collected, past.as_ref())?;
-    let (_keep, dir) = scratch()?;
+    let past = find_past_release(&store, &channels, &collected, request.channel, authority)?;
+    let text = notes::write_notes(request.root, &collected, past.as_ref())?;
+    let (_keep, dir) = create_scratch_dir()?;
     let notes_file = dir.join("notes.md");
     std::fs::write(&notes_file, &text).context("writing the notes")?;
-    let written = Artifact::of(&notes_file)?;
+    let written = Artifact::from_file(&notes_file)?;
     let mut sources = collected.sources.clone();
     sources.insert(written.sha256.clone(), notes_file);
     let name = format!("{}-{}.md", collected.product, collected.version);
-    let notes = Object {
+    let notes = ReleaseObject {
         role: "notes".to_owned(),
         name,
         size: written.size,
         sha256: written.sha256,
         unpacked: None,
     };
-    let manifest = Manifest {
+    let manifest = ReleaseManifest {
         format: FORMAT,
         product: collected.product.clone(),
         title: collected.title.clone(),
@@ -116,10 +122,10 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
     }
     let text = manifest.to_text()?;
     let signature = manifest.sign(&text, authority.signer(manifest.kind)?);
-    let file = File::manifest(&manifest.product, &manifest.version, &text);
+    let file = StoreFile::manifest(&manifest.product, &manifest.version, &text);
     store.write(&file.signature(), &signature)?;
     store.write(&file.path, &text)?;
-    let entry = Entry {
+    let entry = ChannelEntry {
         product: manifest.product.clone(),
         version: manifest.version.clone(),
         kind: manifest.kind,
@@ -128,22 +134,22 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         manifest: file,
         yanked: None,
     };
-    put(&store, request.channel, &entry, request.retention, authority)?;
-    Ok(Created { channel: request.channel, existed: false, entry, manifest })
+    add_to_channel(&store, request.channel, &entry, request.retention, authority)?;
+    Ok(CreatedRelease { channel: request.channel, existed: false, entry, manifest })
 }
 
 /// Adds a release whose files exist to a channel. Returns whether it was not in the channel yet.
 ///
 /// # Errors
 /// When the version does not increase.
-pub fn put(
-    store: &dyn Store,
+pub fn add_to_channel(
+    store: &dyn ReleaseStore,
     channel: Channel,
-    entry: &Entry,
+    entry: &ChannelEntry,
     retention: Retention,
-    authority: &mut Authority,
+    authority: &mut SigningAuthority,
 ) -> Result<bool> {
-    let add = |current: &Index, _: &mut Authority| -> Result<Option<Index>> {
+    let add = |current: &ChannelIndex, _: &mut SigningAuthority| -> Result<Option<ChannelIndex>> {
         if current
             .find(&entry.product, &entry.version)
             .is_some_and(|e| e.manifest == entry.manifest)
@@ -155,21 +161,21 @@ pub fn put(
         next.retain(retention, entry.added);
         Ok(Some(next))
     };
-    change(store, channel, authority, add, |_, _| Ok(()))
+    change_channel(store, channel, authority, add, |_, _| Ok(()))
         .with_context(|| format!("adding {} {} to {channel}", entry.product, entry.version))
 }
 
 /// The same release from an earlier call.
-fn existing(
-    store: &Directory,
-    channels: &BTreeMap<Channel, Index>,
-    collected: &Collected,
+fn find_existing(
+    store: &DirectoryStore,
+    channels: &BTreeMap<Channel, ChannelIndex>,
+    collected: &CollectedBuild,
     channel: Channel,
-    authority: &Authority,
-) -> Result<Option<Created>> {
+    authority: &SigningAuthority,
+) -> Result<Option<CreatedRelease>> {
     for (found, index) in channels {
         let Some(entry) = index.find(&collected.product, &collected.version) else { continue };
-        let manifest = publish::manifest(store, entry, authority.keys())?;
+        let manifest = publish::load_manifest(store, entry, authority.keys())?;
         ensure!(
             manifest.boards == collected.boards && manifest.commit == collected.commit,
             "{} {} is in the channel {found} with other content\n\
@@ -181,7 +187,7 @@ fn existing(
         );
         if *found == channel {
             let entry = entry.clone();
-            return Ok(Some(Created { channel, existed: true, entry, manifest }));
+            return Ok(Some(CreatedRelease { channel, existed: true, entry, manifest }));
         }
         bail!(
             "{} {} is already in the channel {found}\n\
@@ -196,29 +202,29 @@ fn existing(
 }
 
 /// The release to compare with: the newest one below this version, preferably in this channel.
-fn past(
-    store: &Directory,
-    channels: &BTreeMap<Channel, Index>,
-    collected: &Collected,
+fn find_past_release(
+    store: &DirectoryStore,
+    channels: &BTreeMap<Channel, ChannelIndex>,
+    collected: &CollectedBuild,
     channel: Channel,
-    authority: &Authority,
-) -> Result<Option<Past>> {
-    let newest = |index: &Index| -> Option<Entry> {
+    authority: &SigningAuthority,
+) -> Result<Option<PastRelease>> {
+    let newest = |index: &ChannelIndex| -> Option<ChannelEntry> {
         let mut older = index
-            .of(&collected.product)
+            .releases_of(&collected.product)
             .filter(|e| e.version < collected.version && e.yanked.is_none());
         older.next_back().cloned()
     };
     let own = channels.get(&channel).and_then(newest);
     let any = || channels.values().filter_map(newest).max_by(|a, b| a.version.cmp(&b.version));
     let Some(entry) = own.or_else(any) else { return Ok(None) };
-    Ok(Some(Past::read(store, &entry, authority.keys())?))
+    Ok(Some(PastRelease::read(store, &entry, authority.keys())?))
 }
 
 /// Parses a version from the command line.
 ///
 /// # Errors
 /// When it is invalid.
-pub fn version(text: &str) -> Result<Version> {
+pub fn parse_version(text: &str) -> Result<Version> {
     Version::parse(text).with_context(|| format!("reading the version `{text}`"))
 }

@@ -8,16 +8,18 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::Serialize;
 
-use crate::publish::{Authority, load, manifest};
-use crate::store::directory::{Directory, UNFINISHED};
-use crate::store::format::{Channel, File, Index, Manifest, Object, Retired};
+use crate::publish::{SigningAuthority, load_channel, load_manifest};
+use crate::store::directory::{DirectoryStore, UNFINISHED};
+use crate::store::format::{
+    Channel, ChannelIndex, ReleaseManifest, ReleaseObject, RetiredRelease, StoreFile,
+};
 use crate::store::index::GRACE;
-use crate::store::{Files, Store};
+use crate::store::{FileStore, ReleaseStore};
 
 /// The files that were, or would be, removed.
 #[derive(Debug, Default, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Removed {
+pub struct RemovedFiles {
     /// Paths in the store.
     pub files: Vec<Utf8PathBuf>,
     /// Their total size in bytes.
@@ -34,28 +36,37 @@ pub struct Removed {
 /// # Errors
 /// When an index or a manifest cannot be read, an index is older, or this machine has never seen it: nothing
 /// is removed then.
-pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Result<Removed> {
+pub fn collect_garbage(
+    store: &DirectoryStore,
+    authority: &SigningAuthority,
+    dry_run: bool,
+) -> Result<RemovedFiles> {
     let mut kept = BTreeSet::new();
     let (mut known, mut new) = (0, Vec::new());
     for channel in Channel::ALL {
-        let seen = authority.memory().of(store, channel)?;
-        let (Index { serial, releases, retired, .. }, _) = load(store, channel, authority)?;
+        let seen = authority.memory().last_seen(store, channel)?;
+        let (ChannelIndex { serial, releases, retired, .. }, _) =
+            load_channel(store, channel, authority)?;
         match seen {
             Some(_) => known += 1,
             None if serial > 0 => new.push(format!("{channel} (serial {serial})")),
             None => {}
         }
         for entry in &releases {
-            references(&entry.manifest, &manifest(store, entry, authority.keys())?, &mut kept);
+            collect_references(
+                &entry.manifest,
+                &load_manifest(store, entry, authority.keys())?,
+                &mut kept,
+            );
         }
-        for Retired { product, version, manifest: file, .. } in &retired {
+        for RetiredRelease { product, version, manifest: file, .. } in &retired {
             let read = |path: &str| -> Result<Vec<u8>> {
                 store
                     .read(path)?
                     .with_context(|| format!("{} does not contain {path}", store.root()))
             };
             let (text, signature) = (read(&file.path)?, read(&file.signature())?);
-            let manifest = Manifest::open(file, &text, &signature, authority.keys())?;
+            let manifest = ReleaseManifest::open(file, &text, &signature, authority.keys())?;
             ensure!(
                 (&manifest.product, &manifest.version) == (product, version),
                 "{}: the manifest is of {} {}, but {channel} lists it as {product} {version}",
@@ -63,7 +74,7 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
                 manifest.product,
                 manifest.version
             );
-            references(file, &manifest, &mut kept);
+            collect_references(file, &manifest, &mut kept);
         }
     }
     if !dry_run && store.exists() && !authority.memory().restored() {
@@ -86,7 +97,7 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
             store.root()
         );
     }
-    let mut removed = Removed::default();
+    let mut removed = RemovedFiles::default();
     for top in ["objects", "releases", "channels"] {
         let mut folders = vec![store.root().join(top)];
         while let Some(folder) = folders.pop() {
@@ -121,8 +132,8 @@ pub fn collect(store: &Directory, authority: &Authority, dry_run: bool) -> Resul
     Ok(removed)
 }
 
-fn references(file: &File, manifest: &Manifest, kept: &mut BTreeSet<String>) {
+fn collect_references(file: &StoreFile, manifest: &ReleaseManifest, kept: &mut BTreeSet<String>) {
     kept.insert(file.path.clone());
     kept.insert(file.signature());
-    kept.extend(manifest.objects().map(Object::path));
+    kept.extend(manifest.objects().map(ReleaseObject::path));
 }

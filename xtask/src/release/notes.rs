@@ -7,14 +7,14 @@ use bundle::KeySet;
 use camino::Utf8Path;
 use serde::Serialize;
 
-use super::collect::{Collected, packages};
-use crate::diff::Changes;
+use super::collect::{CollectedBuild, read_packages};
+use crate::diff::ChangeSet;
 use crate::git;
-use crate::progress::bytes;
+use crate::progress::format_bytes;
 use crate::publish;
-use crate::scratch::scratch;
-use crate::store::Store;
-use crate::store::format::{Board, Component, Entry, Manifest};
+use crate::scratch::create_scratch_dir;
+use crate::store::ReleaseStore;
+use crate::store::format::{ChannelEntry, ReleaseBoard, ReleaseComponent, ReleaseManifest};
 
 /// The maximum number of listed commits.
 const MOST_COMMITS: usize = 200;
@@ -23,9 +23,9 @@ const MOST_PACKAGES: usize = 100;
 
 /// A release with its bills of materials.
 #[derive(Debug)]
-pub struct Past {
+pub struct PastRelease {
     /// The release.
-    pub manifest: Manifest,
+    pub manifest: ReleaseManifest,
     /// Names and versions by board.
     pub packages: BTreeMap<String, BTreeMap<String, String>>,
 }
@@ -37,41 +37,46 @@ pub struct BoardChanges {
     /// The board.
     pub board: String,
     /// Components, by version and digest; without equal ones.
-    pub components: Changes<Component>,
+    pub components: ChangeSet<ReleaseComponent>,
     /// Packages, wheels and crates, by version.
-    pub packages: Changes<String>,
+    pub packages: ChangeSet<String>,
 }
 
-impl Past {
+impl PastRelease {
     /// Reads a release and its bills of materials from a store.
     ///
     /// # Errors
     /// When a part is missing or damaged.
-    pub fn read(store: &dyn Store, entry: &Entry, keys: &KeySet) -> Result<Self> {
-        let manifest = publish::manifest(store, entry, keys)?;
-        let (_keep, dir) = scratch()?;
+    pub fn read(store: &dyn ReleaseStore, entry: &ChannelEntry, keys: &KeySet) -> Result<Self> {
+        let manifest = publish::load_manifest(store, entry, keys)?;
+        let (_keep, dir) = create_scratch_dir()?;
         let mut found = BTreeMap::new();
         for board in &manifest.boards {
             let Some(sbom) = board.objects.iter().find(|o| o.role == "sbom") else { continue };
             let path = dir.join(&sbom.sha256);
             store.get(&sbom.sha256, sbom.size, &path, &|_| ())?;
             let text = std::fs::read(&path).with_context(|| format!("reading {path}"))?;
-            found.insert(board.board.clone(), packages(&text)?);
+            found.insert(board.board.clone(), read_packages(&text)?);
         }
         Ok(Self { manifest, packages: found })
     }
 
     /// The changes from this release to another one, for each board.
     pub fn changes_to(&self, new: &Self) -> Vec<BoardChanges> {
-        changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
+        board_changes(&self.manifest.boards, &self.packages, &new.manifest.boards, &new.packages)
     }
 }
 
 type Packages = BTreeMap<String, BTreeMap<String, String>>;
 
-fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> Vec<BoardChanges> {
+fn board_changes(
+    old: &[ReleaseBoard],
+    old_p: &Packages,
+    new: &[ReleaseBoard],
+    new_p: &Packages,
+) -> Vec<BoardChanges> {
     let empty = BTreeMap::new();
-    let components = |board: &Board| -> BTreeMap<String, Component> {
+    let components = |board: &ReleaseBoard| -> BTreeMap<String, ReleaseComponent> {
         board.components.iter().map(|c| (c.name.clone(), c.clone())).collect()
     };
     let mut found = Vec::new();
@@ -80,8 +85,8 @@ fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> 
         let packages = |of: &Packages| of.get(&board.board).unwrap_or(&empty).clone();
         found.push(BoardChanges {
             board: board.board.clone(),
-            components: Changes::between(&components(before), &components(board)),
-            packages: Changes::between(&packages(old_p), &packages(new_p)),
+            components: ChangeSet::between(&components(before), &components(board)),
+            packages: ChangeSet::between(&packages(old_p), &packages(new_p)),
         });
     }
     found
@@ -91,7 +96,11 @@ fn changes(old: &[Board], old_p: &Packages, new: &[Board], new_p: &Packages) -> 
 ///
 /// # Errors
 /// When a bill of materials cannot be read.
-pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<String> {
+pub fn write_notes(
+    root: &Utf8Path,
+    new: &CollectedBuild,
+    past: Option<&PastRelease>,
+) -> Result<String> {
     let mut text = format!("# {} {}\n", new.title, new.version);
     let commit = new.commit.as_deref();
     text.push_str(&format!("\nCommit {}.\n", commit.unwrap_or("unknown")));
@@ -101,7 +110,7 @@ pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<St
         let path = sbom.and_then(|o| new.sources.get(&o.sha256));
         let Some(path) = path else { continue };
         let sbom = std::fs::read(path).with_context(|| format!("reading {path}"))?;
-        new_packages.insert(board.board.clone(), packages(&sbom)?);
+        new_packages.insert(board.board.clone(), read_packages(&sbom)?);
     }
     match past {
         None => text.push_str("\nThe first release of this product in this store.\n"),
@@ -109,8 +118,8 @@ pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<St
             let old = &past.manifest;
             text.push_str(&format!("\nWhat changed since {}:\n", old.version));
             text.push_str("\n## Commits\n\n");
-            text.push_str(&commits(root, old.commit.as_deref(), commit));
-            let changed = changes(&old.boards, &past.packages, &new.boards, &new_packages);
+            text.push_str(&list_commits(root, old.commit.as_deref(), commit));
+            let changed = board_changes(&old.boards, &past.packages, &new.boards, &new_packages);
             text.push_str(&components_table(&changed));
             text.push_str(&package_list(&changed));
         }
@@ -118,19 +127,19 @@ pub fn notes(root: &Utf8Path, new: &Collected, past: Option<&Past>) -> Result<St
     text.push_str("\n## Files\n\n| file | size | SHA-256 |\n|---|---|---|\n");
     for object in new.boards.iter().flat_map(|board| &board.objects) {
         let short = object.sha256.get(..16).unwrap_or_default();
-        text.push_str(&format!("| {} | {} | {short}… |\n", object.name, bytes(object.size)));
+        text.push_str(&format!("| {} | {} | {short}… |\n", object.name, format_bytes(object.size)));
     }
     Ok(text)
 }
 
-fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
+fn list_commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
     let (Some(old), Some(new)) = (old, new) else {
         return "Not known: one of the two was built outside of a repository.\n".to_owned();
     };
     if old == new {
         return "None: both are of one commit.\n".to_owned();
     }
-    let git = git::at(root).args(["log", "--no-merges"]);
+    let git = git::git_in(root).args(["log", "--no-merges"]);
     let range = format!("{old}..{new}");
     let Ok(log) = git.args(["--format=%h %s", "--abbrev=12", &range]).read() else {
         return format!("Not known: this checkout lacks the history since {old}.\n");
@@ -139,7 +148,7 @@ fn commits(root: &Utf8Path, old: Option<&str>, new: Option<&str>) -> String {
     let mut text = String::new();
     for line in lines.iter().take(MOST_COMMITS) {
         let (hash, subject) = line.split_once(' ').unwrap_or((line, ""));
-        text.push_str(&format!("- {} ({hash})\n", escape(subject)));
+        text.push_str(&format!("- {} ({hash})\n", escape_markdown(subject)));
     }
     if let Some(more) = lines.len().checked_sub(MOST_COMMITS).filter(|n| *n > 0) {
         text.push_str(&format!("- and {more} more\n"));
@@ -155,9 +164,9 @@ fn components_table(changed: &[BoardChanges]) -> String {
     let mut rows = String::new();
     for board in changed {
         let name = &board.board;
-        let short = |c: &Component| {
+        let short = |c: &ReleaseComponent| {
             let digest = c.digest.get(..12).unwrap_or_default();
-            format!("{} ({digest})", escape(&c.version))
+            format!("{} ({digest})", escape_markdown(&c.version))
         };
         for (component, change) in &board.components.changed {
             let (old, new) = (short(&change.old), short(&change.new));
@@ -184,11 +193,19 @@ fn package_list(changed: &[BoardChanges]) -> String {
     let mut lines = BTreeSet::new();
     for packages in changed.iter().map(|board| &board.packages) {
         lines.extend(
-            packages.added.iter().map(|(n, v)| format!("- {} {} is new", escape(n), escape(v))),
+            packages
+                .added
+                .iter()
+                .map(|(n, v)| format!("- {} {} is new", escape_markdown(n), escape_markdown(v))),
         );
-        lines.extend(packages.removed.keys().map(|n| format!("- {} is gone", escape(n))));
+        lines.extend(packages.removed.keys().map(|n| format!("- {} is gone", escape_markdown(n))));
         lines.extend(packages.changed.iter().map(|(name, change)| {
-            format!("- {} {} → {}", escape(name), escape(&change.old), escape(&change.new))
+            format!(
+                "- {} {} → {}",
+                escape_markdown(name),
+                escape_markdown(&change.old),
+                escape_markdown(&change.new)
+            )
         }));
     }
     let mut text = String::from("\n## Packages\n\n");
@@ -206,7 +223,7 @@ fn package_list(changed: &[BoardChanges]) -> String {
 }
 
 /// Escapes external text for Markdown: one line without any markup.
-pub(super) fn escape(text: &str) -> String {
+pub(super) fn escape_markdown(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for c in text.chars() {
         match c {
@@ -227,6 +244,6 @@ mod tests {
 
     #[test]
     fn a_subject_cannot_become_markup() {
-        assert_eq!(escape("a|b <img src=x>\n# c"), r"a\|b \<img src=x\> \# c");
+        assert_eq!(escape_markdown("a|b <img src=x>\n# c"), r"a\|b \<img src=x\> \# c");
     }
 }

@@ -6,10 +6,15 @@ use minijinja::value::Serde;
 use minijinja::{Environment, UndefinedBehavior};
 use serde::Serialize;
 
-use super::disk_map::{self, shorten};
+use super::disk_map::{self, shorten_text};
 use super::treemap::{Rect, squarify};
-use super::{Disk, Output, Package, PathSize, Report, Wheel, count, time};
-use crate::progress::bytes;
+use super::{
+    BuildReport, PathSize, ReportDisk, ReportOutput, ReportPackage, ReportWheel, count_noun,
+    format_seconds,
+};
+use crate::progress::format_bytes;
+use crate::report::disk_map::DiskMap;
+use crate::report::{ReportRegion, ReportStage};
 
 /// The name ends in `.html.j2`: this enables escaping.
 const TEMPLATE: &str = "report.html.j2";
@@ -31,11 +36,11 @@ const MOST_ROWS: usize = 25;
 ///
 /// # Errors
 /// Only when the built-in template has a mistake.
-pub fn render_html(report: &Report) -> Result<String> {
+pub fn render_html(report: &BuildReport) -> Result<String> {
     let mut environment = Environment::new();
     environment.set_undefined_behavior(UndefinedBehavior::Strict);
-    environment.add_filter("bytes", bytes);
-    environment.add_filter("time", time);
+    environment.add_filter("bytes", format_bytes);
+    environment.add_filter("time", format_seconds);
     environment.add_filter("px", |n: f64| format!("{n:.2}"));
     environment
         .add_template(TEMPLATE, include_str!("report.html.j2"))
@@ -44,7 +49,7 @@ pub fn render_html(report: &Report) -> Result<String> {
     let page = Page {
         report,
         kind: report.product.kind.title(),
-        made: date(report.epoch),
+        made: format_date(report.epoch),
         image: report.output("image"),
         bundle: report.output("bundle"),
         cached: report.stages.iter().filter(|stage| stage.cached).count(),
@@ -55,12 +60,12 @@ pub fn render_html(report: &Report) -> Result<String> {
         treemaps: treemaps(report),
         files: bars(&report.largest_files),
         folders: bars(&report.directories),
-        packages: sorted(&report.packages, |p| (p.installed_bytes, p.name.clone())),
+        packages: largest_first(&report.packages, |p| (p.installed_bytes, p.name.clone())),
         packages_total: report.packages.iter().map(|p| p.installed_bytes).sum(),
-        packages_count: count(report.packages.len(), "package"),
-        wheels: sorted(&report.wheels, |w| (w.bytes, w.name.clone())),
+        packages_count: count_noun(report.packages.len(), "package"),
+        wheels: largest_first(&report.wheels, |w| (w.bytes, w.name.clone())),
         wheels_total: report.wheels.iter().map(|w| w.bytes).sum(),
-        wheels_count: count(report.wheels.len(), "wheel"),
+        wheels_count: count_noun(report.wheels.len(), "wheel"),
         warnings: warnings(report),
         outputs: report.outputs.iter().filter(|output| output.name != "report").collect(),
     };
@@ -70,28 +75,28 @@ pub fn render_html(report: &Report) -> Result<String> {
 /// The variables of the template.
 #[derive(Serialize)]
 struct Page<'a> {
-    report: &'a Report,
+    report: &'a BuildReport,
     kind: &'static str,
     made: String,
-    image: Option<&'a Output>,
-    bundle: Option<&'a Output>,
+    image: Option<&'a ReportOutput>,
+    bundle: Option<&'a ReportOutput>,
     cached: usize,
     table: Option<&'static str>,
-    maps: Option<Vec<(&'static str, disk_map::Map)>>,
-    rows: Option<Vec<DiskRow<'a>>>,
+    maps: Option<Vec<(&'static str, DiskMap)>>,
+    rows: Option<Vec<RegionRow<'a>>>,
     stages: Vec<StageRow<'a>>,
     treemaps: Vec<Treemap>,
     files: Vec<Bar<'a>>,
     folders: Vec<Bar<'a>>,
-    packages: Vec<&'a Package>,
+    packages: Vec<&'a ReportPackage>,
     packages_total: u64,
     packages_count: String,
-    wheels: Vec<&'a Wheel>,
+    wheels: Vec<&'a ReportWheel>,
     wheels_total: u64,
     wheels_count: String,
     warnings: Vec<Warning<'a>>,
     /// Without the report itself: the page cannot contain its own size or hash.
-    outputs: Vec<&'a Output>,
+    outputs: Vec<&'a ReportOutput>,
 }
 
 #[derive(Serialize)]
@@ -101,7 +106,7 @@ struct Warning<'a> {
 }
 
 /// The warnings, each once; a line that starts with `help: ` is separate.
-fn warnings(report: &Report) -> Vec<Warning<'_>> {
+fn warnings(report: &BuildReport) -> Vec<Warning<'_>> {
     let root = report.root.as_ref().and_then(|root| root.warning.as_ref());
     let root = root.filter(|warning| !report.warnings.contains(warning));
     let all = report.warnings.iter().chain(root);
@@ -112,38 +117,41 @@ fn warnings(report: &Report) -> Vec<Warning<'_>> {
     .collect()
 }
 
-fn maps(disk: &Disk) -> Vec<(&'static str, disk_map::Map)> {
-    WIDTHS.iter().map(|(name, width, _)| (*name, disk_map::draw(disk, *width))).collect()
+fn maps(disk: &ReportDisk) -> Vec<(&'static str, DiskMap)> {
+    WIDTHS.iter().map(|(name, width, _)| (*name, disk_map::draw_map(disk, *width))).collect()
 }
 
 #[derive(Serialize)]
-struct DiskRow<'a> {
-    region: &'a super::Region,
+struct RegionRow<'a> {
+    region: &'a ReportRegion,
     class: &'static str,
 }
 
-fn disk_rows(disk: &Disk) -> Vec<DiskRow<'_>> {
-    disk.regions.iter().map(|region| DiskRow { region, class: disk_map::class(region) }).collect()
+fn disk_rows(disk: &ReportDisk) -> Vec<RegionRow<'_>> {
+    disk.regions
+        .iter()
+        .map(|region| RegionRow { region, class: disk_map::css_class(region) })
+        .collect()
 }
 
 #[derive(Serialize)]
 struct StageRow<'a> {
-    stage: &'a super::Stage,
+    stage: &'a ReportStage,
     percent: String,
 }
 
-fn stages(report: &Report) -> Vec<StageRow<'_>> {
+fn stages(report: &BuildReport) -> Vec<StageRow<'_>> {
     let longest = report.stages.iter().map(|stage| stage.seconds).fold(0.0, f64::max);
-    let row = |stage| StageRow { stage, percent: percent(stage_seconds(stage), longest) };
+    let row = |stage| StageRow { stage, percent: css_percent(stage_seconds(stage), longest) };
     report.stages.iter().map(row).collect()
 }
 
-fn stage_seconds(stage: &super::Stage) -> f64 {
+fn stage_seconds(stage: &ReportStage) -> f64 {
     if stage.seconds.is_finite() { stage.seconds.max(0.0) } else { 0.0 }
 }
 
 /// `part` of `whole` as a CSS percentage without the sign.
-fn percent(part: f64, whole: f64) -> String {
+fn css_percent(part: f64, whole: f64) -> String {
     let share = if whole > 0.0 { part / whole * 100.0 } else { 0.0 };
     format!("{:.2}", share.clamp(0.0, 100.0))
 }
@@ -157,9 +165,9 @@ struct Bar<'a> {
 
 /// The largest, with bars relative to the very largest.
 fn bars(sizes: &[PathSize]) -> Vec<Bar<'_>> {
-    let sizes = sorted(sizes, |size| (size.bytes, size.path.clone()));
+    let sizes = largest_first(sizes, |size| (size.bytes, size.path.clone()));
     let largest = sizes.first().map_or(0, |size| size.bytes) as f64;
-    let bar = |size: &&'_ PathSize| percent(size.bytes as f64, largest);
+    let bar = |size: &&'_ PathSize| css_percent(size.bytes as f64, largest);
     sizes
         .iter()
         .take(MOST_ROWS)
@@ -168,7 +176,7 @@ fn bars(sizes: &[PathSize]) -> Vec<Bar<'_>> {
 }
 
 /// Largest first, then by name.
-fn sorted<T>(items: &[T], key: impl Fn(&T) -> (u64, String)) -> Vec<&T> {
+fn largest_first<T>(items: &[T], key: impl Fn(&T) -> (u64, String)) -> Vec<&T> {
     let mut items: Vec<&T> = items.iter().collect();
     items.sort_by_cached_key(|item| {
         let (size, name) = key(item);
@@ -201,15 +209,20 @@ struct Item {
     size: u64,
 }
 
-fn treemaps(report: &Report) -> Vec<Treemap> {
+fn treemaps(report: &BuildReport) -> Vec<Treemap> {
     let packages = report.packages.iter().map(|package| Item {
         name: package.name.clone(),
-        title: format!("{} {}: {}", package.name, package.version, bytes(package.installed_bytes)),
+        title: format!(
+            "{} {}: {}",
+            package.name,
+            package.version,
+            format_bytes(package.installed_bytes)
+        ),
         size: package.installed_bytes,
     });
     let wheels = report.wheels.iter().map(|wheel| Item {
         name: wheel.name.clone(),
-        title: format!("{} {}: {}", wheel.name, wheel.version, bytes(wheel.bytes)),
+        title: format!("{} {}: {}", wheel.name, wheel.version, format_bytes(wheel.bytes)),
         size: wheel.bytes,
     });
     let groups = [("package", packages.collect::<Vec<_>>()), ("wheel", wheels.collect())];
@@ -250,8 +263,11 @@ fn tiles(class: &'static str, items: &[Item], area: Rect, smallest: u64) -> Vec<
         many => {
             let size = many.iter().map(|item| item.size).sum();
             let name = format!("{} smaller", many.len());
-            let title =
-                format!("{}: {}", count(many.len(), &format!("smaller {class}")), bytes(size));
+            let title = format!(
+                "{}: {}",
+                count_noun(many.len(), &format!("smaller {class}")),
+                format_bytes(size)
+            );
             shown.push((size, name, title));
         }
     }
@@ -260,8 +276,8 @@ fn tiles(class: &'static str, items: &[Item], area: Rect, smallest: u64) -> Vec<
     let tile = |(rect, (size, name, title)): (Rect, (u64, String, String))| {
         let room = ((rect.width - 14.0) / CHAR_WIDTH).max(0.0) as usize;
         let fits = rect.height >= 22.0 && (room >= name.chars().count() || room >= 6);
-        let label = if fits { shorten(&name, room) } else { String::new() };
-        let size = bytes(size);
+        let label = if fits { shorten_text(&name, room) } else { String::new() };
+        let size = format_bytes(size);
         let detail_fits = fits && rect.height >= 40.0 && room >= size.len();
         let detail = if detail_fits { size } else { String::new() };
         Tile { rect, class, label, detail, title }
@@ -271,7 +287,7 @@ fn tiles(class: &'static str, items: &[Item], area: Rect, smallest: u64) -> Vec<
 
 /// Seconds since 1970 as `2026-11-05 00:00 UTC`. The calendar is Howard Hinnant's
 /// `civil_from_days`, with years that begin in March so that the leap day comes last.
-fn date(epoch: u64) -> String {
+fn format_date(epoch: u64) -> String {
     let (days, seconds) = (epoch / 86_400 + 719_468, epoch % 86_400);
     let (era, day_of_era) = (days / 146_097, days % 146_097);
     let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
@@ -289,9 +305,9 @@ mod tests {
 
     #[test]
     fn dates() {
-        assert_eq!(date(0), "1970-01-01 00:00 UTC");
-        assert_eq!(date(951_782_400), "2000-02-29 00:00 UTC");
-        assert_eq!(date(1_735_689_599), "2024-12-31 23:59 UTC");
-        assert_eq!(date(4_107_542_400), "2100-03-01 00:00 UTC");
+        assert_eq!(format_date(0), "1970-01-01 00:00 UTC");
+        assert_eq!(format_date(951_782_400), "2000-02-29 00:00 UTC");
+        assert_eq!(format_date(1_735_689_599), "2024-12-31 23:59 UTC");
+        assert_eq!(format_date(4_107_542_400), "2100-03-01 00:00 UTC");
     }
 }

@@ -1,4 +1,4 @@
-//! `Report`: the results of one build as a value. It renders to the terminal, to JSON and to a
+//! `BuildReport`: the results of one build as a value. It renders to the terminal, to JSON and to a
 //! self-contained HTML page; nothing here reads the disk, the clock or the environment.
 
 mod disk_map;
@@ -9,9 +9,9 @@ mod treemap;
 use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
-pub use crate::store::format::Component;
+pub use crate::store::format::ReleaseComponent;
 pub use html::render_html;
-pub use terminal::{Style, render_terminal};
+pub use terminal::{TerminalStyle, render_terminal};
 
 /// The version of the JSON form. It is raised when a field changes its meaning or is removed; a new
 /// field alone does not raise it.
@@ -23,11 +23,11 @@ pub const SCHEMA: u32 = 1;
 /// the renderers sort what they show by size.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Report {
+pub struct BuildReport {
     /// The version of this form: [`SCHEMA`].
     pub schema: u32,
     /// What was built.
-    pub product: Product,
+    pub product: ReportProduct,
     /// The board that it was built for.
     pub board: String,
     /// The engine that made the base system.
@@ -39,23 +39,23 @@ pub struct Report {
     /// The time in every output: seconds since 1970, UTC.
     pub epoch: u64,
     /// Whether earlier results were used.
-    pub started_in: StartedIn,
+    pub started_in: CacheUse,
     /// How long the whole build took, by the wall clock.
     pub seconds: f64,
     /// The stages in the order in which they ran.
-    pub stages: Vec<Stage>,
+    pub stages: Vec<ReportStage>,
     /// The files that the build writes to `dist/`.
-    pub outputs: Vec<Output>,
+    pub outputs: Vec<ReportOutput>,
     /// The key that signed the bundle; `None` without a bundle.
-    pub signed_by: Option<Signer>,
+    pub signed_by: Option<ReportSigner>,
     /// The card image's layout; `None` when the build stopped before it.
-    pub disk: Option<Disk>,
+    pub disk: Option<ReportDisk>,
     /// How full the root filesystem is; `None` when the build stopped before it.
-    pub root: Option<Root>,
+    pub root: Option<ReportRoot>,
     /// The distribution's packages in the root filesystem.
-    pub packages: Vec<Package>,
+    pub packages: Vec<ReportPackage>,
     /// The Python wheels in the root filesystem.
-    pub wheels: Vec<Wheel>,
+    pub wheels: Vec<ReportWheel>,
     /// The largest files of the root filesystem.
     pub largest_files: Vec<PathSize>,
     /// Directories of the root filesystem with everything below them; they may nest.
@@ -63,15 +63,15 @@ pub struct Report {
     /// The components of the system, each with the digest of its content; empty when the build
     /// stopped before.
     #[serde(default)]
-    pub components: Vec<Component>,
+    pub components: Vec<ReleaseComponent>,
     /// How each model of the board boots, from its boot ROM to `/init`; empty when the build
     /// stopped before the card.
     #[serde(default)]
-    pub starts: Vec<crate::start::Start>,
+    pub starts: Vec<crate::start::ModelBoot>,
     /// Warnings for the user. Sentences, most important first.
     pub warnings: Vec<String>,
     /// Locked packages that the mirror no longer had, and their replacements.
-    pub replaced_packages: Vec<Replaced>,
+    pub replaced_packages: Vec<ReportReplacement>,
     /// Useful next commands.
     pub next: Vec<String>,
 }
@@ -79,7 +79,7 @@ pub struct Report {
 /// The product that was built.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Product {
+pub struct ReportProduct {
     /// The short name, as in file names.
     pub name: String,
     /// The human-readable name.
@@ -87,13 +87,13 @@ pub struct Product {
     /// The version.
     pub version: String,
     /// Development or release.
-    pub kind: Kind,
+    pub kind: ReportKind,
 }
 
 /// Whether a product or a key is for development or for release.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Kind {
+pub enum ReportKind {
     /// For developers: may be signed with the development key, may have accounts without a
     /// password.
     Development,
@@ -104,16 +104,16 @@ pub enum Kind {
 /// Whether a build used earlier results.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum StartedIn {
+pub enum CacheUse {
     /// Every stage was built.
     Clean,
     /// At least one stage used an earlier result.
     Cached,
 }
 
-impl StartedIn {
+impl CacheUse {
     /// Derives the value from the stages.
-    pub fn of(stages: &[Stage]) -> Self {
+    pub fn from_stages(stages: &[ReportStage]) -> Self {
         if stages.iter().any(|stage| stage.cached) { Self::Cached } else { Self::Clean }
     }
 }
@@ -121,7 +121,7 @@ impl StartedIn {
 /// One stage of the build.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Stage {
+pub struct ReportStage {
     /// The stage's name.
     pub name: String,
     /// How long it took.
@@ -135,7 +135,7 @@ pub struct Stage {
 /// One file that the build created.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Output {
+pub struct ReportOutput {
     /// Its kind: `image`, `bmap`, `bundle`, `sbom`, …
     pub name: String,
     /// Its path, relative to the directory in which the build was started.
@@ -151,17 +151,17 @@ pub struct Output {
 /// The key that signed the bundle.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Signer {
+pub struct ReportSigner {
     /// The key's id, as `minisign` prints it.
     pub key_id: String,
     /// Which kind of key it is.
-    pub kind: Kind,
+    pub kind: ReportKind,
 }
 
 /// How partitions are recorded on the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum TableKind {
+pub enum ReportTableKind {
     /// A master boot record.
     Mbr,
     /// A GUID partition table.
@@ -170,7 +170,7 @@ pub enum TableKind {
     GptHybrid,
 }
 
-impl TableKind {
+impl ReportTableKind {
     /// The human-readable name.
     pub fn title(self) -> &'static str {
         match self {
@@ -181,23 +181,23 @@ impl TableKind {
     }
 }
 
-/// The card image from its first byte to its last. Created with [`Disk::new`]: its regions are
+/// The card image from its first byte to its last. Created with [`ReportDisk::new`]: its regions are
 /// sorted, do not overlap and cover the whole card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Disk {
+pub struct ReportDisk {
     /// The kind of partition table.
-    pub table_kind: TableKind,
+    pub table_kind: ReportTableKind,
     /// The image's length.
     pub size: u64,
     /// The regions.
-    pub regions: Vec<Region>,
+    pub regions: Vec<ReportRegion>,
 }
 
 /// The use of a region of the card.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum RegionKind {
+pub enum ReportRegionKind {
     /// A partition.
     Partition,
     /// A partition table or its backup.
@@ -213,9 +213,9 @@ pub enum RegionKind {
 /// A range of bytes of the card.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Region {
+pub struct ReportRegion {
     /// Its use.
-    pub kind: RegionKind,
+    pub kind: ReportRegionKind,
     /// A partition's number, from 1.
     pub number: Option<u32>,
     /// A partition's role, such as `root-a`; for other regions, their name.
@@ -230,24 +230,28 @@ pub struct Region {
     pub used: Option<u64>,
 }
 
-impl Region {
+impl ReportRegion {
     /// Where it ends: the first byte after it.
     pub fn end(&self) -> u64 {
         self.start.saturating_add(self.size)
     }
 }
 
-impl Disk {
+impl ReportDisk {
     /// Sorts the regions and adds regions for the gaps.
     ///
     /// # Errors
     /// When two regions overlap or one reaches beyond the card's end; the message names them.
-    pub fn new(table_kind: TableKind, size: u64, mut regions: Vec<Region>) -> Result<Self> {
-        regions.retain(|region| region.kind != RegionKind::Gap && region.size > 0);
+    pub fn new(
+        table_kind: ReportTableKind,
+        size: u64,
+        mut regions: Vec<ReportRegion>,
+    ) -> Result<Self> {
+        regions.retain(|region| region.kind != ReportRegionKind::Gap && region.size > 0);
         regions.sort_by_key(|region| (region.start, region.size));
-        let mut all: Vec<Region> = Vec::with_capacity(regions.len() * 2 + 1);
+        let mut all: Vec<ReportRegion> = Vec::with_capacity(regions.len() * 2 + 1);
         for region in regions {
-            let free_from = all.last().map_or(0, Region::end);
+            let free_from = all.last().map_or(0, ReportRegion::end);
             if region.start < free_from {
                 let before = all.last().map_or("", |region| region.role.as_str());
                 bail!(
@@ -266,16 +270,16 @@ impl Disk {
             push_gap(&mut all, free_from, region.start);
             all.push(region);
         }
-        let free_from = all.last().map_or(0, Region::end);
+        let free_from = all.last().map_or(0, ReportRegion::end);
         push_gap(&mut all, free_from, size);
         Ok(Self { table_kind, size, regions: all })
     }
 }
 
-fn push_gap(regions: &mut Vec<Region>, start: u64, end: u64) {
+fn push_gap(regions: &mut Vec<ReportRegion>, start: u64, end: u64) {
     if start < end {
-        regions.push(Region {
-            kind: RegionKind::Gap,
+        regions.push(ReportRegion {
+            kind: ReportRegionKind::Gap,
             number: None,
             role: "unused".to_owned(),
             start,
@@ -289,7 +293,7 @@ fn push_gap(regions: &mut Vec<Region>, start: u64, end: u64) {
 /// How full the root filesystem is.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Root {
+pub struct ReportRoot {
     /// Bytes in use.
     pub used: u64,
     /// Bytes that the slot holds.
@@ -302,7 +306,7 @@ pub struct Root {
     pub warning: Option<String>,
 }
 
-impl Root {
+impl ReportRoot {
     /// Computes how full the filesystem is.
     pub fn new(used: u64, capacity: u64, limit_percent: u32, warning: Option<String>) -> Self {
         let percent = (u128::from(used) * 100).div_ceil(u128::from(capacity.max(1)));
@@ -314,7 +318,7 @@ impl Root {
 /// One package of the distribution.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Package {
+pub struct ReportPackage {
     /// The package's name.
     pub name: String,
     /// The package's version.
@@ -326,7 +330,7 @@ pub struct Package {
 /// One Python wheel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Wheel {
+pub struct ReportWheel {
     /// The project's name.
     pub name: String,
     /// The project's version.
@@ -348,7 +352,7 @@ pub struct PathSize {
 /// A locked package that was no longer available.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Replaced {
+pub struct ReportReplacement {
     /// The package's name.
     pub name: String,
     /// The version that was locked.
@@ -357,7 +361,7 @@ pub struct Replaced {
     pub new: String,
 }
 
-impl Report {
+impl BuildReport {
     /// The report as JSON: indented, in the order of the fields, with a final newline.
     ///
     /// # Errors
@@ -368,7 +372,7 @@ impl Report {
         Ok(text)
     }
 
-    /// Reads a report that [`Report::to_json`] wrote.
+    /// Reads a report that [`BuildReport::to_json`] wrote.
     ///
     /// # Errors
     /// When the text is not a report, or has another schema.
@@ -389,12 +393,12 @@ impl Report {
     }
 
     /// The output of this name (`image`, `bundle`, …).
-    pub fn output(&self, name: &str) -> Option<&Output> {
+    pub fn output(&self, name: &str) -> Option<&ReportOutput> {
         self.outputs.iter().find(|output| output.name == name)
     }
 }
 
-impl Kind {
+impl ReportKind {
     /// The human-readable name.
     pub fn title(self) -> &'static str {
         match self {
@@ -405,13 +409,13 @@ impl Kind {
 }
 
 /// `1 package`, `2 packages`: a number with its noun.
-fn count(n: usize, noun: &str) -> String {
+fn count_noun(n: usize, noun: &str) -> String {
     format!("{n} {noun}{}", if n == 1 { "" } else { "s" })
 }
 
 /// A time in seconds in human-readable form. An invalid time (negative, not a number) is shown as
 /// zero.
-fn time(seconds: f64) -> String {
+fn format_seconds(seconds: f64) -> String {
     let duration = std::time::Duration::try_from_secs_f64(seconds).unwrap_or_default();
-    crate::progress::duration(duration)
+    crate::progress::format_duration(duration)
 }

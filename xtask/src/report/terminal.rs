@@ -3,8 +3,8 @@
 use std::fmt::Write as _;
 use std::io::{self, IsTerminal, Write};
 
-use super::{Output, Report, StartedIn, count, time};
-use crate::progress::bytes;
+use super::{BuildReport, CacheUse, ReportOutput, count_noun, format_seconds};
+use crate::progress::format_bytes;
 use crate::text::printable;
 
 /// The width of the first column; the same as that of the lines shown during a build.
@@ -24,14 +24,14 @@ const MIN_WIDTH: usize = 40;
 
 /// The style of the lines.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Style {
+pub struct TerminalStyle {
     /// Whether to use colours (ANSI escapes).
     pub color: bool,
     /// The maximum width of a line in columns; longer lines continue on the next one, indented.
     pub width: usize,
 }
 
-impl Style {
+impl TerminalStyle {
     /// No colour, the width for a log.
     pub fn plain() -> Self {
         Self { color: false, width: DEFAULT_WIDTH }
@@ -39,7 +39,7 @@ impl Style {
 
     /// The style for a stream: colours only on a terminal and unless `NO_COLOR` is set and not
     /// empty (see no-color.org), the terminal's width from `COLUMNS`.
-    pub fn of(stream: &impl IsTerminal) -> Self {
+    pub fn for_stream(stream: &impl IsTerminal) -> Self {
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
         let width = std::env::var("COLUMNS").ok().and_then(|value| value.parse().ok());
@@ -60,15 +60,19 @@ enum Ink {
 
 struct Page<'a> {
     out: &'a mut dyn Write,
-    style: Style,
+    style: TerminalStyle,
 }
 
 /// Writes the summary of a finished build.
 ///
 /// # Errors
 /// When `out` cannot be written.
-pub fn render_terminal(report: &Report, out: &mut dyn Write, style: Style) -> io::Result<()> {
-    let style = Style { width: style.width.max(MIN_WIDTH), ..style };
+pub fn render_terminal(
+    report: &BuildReport,
+    out: &mut dyn Write,
+    style: TerminalStyle,
+) -> io::Result<()> {
+    let style = TerminalStyle { width: style.width.max(MIN_WIDTH), ..style };
     let mut page = Page { out, style };
     for warning in &report.warnings {
         page.warning(warning)?;
@@ -84,8 +88,8 @@ pub fn render_terminal(report: &Report, out: &mut dyn Write, style: Style) -> io
     if let Some(root) = &report.root {
         let text = format!(
             "{} of {} ({} %, limit {} %)",
-            bytes(root.used),
-            bytes(root.capacity),
+            format_bytes(root.used),
+            format_bytes(root.capacity),
             root.fill_percent,
             root.limit_percent
         );
@@ -125,7 +129,9 @@ impl Page<'_> {
         for part in parts.iter().map(|part| printable(part)) {
             let room = self.style.width - INDENT;
             match lines.last_mut() {
-                Some(line) if width(line) + width(between) + width(&part) <= room => {
+                Some(line)
+                    if text_width(line) + text_width(between) + text_width(&part) <= room =>
+                {
                     line.push_str(between);
                     line.push_str(&part);
                 }
@@ -141,7 +147,7 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn replaced(&mut self, report: &Report) -> io::Result<()> {
+    fn replaced(&mut self, report: &BuildReport) -> io::Result<()> {
         let n = report.replaced_packages.len();
         if n == 0 {
             return Ok(());
@@ -149,7 +155,7 @@ impl Page<'_> {
         let verb = if n == 1 { "is" } else { "are" };
         self.warning(&format!(
             "{} of the lock {verb} no longer available and {} replaced",
-            count(n, "package"),
+            count_noun(n, "package"),
             if n == 1 { "was" } else { "were" }
         ))?;
         for package in &report.replaced_packages {
@@ -159,17 +165,17 @@ impl Page<'_> {
         Ok(())
     }
 
-    fn stages(&mut self, report: &Report) -> io::Result<()> {
+    fn stages(&mut self, report: &BuildReport) -> io::Result<()> {
         let worked: Vec<String> = report
             .stages
             .iter()
             .filter(|stage| !stage.cached)
-            .map(|stage| format!("{} {}", stage.name, time(stage.seconds)))
+            .map(|stage| format!("{} {}", stage.name, format_seconds(stage.seconds)))
             .collect();
         self.row_in("time", &worked, " · ", Ink::Faint)?;
         let cached = report.stages.len() - worked.len();
-        if report.started_in == StartedIn::Cached && cached > 0 {
-            let text = format!("{} unchanged, not repeated", count(cached, "stage"));
+        if report.started_in == CacheUse::Cached && cached > 0 {
+            let text = format!("{} unchanged, not repeated", count_noun(cached, "stage"));
             let name = if worked.is_empty() { "time" } else { "" };
             self.row_in(name, &[text], "", Ink::Faint)?;
         }
@@ -177,20 +183,21 @@ impl Page<'_> {
     }
 
     /// The outputs, with their details in one column. Details that do not fit continue below.
-    fn outputs(&mut self, report: &Report) -> io::Result<()> {
-        let main: Vec<&Output> =
+    fn outputs(&mut self, report: &BuildReport) -> io::Result<()> {
+        let main: Vec<&ReportOutput> =
             report.outputs.iter().filter(|o| MAIN_OUTPUTS.contains(&o.name.as_str())).collect();
         // A build that stopped early may have created only less important outputs; show these then.
         let shown = if main.is_empty() { report.outputs.iter().collect() } else { main };
-        let details: Vec<String> = shown.iter().map(|output| detail(report, output)).collect();
+        let details: Vec<String> =
+            shown.iter().map(|output| output_detail(report, output)).collect();
         let paths: Vec<String> = shown.iter().map(|output| printable(&output.path)).collect();
-        let column = paths.iter().map(|path| width(path)).max().unwrap_or(0);
-        let widest = details.iter().map(|detail| width(detail)).max().unwrap_or(0);
+        let column = paths.iter().map(|path| text_width(path)).max().unwrap_or(0);
+        let widest = details.iter().map(|detail| text_width(detail)).max().unwrap_or(0);
         let fits = INDENT + column + 2 + widest <= self.style.width;
         for ((output, path), detail) in shown.iter().zip(&paths).zip(&details) {
             if fits {
                 let mut line = path.clone();
-                line.extend(std::iter::repeat_n(' ', column + 2 - width(path)));
+                line.extend(std::iter::repeat_n(' ', column + 2 - text_width(path)));
                 line.push_str(detail);
                 self.row(&output.name, &[line], "")?;
             } else {
@@ -202,16 +209,16 @@ impl Page<'_> {
     }
 }
 
-fn detail(report: &Report, output: &Output) -> String {
-    let mut text = bytes(output.size);
+fn output_detail(report: &BuildReport, output: &ReportOutput) -> String {
+    let mut text = format_bytes(output.size);
     if output.on_disk_size < output.size / 10 * 9 {
-        write!(text, ", {} on disk", bytes(output.on_disk_size)).ok();
+        write!(text, ", {} on disk", format_bytes(output.on_disk_size)).ok();
     }
     match (output.name.as_str(), &report.signed_by) {
         ("bundle", Some(signer)) => {
             write!(text, ", signed with the {} key", signer.kind.title()).ok();
         }
-        ("report", _) => text = time(report.seconds),
+        ("report", _) => text = format_seconds(report.seconds),
         _ => {}
     }
     text
@@ -219,6 +226,6 @@ fn detail(report: &Report, output: &Output) -> String {
 
 /// The width of a text in columns. Names and paths are nearly always ASCII; a wide character only
 /// shifts the alignment by one.
-fn width(text: &str) -> usize {
+fn text_width(text: &str) -> usize {
     text.chars().count()
 }

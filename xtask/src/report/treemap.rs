@@ -30,17 +30,19 @@ pub(super) fn squarify(sizes: &[u64], area: Rect) -> Vec<Rect> {
     while !todo.is_empty() {
         let side = rest.width.min(rest.height);
         let mut taken = 1;
-        while taken < todo.len() && worst(&todo[..=taken], side) <= worst(&todo[..taken], side) {
+        while taken < todo.len()
+            && worst_ratio(&todo[..=taken], side) <= worst_ratio(&todo[..taken], side)
+        {
             taken += 1;
         }
         let row: Vec<f64> = todo.drain(..taken).collect();
-        rest = place(&row, rest, todo.is_empty(), &mut done);
+        rest = place_row(&row, rest, todo.is_empty(), &mut done);
     }
     done
 }
 
 /// The worst ratio of sides in a row of these areas along a side of this length.
-fn worst(row: &[f64], side: f64) -> f64 {
+fn worst_ratio(row: &[f64], side: f64) -> f64 {
     let sum: f64 = row.iter().sum();
     let largest = row.iter().copied().fold(0.0, f64::max);
     let smallest = row.iter().copied().fold(f64::INFINITY, f64::min);
@@ -50,7 +52,7 @@ fn worst(row: &[f64], side: f64) -> f64 {
 
 /// Lays one row along the shorter side and returns the remaining area. The last row fills the whole
 /// rest, so that rounding leaves no gap.
-fn place(row: &[f64], area: Rect, last: bool, done: &mut Vec<Rect>) -> Rect {
+fn place_row(row: &[f64], area: Rect, last: bool, done: &mut Vec<Rect>) -> Rect {
     let sum: f64 = row.iter().sum();
     let upright = area.width >= area.height;
     let side = if upright { area.height } else { area.width };

@@ -9,7 +9,7 @@ use globset::{GlobBuilder, GlobSet, GlobSetBuilder};
 ///
 /// # Errors
 /// A pattern that is malformed, by its text.
-pub fn compile<S: AsRef<str>>(patterns: &[S]) -> Result<GlobSet> {
+pub fn compile_globs<S: AsRef<str>>(patterns: &[S]) -> Result<GlobSet> {
     let mut set = GlobSetBuilder::new();
     for pattern in patterns {
         let pattern = pattern.as_ref();
@@ -21,10 +21,10 @@ pub fn compile<S: AsRef<str>>(patterns: &[S]) -> Result<GlobSet> {
 
 #[cfg(test)]
 mod tests {
-    use super::compile;
+    use super::compile_globs;
 
     fn matches(pattern: &str, path: &str) -> bool {
-        compile(&[pattern]).expect("well-formed").is_match(path)
+        compile_globs(&[pattern]).expect("well-formed").is_match(path)
     }
 
     #[test]

@@ -10,7 +10,7 @@ use camino::Utf8Path;
 use cpio::newc;
 
 use super::kernel::{self, ModuleIndex};
-use super::tree::Tree;
+use super::tree::RootTree;
 use crate::artifact::{Artifact, write_atomically};
 
 /// Level for either compression: the archive is small and is read by every boot.
@@ -18,14 +18,14 @@ const ZSTD_LEVEL: i32 = 19;
 
 /// The compression that the kernel must support.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Compression {
+pub enum InitrdCompression {
     /// Every kernel.
     Gzip,
     /// Kernels with `CONFIG_RD_ZSTD=y`.
     Zstd,
 }
 
-impl Compression {
+impl InitrdCompression {
     /// The best compression that a kernel's configuration supports.
     pub fn for_kernel(config: &str) -> Self {
         if config.lines().any(|line| line == "CONFIG_RD_ZSTD=y") { Self::Zstd } else { Self::Gzip }
@@ -50,7 +50,7 @@ pub struct InitrdRequest<'a> {
     /// Files to add: absolute or relative path, mode, content.
     pub extra: &'a [(String, u32, Vec<u8>)],
     /// How to compress.
-    pub compression: Compression,
+    pub compression: InitrdCompression,
 }
 
 /// Builds the initrd. `etc/modules` lists the modules' paths, one per line, in load order: the
@@ -58,24 +58,24 @@ pub struct InitrdRequest<'a> {
 ///
 /// # Errors
 /// When a module does not exist for this kernel (with the nearest names), or files are unreadable.
-pub fn build(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
-    let files = collect(request).context("building the initrd")?;
+pub fn build_initrd(request: &InitrdRequest<'_>, out: &Utf8Path) -> Result<Artifact> {
+    let files = collect_nodes(request).context("building the initrd")?;
     write_atomically(out, |writer| {
         let time = u32::try_from(request.epoch).context("the epoch is after 2106")?;
         match request.compression {
-            Compression::Gzip => {
+            InitrdCompression::Gzip => {
                 let level = flate2::Compression::best();
                 let gzip = flate2::GzBuilder::new().mtime(0).write(writer, level);
                 write_archive(gzip, &files, time)?.finish()?;
             }
-            Compression::Zstd => {
+            InitrdCompression::Zstd => {
                 let zstd = zstd::Encoder::new(writer, ZSTD_LEVEL)?;
                 write_archive(zstd, &files, time)?.finish()?;
             }
         }
         Ok(())
     })?;
-    Artifact::of(out)
+    Artifact::from_file(out)
 }
 
 enum Node {
@@ -85,8 +85,8 @@ enum Node {
     Device(u32, u32, u32),
 }
 
-fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
-    let tree = Tree::from_tar(request.modules_archive)?;
+fn collect_nodes(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
+    let tree = RootTree::from_tar(request.modules_archive)?;
     let text = |name: &str| -> Result<String> {
         let bytes = tree.bytes(name)?.with_context(|| format!("the modules lack {name}"))?;
         Ok(String::from_utf8_lossy(&bytes).into_owned())
@@ -99,7 +99,7 @@ fn collect(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> {
         let bytes = tree.bytes(&module)?.with_context(|| format!("the modules lack {module}"))?;
         // Plain: the archive is compressed as a whole, and neither busybox nor the kernel needs
         // support for compressed modules.
-        let (module, bytes) = kernel::unpacked(&module, bytes)?;
+        let (module, bytes) = kernel::unpack_module(&module, bytes)?;
         let path = format!("lib/modules/{}/{module}", request.kernel_release);
         list.push_str(&format!("/{path}\n"));
         nodes.insert(path, Node::File(0o644, bytes));

@@ -33,7 +33,7 @@ pub struct ModuleIndex {
 }
 
 /// The module of that name, or all modules below the directory of that name.
-fn either(pattern: &str) -> [String; 2] {
+fn module_patterns(pattern: &str) -> [String; 2] {
     [format!("kernel/{pattern}"), format!("kernel/{pattern}/**")]
 }
 
@@ -52,12 +52,17 @@ impl ModuleIndex {
     /// # Errors
     /// When a pattern of `keep` matches neither a module nor a built-in one: it is misspelt, or the
     /// kernel changed.
-    pub fn kept(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
+    pub fn modules_to_keep(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
         let mut unmatched = Vec::new();
         for pattern in &rules.keep {
             // A directory of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
-            let one = glob::compile(&either(pattern))?;
-            if !self.needs.keys().chain(&self.builtin).any(|path| one.is_match(plain(path))) {
+            let one = glob::compile_globs(&module_patterns(pattern))?;
+            if !self
+                .needs
+                .keys()
+                .chain(&self.builtin)
+                .any(|path| one.is_match(without_suffix(path)))
+            {
                 unmatched.push(format!("'{pattern}'"));
             }
         }
@@ -68,10 +73,10 @@ impl ModuleIndex {
                 unmatched.join(", ")
             );
         }
-        let patterns: Vec<String> = rules.keep.iter().flat_map(|p| either(p)).collect();
-        let (keep, drop) = (glob::compile(&patterns)?, glob::compile(&rules.drop)?);
+        let patterns: Vec<String> = rules.keep.iter().flat_map(|p| module_patterns(p)).collect();
+        let (keep, drop) = (glob::compile_globs(&patterns)?, glob::compile_globs(&rules.drop)?);
         let asked = self.needs.keys().filter(|path| {
-            let path = plain(path);
+            let path = without_suffix(path);
             (rules.keep.is_empty() || keep.is_match(path)) && !drop.is_match(path)
         });
         let mut kept = BTreeSet::new();
@@ -128,7 +133,7 @@ const COMPRESSED: [&str; 3] = [".gz", ".xz", ".zst"];
 const LARGEST_MODULE: u64 = 64 << 20;
 
 /// A module's path without its compression suffix: rules are the same for all kernels.
-fn plain(path: &str) -> &str {
+fn without_suffix(path: &str) -> &str {
     let stem = COMPRESSED.into_iter().find_map(|suffix| path.strip_suffix(suffix));
     stem.filter(|stem| stem.ends_with(".ko")).unwrap_or(path)
 }
@@ -137,8 +142,8 @@ fn plain(path: &str) -> &str {
 ///
 /// # Errors
 /// When it is damaged, or larger than any module.
-pub fn unpacked(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
-    let name = plain(path);
+pub fn unpack_module(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
+    let name = without_suffix(path);
     let packed = bytes.as_slice();
     let source: Box<dyn Read + '_> = match path.strip_prefix(name) {
         Some(".gz") => Box::new(flate2::read::MultiGzDecoder::new(packed)),
@@ -162,24 +167,24 @@ pub fn unpacked(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
 /// When `depmod` is missing or fails, or a rule matches nothing.
 pub fn prune_modules(base: &Utf8Path, release: &str, rules: &ModuleRules) -> Result<usize> {
     let folder = base.join("lib/modules").join(release);
-    depmod(base, release)?;
+    run_depmod(base, release)?;
     let read = |name: &str| {
         let path = folder.join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {path}"))
     };
     let index = ModuleIndex::new(&read("modules.dep")?, &read("modules.builtin")?);
-    let kept = index.kept(rules)?;
+    let kept = index.modules_to_keep(rules)?;
     for path in index.needs.keys().filter(|path| !kept.contains(*path)) {
         let path = folder.join(path);
         fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
     }
     remove_empty_folders(&folder)?;
-    depmod(base, release)?;
+    run_depmod(base, release)?;
     Ok(kept.len())
 }
 
-fn depmod(base: &Utf8Path, release: &str) -> Result<()> {
-    let Some(program) = exec::find("depmod") else {
+fn run_depmod(base: &Utf8Path, release: &str) -> Result<()> {
+    let Some(program) = exec::find_program("depmod") else {
         bail!("depmod is missing\nhelp: sudo apt-get install kmod");
     };
     Tool::new(program).arg("-b").arg(base).arg(release).env("LC_ALL", "C").run()
@@ -216,7 +221,7 @@ pub struct KernelFiles {
 ///
 /// # Errors
 /// When there is none, or more than one.
-pub fn find(unpacked: &Utf8Path) -> Result<KernelFiles> {
+pub fn find_kernel(unpacked: &Utf8Path) -> Result<KernelFiles> {
     let boot = unpacked.join("boot");
     let mut releases = Vec::new();
     if boot.is_dir() {
@@ -243,7 +248,7 @@ pub fn find(unpacked: &Utf8Path) -> Result<KernelFiles> {
 mod tests {
     use std::io::Write as _;
 
-    use super::{ModuleIndex, ModuleRules, unpacked};
+    use super::{ModuleIndex, ModuleRules, unpack_module};
 
     const DEP: &str = "kernel/a/ext4.ko: kernel/a/jbd2.ko kernel/a/crc.ko\nkernel/a/jbd2.ko: kernel/a/crc.ko\n\
          kernel/a/crc.ko:\nkernel/b/sdhci-iproc.ko: kernel/b/sdhci.ko\nkernel/b/sdhci.ko:\n";
@@ -266,21 +271,21 @@ mod tests {
         let error = index().load_order(&["nonesuch".to_owned()]).unwrap_err().to_string();
         assert!(error.starts_with("module nonesuch is neither"), "{error}");
         let rules = ModuleRules { keep: vec!["x".into()], drop: vec![] };
-        let error = index().kept(&rules).unwrap_err().to_string();
+        let error = index().modules_to_keep(&rules).unwrap_err().to_string();
         assert!(error.starts_with("no module of this kernel matches 'x'"), "{error}");
     }
 
     #[test]
     fn a_rule_for_what_is_built_in_is_fine_and_keeps_nothing() {
         let rules = ModuleRules { keep: vec!["c/loop.ko".into(), "c".into()], drop: vec![] };
-        assert_eq!(index().kept(&rules).expect("built in").len(), 0);
+        assert_eq!(index().modules_to_keep(&rules).expect("built in").len(), 0);
     }
 
     #[test]
     fn dependencies_of_kept_modules_stay() {
         let rules =
             ModuleRules { keep: vec!["a/ext4.ko".into()], drop: vec!["kernel/a/crc.ko".into()] };
-        assert_eq!(index().kept(&rules).expect("matches").len(), 3);
+        assert_eq!(index().modules_to_keep(&rules).expect("matches").len(), 3);
     }
 
     #[test]
@@ -294,10 +299,16 @@ mod tests {
             };
             let paths = |list: &[&str]| list.iter().map(|path| compressed(path)).collect();
             let all = ["kernel/a/crc.ko", "kernel/a/ext4.ko", "kernel/a/jbd2.ko"];
-            assert_eq!(index.kept(&rules("a/ext4.ko", "")).expect("one"), paths(&all));
+            assert_eq!(index.modules_to_keep(&rules("a/ext4.ko", "")).expect("one"), paths(&all));
             let rest = ["kernel/a/crc.ko", "kernel/a/jbd2.ko"];
-            assert_eq!(index.kept(&rules("a", "kernel/a/ext4.ko")).expect("two"), paths(&rest));
-            assert_eq!(index.kept(&rules("c/loop.ko", "")).expect("built in"), paths(&[]));
+            assert_eq!(
+                index.modules_to_keep(&rules("a", "kernel/a/ext4.ko")).expect("two"),
+                paths(&rest)
+            );
+            assert_eq!(
+                index.modules_to_keep(&rules("c/loop.ko", "")).expect("built in"),
+                paths(&[])
+            );
             let order = index.load_order(&["sdhci_iproc".to_owned()]).expect("there");
             let expected = ["kernel/b/sdhci.ko", "kernel/b/sdhci-iproc.ko"];
             assert_eq!(order, expected.map(compressed));
@@ -317,19 +328,22 @@ mod tests {
         let forms = [("", module.clone()), (".gz", gzip(&module)), (".zst", zstd(&module))];
         for (suffix, bytes) in forms {
             let path = format!("kernel/a/ext4.ko{suffix}");
-            let (name, plain) = unpacked(&path, bytes.clone()).expect("whole");
+            let (name, plain) = unpack_module(&path, bytes.clone()).expect("whole");
             assert_eq!(name, "kernel/a/ext4.ko");
             assert!(plain == module, "{path}");
             if !suffix.is_empty() {
                 let cut = bytes[..bytes.len() - 9].to_vec();
-                let error = unpacked(&path, cut).expect_err("cut short").to_string();
+                let error = unpack_module(&path, cut).expect_err("cut short").to_string();
                 assert_eq!(error, format!("unpacking {path}"));
             }
         }
         // Nothing else is unpacked, whatever it is called.
-        assert_eq!(unpacked("modules.gz", vec![1]).expect("as it is"), ("modules.gz", vec![1]));
+        assert_eq!(
+            unpack_module("modules.gz", vec![1]).expect("as it is"),
+            ("modules.gz", vec![1])
+        );
         for (suffix, bytes) in [(".zst", zstd(&vec![0; (64 << 20) + 1])), (".gz", vec![7; 20])] {
-            unpacked(&format!("kernel/x.ko{suffix}"), bytes).expect_err("too large, damaged");
+            unpack_module(&format!("kernel/x.ko{suffix}"), bytes).expect_err("too large, damaged");
         }
     }
 }

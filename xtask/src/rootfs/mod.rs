@@ -41,9 +41,9 @@ pub struct BaseSystem {
     /// The board's second-stage bootloader (`u-boot.bin`), if any.
     pub bootloader: Option<Artifact>,
     /// The interpreter that wheels are installed for.
-    pub python: Python,
+    pub python: RootPython,
     /// Every package in the root and every unpacked package.
-    pub packages: Vec<Package>,
+    pub packages: Vec<BasePackage>,
     /// Version of the C library, as in `2.36` (wheels' `manylinux` tags are checked against it).
     pub glibc: String,
 }
@@ -84,7 +84,7 @@ pub struct InitrdParts {
 /// The Python interpreter in the root.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Python {
+pub struct RootPython {
     /// Full version, as in `3.11.2`.
     pub version: String,
     /// Major and minor, as in `3.11`.
@@ -94,12 +94,12 @@ pub struct Python {
     /// The directory for their console scripts, absolute in the target.
     pub scripts: String,
     /// Distributions (with metadata) that the base already contains.
-    pub distributions: Vec<Distribution>,
+    pub distributions: Vec<PythonDistribution>,
 }
 
 /// A Python distribution.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Distribution {
+pub struct PythonDistribution {
     /// Name as its metadata has it.
     pub name: String,
     /// Version as its metadata has it.
@@ -109,7 +109,7 @@ pub struct Distribution {
 /// The role of a package in the build.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Role {
+pub enum PackageRole {
     /// Unpacked only: the kernel, firmware, bootloader, busybox.
     Extra,
     /// Unpacked on the build machine; never part of an image.
@@ -121,7 +121,7 @@ pub enum Role {
 /// One package of the base, for the SBOM, the budget and the report.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Package {
+pub struct BasePackage {
     /// Binary package name.
     pub name: String,
     /// Version.
@@ -129,7 +129,7 @@ pub struct Package {
     /// Architecture (`arm64`, `all`).
     pub arch: String,
     /// Installed, or only unpacked.
-    pub role: Role,
+    pub role: PackageRole,
     /// Source package that it was built from.
     pub source: String,
     /// Version of the source package.

@@ -33,7 +33,7 @@ pub fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
 ///
 /// # Errors
 /// When a pattern matches nothing, or a file cannot be copied.
-pub fn collect(
+pub fn copy_matches(
     from: &Utf8Path,
     patterns: &[String],
     to: &Utf8Path,
@@ -51,7 +51,7 @@ pub fn collect(
         names.push(path.strip_prefix(from).with_context(|| format!("placing {path}"))?.to_string());
     }
     for pattern in patterns {
-        let one = glob::compile(&[pattern])?;
+        let one = glob::compile_globs(&[pattern])?;
         if !names.iter().any(|name| one.is_match(name)) {
             bail!(
                 "no {what} matches '{pattern}'\nhelp: correct the pattern in the board's board.toml"
@@ -59,9 +59,9 @@ pub fn collect(
         }
     }
     let mut files = Vec::new();
-    let wanted = glob::compile(patterns)?;
+    let wanted = glob::compile_globs(patterns)?;
     for name in names.into_iter().filter(|name| wanted.is_match(name)) {
-        let file = take(&from.join(&name), &to.join(&name))?;
+        let file = copy_file(&from.join(&name), &to.join(&name))?;
         files.push(NamedFile { path: name, file });
     }
     Ok(files)
@@ -71,13 +71,13 @@ pub fn collect(
 ///
 /// # Errors
 /// When it cannot be read or written.
-pub fn take(from: &Utf8Path, to: &Utf8Path) -> Result<Artifact> {
+pub fn copy_file(from: &Utf8Path, to: &Utf8Path) -> Result<Artifact> {
     let mut source = fs::File::open(from).with_context(|| format!("opening {from}"))?;
     write_atomically(to, |out| {
         std::io::copy(&mut source, out).with_context(|| format!("copying {from}"))?;
         Ok(())
     })?;
-    Artifact::of(to)
+    Artifact::from_file(to)
 }
 
 /// The kernel as gzip (it may be compressed already), and its length in bytes when unpacked.
@@ -90,7 +90,7 @@ pub fn compress_kernel(image: &Utf8Path, out: &Utf8Path) -> Result<(Artifact, u6
         let mut plain = flate2::read::GzDecoder::new(bytes.as_slice());
         let size = std::io::copy(&mut plain, &mut std::io::sink())
             .with_context(|| format!("unpacking {image}"))?;
-        return Ok((take(image, out)?, size));
+        return Ok((copy_file(image, out)?, size));
     }
     write_atomically(out, |writer| {
         let level = flate2::Compression::best();
@@ -99,5 +99,5 @@ pub fn compress_kernel(image: &Utf8Path, out: &Utf8Path) -> Result<(Artifact, u6
         gzip.finish()?;
         Ok(())
     })?;
-    Ok((Artifact::of(out)?, bytes.len() as u64))
+    Ok((Artifact::from_file(out)?, bytes.len() as u64))
 }

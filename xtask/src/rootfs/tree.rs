@@ -18,7 +18,7 @@ const XATTR: &str = "SCHILY.xattr.";
 
 /// The origin of an entry, for messages and for the report.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord)]
-pub enum Origin {
+pub enum EntryOrigin {
     /// The engine's base system.
     Base,
     /// The API wheels.
@@ -29,7 +29,7 @@ pub enum Origin {
     Compose,
 }
 
-impl fmt::Display for Origin {
+impl fmt::Display for EntryOrigin {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
             Self::Base => f.write_str("the base system"),
@@ -43,12 +43,12 @@ impl fmt::Display for Origin {
 /// A path in the root: relative, without `.` and doubled slashes; empty for the root itself.
 /// Ordered by components, so that a directory is directly before its contents.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Name(String);
+pub struct RootPath(String);
 
-impl Name {
+impl RootPath {
     /// From a path with `/`; a leading `./` or `/` is ignored.
     pub fn new(path: &str) -> Self {
-        Self(parts(path).collect::<Vec<_>>().join("/"))
+        Self(path_parts(path).collect::<Vec<_>>().join("/"))
     }
 
     /// With `/`, relative; empty for the root itself.
@@ -62,19 +62,19 @@ impl Name {
     }
 }
 
-impl Ord for Name {
+impl Ord for RootPath {
     fn cmp(&self, other: &Self) -> Ordering {
         self.0.split('/').cmp(other.0.split('/'))
     }
 }
 
-impl PartialOrd for Name {
+impl PartialOrd for RootPath {
     fn partial_cmp(&self, other: &Self) -> Option<Ordering> {
         Some(self.cmp(other))
     }
 }
 
-impl fmt::Display for Name {
+impl fmt::Display for RootPath {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str(&self.0)
     }
@@ -82,7 +82,7 @@ impl fmt::Display for Name {
 
 /// The place of a regular file's bytes.
 #[derive(Debug, Clone)]
-pub enum Data {
+pub enum FileData {
     /// In memory.
     Bytes(Vec<u8>),
     /// In one of the tars that were merged.
@@ -98,7 +98,7 @@ pub enum Data {
     Path(Utf8PathBuf, u64),
 }
 
-impl Data {
+impl FileData {
     /// Length in bytes.
     pub fn size(&self) -> u64 {
         match self {
@@ -110,22 +110,22 @@ impl Data {
 
 /// The kind of an entry.
 #[derive(Debug, Clone)]
-pub enum Kind {
+pub enum RootEntryKind {
     /// A directory.
     Folder,
     /// A regular file.
-    File(Data),
+    File(FileData),
     /// A symbolic link with its unmodified target.
     Symlink(String),
     /// A second name of a file: the name of the first.
-    Hardlink(Name),
+    Hardlink(RootPath),
     /// A device node or pipe: tar type, major, minor.
     Special(u8, u32, u32),
 }
 
 /// One entry, without its name (which is the map's key).
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct RootEntry {
     /// Permission bits.
     pub mode: u32,
     /// Numeric owner.
@@ -135,28 +135,28 @@ pub struct Entry {
     /// Modification time, seconds since 1970; `None` means the build's epoch.
     pub mtime: Option<u64>,
     /// What it is.
-    pub kind: Kind,
+    pub kind: RootEntryKind,
     /// Extended attributes, sorted by name.
     pub xattrs: Vec<(String, Vec<u8>)>,
     /// Its origin.
-    pub origin: Origin,
+    pub origin: EntryOrigin,
 }
 
-impl Entry {
+impl RootEntry {
     /// A root-owned entry of the build's epoch.
-    pub fn new(mode: u32, kind: Kind, origin: Origin) -> Self {
+    pub fn new(mode: u32, kind: RootEntryKind, origin: EntryOrigin) -> Self {
         Self { mode, uid: 0, gid: 0, mtime: None, kind, xattrs: Vec::new(), origin }
     }
 
     /// Bytes of content; 0 for all but regular files.
     pub fn size(&self) -> u64 {
-        if let Kind::File(data) = &self.kind { data.size() } else { 0 }
+        if let RootEntryKind::File(data) = &self.kind { data.size() } else { 0 }
     }
 }
 
 /// Which entries of a tar are merged.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Take {
+pub enum TarSelection {
     /// Everything, device nodes and the root's own entry too.
     All,
     /// No device nodes (the kernel's devtmpfs makes them on the robot), and no entry for the root
@@ -166,28 +166,29 @@ pub enum Take {
 
 /// A root filesystem.
 #[derive(Debug, Default)]
-pub struct Tree {
+pub struct RootTree {
     /// All paths.
-    pub(super) entries: BTreeMap<Name, Entry>,
+    pub(super) entries: BTreeMap<RootPath, RootEntry>,
     /// The tars that contain the spans.
     sources: Vec<File>,
 }
 
-impl Tree {
+impl RootTree {
     /// The tree of a tar, unmodified.
     ///
     /// # Errors
-    /// As [`Tree::add_tar`].
+    /// As [`RootTree::add_tar`].
     pub fn from_tar(path: &Utf8Path) -> Result<Self> {
         let mut tree = Self::default();
-        tree.add_tar(path, &Origin::Base, Take::All)?;
+        tree.add_tar(path, &EntryOrigin::Base, TarSelection::All)?;
         Ok(tree)
     }
 
     /// A tree with only the root's own entry (0755).
-    pub fn with_root(origin: Origin) -> Self {
+    pub fn with_root(origin: EntryOrigin) -> Self {
         let mut tree = Self::default();
-        tree.entries.insert(Name::new(""), Entry::new(0o755, Kind::Folder, origin));
+        tree.entries
+            .insert(RootPath::new(""), RootEntry::new(0o755, RootEntryKind::Folder, origin));
         tree
     }
 
@@ -196,7 +197,12 @@ impl Tree {
     /// # Errors
     /// An unreadable tar; an entry of an unknown type; a path that leaves the root; a path that runs
     /// through something that is not a directory.
-    pub fn add_tar(&mut self, path: &Utf8Path, origin: &Origin, take: Take) -> Result<()> {
+    pub fn add_tar(
+        &mut self,
+        path: &Utf8Path,
+        origin: &EntryOrigin,
+        take: TarSelection,
+    ) -> Result<()> {
         let file = File::open(path).with_context(|| format!("opening {path}"))?;
         let reader = file.try_clone().with_context(|| format!("opening {path}"))?;
         let source = self.sources.len();
@@ -208,18 +214,18 @@ impl Tree {
                 .map_err(anyhow::Error::from)
                 .and_then(|mut entry| read_entry(&mut entry, source, origin));
             let (name, entry) = placed.with_context(|| format!("reading {path}"))?;
-            if take == Take::Contents
-                && (name.0.is_empty() || matches!(entry.kind, Kind::Special(..)))
+            if take == TarSelection::Contents
+                && (name.0.is_empty() || matches!(entry.kind, RootEntryKind::Special(..)))
             {
                 continue;
             }
             // Existing directories keep their mode: a later tar lists directories only to add files
             // to them.
-            let keeps = |there: &Entry| {
-                matches!((&there.kind, &entry.kind), (Kind::Folder, Kind::Folder))
+            let keeps = |there: &RootEntry| {
+                matches!((&there.kind, &entry.kind), (RootEntryKind::Folder, RootEntryKind::Folder))
                     && there.origin != entry.origin
             };
-            if name.0.is_empty() && matches!(entry.kind, Kind::Folder) {
+            if name.0.is_empty() && matches!(entry.kind, RootEntryKind::Folder) {
                 self.entries.insert(name, entry);
             } else if !self.entries.get(&name).is_some_and(keeps) {
                 self.insert(name.path(), entry).with_context(|| format!("merging {path}"))?;
@@ -234,16 +240,16 @@ impl Tree {
     /// # Errors
     /// A path that leaves the root, runs through a file or a link, or replaces a directory by
     /// something else.
-    pub fn insert(&mut self, path: &str, entry: Entry) -> Result<()> {
-        let name = checked(path)?;
+    pub fn insert(&mut self, path: &str, entry: RootEntry) -> Result<()> {
+        let name = check_path(path)?;
         ensure!(!name.0.is_empty(), "an entry has no name");
         for parent in name.parents() {
-            let key = Name(parent.to_owned());
+            let key = RootPath(parent.to_owned());
             match self.entries.get(&key).map(|e| (&e.kind, &e.origin)) {
-                Some((Kind::Folder, _)) => {}
+                Some((RootEntryKind::Folder, _)) => {}
                 Some((kind, origin)) => {
                     let what = match kind {
-                        Kind::Symlink(to) => format!("a symbolic link to {to}"),
+                        RootEntryKind::Symlink(to) => format!("a symbolic link to {to}"),
                         _ => "not a directory".to_owned(),
                     };
                     bail!(
@@ -253,14 +259,14 @@ impl Tree {
                     );
                 }
                 None => {
-                    let made = Entry::new(0o755, Kind::Folder, entry.origin.clone());
+                    let made = RootEntry::new(0o755, RootEntryKind::Folder, entry.origin.clone());
                     self.entries.insert(key, made);
                 }
             }
         }
         if let Some(there) = self.entries.get(&name)
-            && matches!(there.kind, Kind::Folder)
-            && !matches!(entry.kind, Kind::Folder)
+            && matches!(there.kind, RootEntryKind::Folder)
+            && !matches!(entry.kind, RootEntryKind::Folder)
         {
             bail!(
                 "placing /{name} from {}: a directory from {} exists already",
@@ -275,55 +281,55 @@ impl Tree {
     /// Inserts a file with these bytes from the compose stage.
     ///
     /// # Errors
-    /// As [`Tree::insert`].
+    /// As [`RootTree::insert`].
     pub fn file(&mut self, path: &str, mode: u32, bytes: impl Into<Vec<u8>>) -> Result<()> {
-        let kind = Kind::File(Data::Bytes(bytes.into()));
-        self.insert(path, Entry::new(mode, kind, Origin::Compose))
+        let kind = RootEntryKind::File(FileData::Bytes(bytes.into()));
+        self.insert(path, RootEntry::new(mode, kind, EntryOrigin::Compose))
     }
 
     /// Removes an entry and everything below it.
     pub fn remove(&mut self, path: &str) {
-        let gone = Name::new(path);
+        let gone = RootPath::new(path);
         self.entries.retain(|name, _| *name != gone && !name.parents().any(|p| p == gone.0));
     }
 
     /// The entry of that exact path.
-    pub fn get(&self, path: &str) -> Option<&Entry> {
-        self.entries.get(&Name::new(path))
+    pub fn get(&self, path: &str) -> Option<&RootEntry> {
+        self.entries.get(&RootPath::new(path))
     }
 
     /// All entries, sorted.
-    pub fn iter(&self) -> impl Iterator<Item = (&str, &Entry)> {
+    pub fn iter(&self) -> impl Iterator<Item = (&str, &RootEntry)> {
         self.entries.iter().map(|(name, entry)| (name.path(), entry))
     }
 
     /// Sum of the lengths of regular files, in bytes.
     pub fn file_bytes(&self) -> u64 {
-        self.entries.values().map(Entry::size).sum()
+        self.entries.values().map(RootEntry::size).sum()
     }
 
     /// Follows symbolic links, as the kernel would, to the entry that a path names on the robot.
-    pub fn resolve(&self, path: &str) -> Option<(&str, &Entry)> {
-        let mut rest: Vec<String> = parts(path).rev().map(str::to_owned).collect();
-        let mut at = Name(String::new());
+    pub fn resolve(&self, path: &str) -> Option<(&str, &RootEntry)> {
+        let mut rest: Vec<String> = path_parts(path).rev().map(str::to_owned).collect();
+        let mut at = RootPath(String::new());
         // 40 links is Linux's own limit (path_resolution(7)).
         let mut links = 0;
         while let Some(part) = rest.pop() {
             if part == ".." {
-                at = Name(at.0.rsplit_once('/').map_or(String::new(), |(up, _)| up.to_owned()));
+                at = RootPath(at.0.rsplit_once('/').map_or(String::new(), |(up, _)| up.to_owned()));
                 continue;
             }
-            let next = Name(if at.0.is_empty() { part } else { format!("{at}/{part}") });
+            let next = RootPath(if at.0.is_empty() { part } else { format!("{at}/{part}") });
             match &self.entries.get(&next)?.kind {
-                Kind::Symlink(target) => {
+                RootEntryKind::Symlink(target) => {
                     links += 1;
                     if links > 40 {
                         return None;
                     }
                     if target.starts_with('/') {
-                        at = Name(String::new());
+                        at = RootPath(String::new());
                     }
-                    rest.extend(parts(target).rev().map(str::to_owned));
+                    rest.extend(path_parts(target).rev().map(str::to_owned));
                 }
                 _ => at = next,
             }
@@ -338,8 +344,10 @@ impl Tree {
     pub fn read(&self, path: &str) -> Result<Vec<u8>> {
         let (_, entry) = self.resolve(path).with_context(|| format!("/{path} does not exist"))?;
         match &entry.kind {
-            Kind::File(data) => self.content(data).with_context(|| format!("reading /{path}")),
-            Kind::Hardlink(first) => self.read(first.path()),
+            RootEntryKind::File(data) => {
+                self.content(data).with_context(|| format!("reading /{path}"))
+            }
+            RootEntryKind::Hardlink(first) => self.read(first.path()),
             _ => bail!("/{path} is not a file"),
         }
     }
@@ -349,11 +357,13 @@ impl Tree {
     /// # Errors
     /// When it cannot be read.
     pub fn bytes(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let Some(Entry { kind: Kind::File(data), .. }) = self.get(path) else { return Ok(None) };
+        let Some(RootEntry { kind: RootEntryKind::File(data), .. }) = self.get(path) else {
+            return Ok(None);
+        };
         self.content(data).with_context(|| format!("reading /{path}")).map(Some)
     }
 
-    fn content(&self, data: &Data) -> Result<Vec<u8>> {
+    fn content(&self, data: &FileData) -> Result<Vec<u8>> {
         let mut bytes = Vec::with_capacity(usize::try_from(data.size())?);
         self.open(data)?.read_to_end(&mut bytes)?;
         let (size, found) = (data.size(), bytes.len());
@@ -361,15 +371,15 @@ impl Tree {
         Ok(bytes)
     }
 
-    fn open<'a>(&'a self, data: &'a Data) -> Result<Box<dyn Read + 'a>> {
+    fn open<'a>(&'a self, data: &'a FileData) -> Result<Box<dyn Read + 'a>> {
         Ok(match data {
-            Data::Bytes(bytes) => Box::new(bytes.as_slice()),
-            Data::Span { source, offset, len } => {
+            FileData::Bytes(bytes) => Box::new(bytes.as_slice()),
+            FileData::Span { source, offset, len } => {
                 let file =
                     self.sources.get(*source).context("a file is not in any tar of this tree")?;
                 Box::new(Span { file, at: *offset, left: *len })
             }
-            Data::Path(path, len) => {
+            FileData::Path(path, len) => {
                 let file = File::open(path).with_context(|| format!("opening {path}"))?;
                 Box::new(file.take(*len))
             }
@@ -384,7 +394,7 @@ impl Tree {
         let mut builder = Builder::new(out);
         let firsts = self.first_names()?;
         for (name, entry) in &self.entries {
-            let file = if let Kind::Hardlink(file) = &entry.kind { file } else { name };
+            let file = if let RootEntryKind::Hardlink(file) = &entry.kind { file } else { name };
             let first = firsts.get(file).copied().filter(|first| *first != name);
             // All names of a file have that file's attributes.
             self.entries
@@ -398,12 +408,12 @@ impl Tree {
 
     /// For each file with several names, the first name in our order: it must have the content,
     /// whichever name had it in the tar.
-    fn first_names(&self) -> Result<BTreeMap<&Name, &Name>> {
-        let mut firsts: BTreeMap<&Name, &Name> = BTreeMap::new();
+    fn first_names(&self) -> Result<BTreeMap<&RootPath, &RootPath>> {
+        let mut firsts: BTreeMap<&RootPath, &RootPath> = BTreeMap::new();
         for (name, entry) in &self.entries {
-            let Kind::Hardlink(file) = &entry.kind else { continue };
+            let RootEntryKind::Hardlink(file) = &entry.kind else { continue };
             ensure!(
-                self.entries.get(file).is_some_and(|e| matches!(e.kind, Kind::File(_))),
+                self.entries.get(file).is_some_and(|e| matches!(e.kind, RootEntryKind::File(_))),
                 "/{name} is a hard link to /{file}, which is not a file of this tree"
             );
             firsts.entry(file).or_insert(name.min(file));
@@ -414,9 +424,9 @@ impl Tree {
     fn append(
         &self,
         builder: &mut Builder<&mut dyn Write>,
-        name: &Name,
-        entry: &Entry,
-        first: Option<&Name>,
+        name: &RootPath,
+        entry: &RootEntry,
+        first: Option<&RootPath>,
         epoch: u64,
     ) -> Result<()> {
         let mut header = Header::new_gnu();
@@ -437,27 +447,27 @@ impl Tree {
             builder.append_pax_extensions(keys.iter().map(String::as_str).zip(values))?;
         }
         match &entry.kind {
-            Kind::Folder => {
+            RootEntryKind::Folder => {
                 header.set_entry_type(EntryType::Directory);
                 let shown = if name.0.is_empty() { "." } else { name.path() };
                 builder.append_data(&mut header, format!("{shown}/"), io::empty())?;
             }
-            Kind::File(data) => {
+            RootEntryKind::File(data) => {
                 header.set_entry_type(EntryType::Regular);
                 header.set_size(data.size());
                 builder.append_data(&mut header, name.path(), self.open(data)?)?;
             }
-            Kind::Symlink(target) => {
+            RootEntryKind::Symlink(target) => {
                 header.set_entry_type(EntryType::Symlink);
                 builder.append_link(&mut header, name.path(), target)?;
             }
-            Kind::Special(kind, major, minor) => {
+            RootEntryKind::Special(kind, major, minor) => {
                 header.set_entry_type(EntryType::new(*kind));
                 header.set_device_major(*major)?;
                 header.set_device_minor(*minor)?;
                 builder.append_data(&mut header, name.path(), io::empty())?;
             }
-            Kind::Hardlink(file) => bail!("hard link to /{file}, which is a link"),
+            RootEntryKind::Hardlink(file) => bail!("hard link to /{file}, which is a link"),
         }
         Ok(())
     }
@@ -467,10 +477,10 @@ impl Tree {
 fn read_entry(
     entry: &mut tar::Entry<'_, File>,
     source: usize,
-    origin: &Origin,
-) -> Result<(Name, Entry)> {
+    origin: &EntryOrigin,
+) -> Result<(RootPath, RootEntry)> {
     let path = String::from_utf8(entry.path_bytes().into_owned()).context("a name is not UTF-8")?;
-    let name = checked(&path)?;
+    let name = check_path(&path)?;
     let mut xattrs = Vec::new();
     if let Some(extensions) = entry.pax_extensions()? {
         for extension in extensions {
@@ -489,20 +499,22 @@ fn read_entry(
     };
     let header = entry.header();
     let kind = match header.entry_type() {
-        EntryType::Directory => Kind::Folder,
-        EntryType::Regular | EntryType::Continuous => {
-            Kind::File(Data::Span { source, offset: entry.raw_file_position(), len: entry.size() })
-        }
-        EntryType::Symlink => Kind::Symlink(target()?),
-        EntryType::Link => Kind::Hardlink(checked(&target()?)?),
-        special @ (EntryType::Char | EntryType::Block | EntryType::Fifo) => Kind::Special(
+        EntryType::Directory => RootEntryKind::Folder,
+        EntryType::Regular | EntryType::Continuous => RootEntryKind::File(FileData::Span {
+            source,
+            offset: entry.raw_file_position(),
+            len: entry.size(),
+        }),
+        EntryType::Symlink => RootEntryKind::Symlink(target()?),
+        EntryType::Link => RootEntryKind::Hardlink(check_path(&target()?)?),
+        special @ (EntryType::Char | EntryType::Block | EntryType::Fifo) => RootEntryKind::Special(
             special.as_byte(),
             header.device_major()?.unwrap_or(0),
             header.device_minor()?.unwrap_or(0),
         ),
         other => bail!("{path} has a type that cannot be merged: {other:?}"),
     };
-    let made = Entry {
+    let made = RootEntry {
         mode: header.mode()? & 0o7777,
         uid: u32::try_from(header.uid()?).context("a user id is too large")?,
         gid: u32::try_from(header.gid()?).context("a group id is too large")?,
@@ -531,27 +543,27 @@ impl Read for Span<'_> {
     }
 }
 
-fn parts(path: &str) -> impl DoubleEndedIterator<Item = &str> {
+fn path_parts(path: &str) -> impl DoubleEndedIterator<Item = &str> {
     path.split('/').filter(|part| !part.is_empty() && *part != ".")
 }
 
 /// A name that does not leave the root.
-fn checked(path: &str) -> Result<Name> {
-    ensure!(parts(path).all(|part| part != ".."), "the path {path} contains `..`");
-    Ok(Name::new(path))
+fn check_path(path: &str) -> Result<RootPath> {
+    ensure!(path_parts(path).all(|part| part != ".."), "the path {path} contains `..`");
+    Ok(RootPath::new(path))
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
 
-    fn link(to: &str) -> Entry {
-        Entry::new(0o777, Kind::Symlink(to.into()), Origin::Base)
+    fn link(to: &str) -> RootEntry {
+        RootEntry::new(0o777, RootEntryKind::Symlink(to.into()), EntryOrigin::Base)
     }
 
     #[test]
     fn resolves_as_the_kernel_would() {
-        let mut tree = Tree::default();
+        let mut tree = RootTree::default();
         tree.file("usr/lib/systemd/systemd", 0o755, "x").expect("placed");
         tree.insert("lib", link("usr/lib")).expect("placed");
         tree.insert("usr/sbin/init", link("../../lib/systemd/systemd")).expect("placed");
@@ -564,7 +576,7 @@ mod tests {
 
     #[test]
     fn refuses_to_write_through_a_link_or_out_of_the_root() {
-        let mut tree = Tree::default();
+        let mut tree = RootTree::default();
         tree.insert("lib", link("usr/lib")).expect("placed");
         let error = tree.file("lib/x", 0o644, "").expect_err("through a link").to_string();
         assert!(error.contains("/lib is a symbolic link to usr/lib"), "{error}");
@@ -574,9 +586,10 @@ mod tests {
 
     #[test]
     fn a_hard_link_that_sorts_first_carries_the_content() {
-        let mut tree = Tree::default();
+        let mut tree = RootTree::default();
         tree.file("z", 0o644, "same").expect("placed");
-        let second = Entry::new(0o644, Kind::Hardlink(Name::new("z")), Origin::Base);
+        let second =
+            RootEntry::new(0o644, RootEntryKind::Hardlink(RootPath::new("z")), EntryOrigin::Base);
         tree.insert("a", second).expect("placed");
         let mut bytes = Vec::new();
         tree.write(0, &mut bytes).expect("written");
@@ -591,11 +604,11 @@ mod tests {
 
     #[test]
     fn a_folder_stands_right_before_what_is_in_it_and_goes_with_it() {
-        let mut tree = Tree::with_root(Origin::Base);
+        let mut tree = RootTree::with_root(EntryOrigin::Base);
         for path in ["a-b", "a.d/x", "a/x/y", "ab"] {
             tree.file(path, 0o644, "").expect("placed");
         }
-        let names = |tree: &Tree| tree.iter().map(|(p, _)| p.to_owned()).collect::<Vec<_>>();
+        let names = |tree: &RootTree| tree.iter().map(|(p, _)| p.to_owned()).collect::<Vec<_>>();
         assert_eq!(names(&tree), ["", "a", "a/x", "a/x/y", "a-b", "a.d", "a.d/x", "ab"]);
         tree.remove("a");
         assert_eq!(names(&tree), ["", "a-b", "a.d", "a.d/x", "ab"]);
@@ -605,16 +618,17 @@ mod tests {
     fn a_directory_stays_a_directory_and_keeps_its_mode_when_another_tar_lists_it() {
         let dir = tempfile::tempdir().expect("a directory");
         let dir = Utf8Path::from_path(dir.path()).expect("UTF-8");
-        let mut later = Tree::with_root(Origin::Api);
+        let mut later = RootTree::with_root(EntryOrigin::Api);
         later.file("d/x", 0o644, "content").expect("placed");
-        let null = Entry::new(0o666, Kind::Special(b'3', 1, 3), Origin::Api);
+        let null = RootEntry::new(0o666, RootEntryKind::Special(b'3', 1, 3), EntryOrigin::Api);
         later.insert("null", null).expect("placed");
         let tar = dir.join("later.tar");
         later.write(7, &mut File::create(&tar).expect("created")).expect("written");
 
-        let mut tree = Tree::default();
-        tree.insert("d", Entry::new(0o700, Kind::Folder, Origin::Base)).expect("placed");
-        tree.add_tar(&tar, &Origin::Api, Take::Contents).expect("merged");
+        let mut tree = RootTree::default();
+        tree.insert("d", RootEntry::new(0o700, RootEntryKind::Folder, EntryOrigin::Base))
+            .expect("placed");
+        tree.add_tar(&tar, &EntryOrigin::Api, TarSelection::Contents).expect("merged");
         assert_eq!(tree.get("d").map(|e| e.mode), Some(0o700));
         assert_eq!(tree.read("d/x").expect("there"), b"content");
         assert!(tree.get("").is_none() && tree.get("null").is_none());
@@ -622,8 +636,11 @@ mod tests {
         let both = "/d from the compose stage: a directory from the base system exists already";
         assert!(error.contains(both), "{error}");
 
-        let all = Tree::from_tar(&tar).expect("read");
+        let all = RootTree::from_tar(&tar).expect("read");
         assert!(all.get("").is_some());
-        assert!(matches!(all.get("null").map(|e| &e.kind), Some(Kind::Special(b'3', 1, 3))));
+        assert!(matches!(
+            all.get("null").map(|e| &e.kind),
+            Some(RootEntryKind::Special(b'3', 1, 3))
+        ));
     }
 }

@@ -10,8 +10,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
 
-use crate::keys::Signer;
-use crate::store::format::{check_hash, pretty};
+use crate::keys::SigningKey;
+use crate::store::format::{check_hash, to_pretty_json};
 
 /// The version of the records. It is raised when an old reader would misread a new one.
 pub const FORMAT: u32 = 1;
@@ -34,7 +34,7 @@ struct Envelope {
 /// A stage's result.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Record {
+pub struct StageRecord {
     /// [`FORMAT`].
     pub format: u32,
     /// The stage.
@@ -46,13 +46,13 @@ pub struct Record {
     /// The places of these paths in `value`: JSON pointers (RFC 6901).
     pub paths: Vec<String>,
     /// The files.
-    pub files: Vec<StoredFile>,
+    pub files: Vec<StageFile>,
 }
 
 /// A file of a stage.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct StoredFile {
+pub struct StageFile {
     /// Relative to the stage's directory.
     pub path: Utf8PathBuf,
     /// Its length in bytes.
@@ -62,25 +62,25 @@ pub struct StoredFile {
     /// Whether it is executable.
     pub executable: bool,
     /// The stored object.
-    pub object: Packed,
+    pub object: PackedObject,
 }
 
 /// An object of the store.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Packed {
+pub struct PackedObject {
     /// SHA-256 of the stored bytes; the object's name.
     pub sha256: String,
     /// Its stored size in bytes.
     pub size: u64,
     /// How it was packed.
-    pub compression: Compression,
+    pub compression: ObjectCompression,
 }
 
 /// How an object was packed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Compression {
+pub enum ObjectCompression {
     /// Not packed.
     None,
     /// One zstd frame.
@@ -89,30 +89,30 @@ pub enum Compression {
 
 /// The path of a stage's record. Each signing key has a separate file: a record never replaces that
 /// of another key.
-pub fn path(key: &str, signer: &str) -> String {
+pub fn record_path(key: &str, signer: &str) -> String {
     format!("stages/{}/{key}-{signer}.json", key.get(..2).unwrap_or_default())
 }
 
 /// A stage's value, independent of the directory in which it was created.
 #[derive(Debug, PartialEq, Eq)]
-pub struct Portable {
+pub struct PortableValue {
     /// The value.
     pub value: Value,
-    /// Like [`Record::paths`].
+    /// Like [`StageRecord::paths`].
     pub paths: Vec<String>,
     /// The files that it names.
     pub files: BTreeSet<Utf8PathBuf>,
 }
 
-impl Portable {
+impl PortableValue {
     /// Makes the paths in `value` relative to `dir`. `cache` is the directory that no other path
     /// may be in.
     ///
     /// # Errors
     /// When it contains a path of this machine outside of `dir`.
-    pub fn of(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
+    pub fn from_value(mut value: Value, dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
         let (mut paths, mut files) = (Vec::new(), BTreeSet::new());
-        relocate(&mut value, &mut String::new(), &mut |pointer, text| {
+        map_strings(&mut value, &mut String::new(), &mut |pointer, text| {
             let path = Utf8Path::new(&*text);
             match path.strip_prefix(dir) {
                 Ok(inside) => {
@@ -133,7 +133,7 @@ impl Portable {
 }
 
 /// Calls `on` with each string in a value and its JSON pointer.
-fn relocate(
+fn map_strings(
     value: &mut Value,
     pointer: &mut String,
     on: &mut dyn FnMut(&str, &mut String) -> Result<()>,
@@ -144,14 +144,14 @@ fn relocate(
         Value::Array(items) => {
             for (index, item) in items.iter_mut().enumerate() {
                 pointer.push_str(&format!("/{index}"));
-                relocate(item, pointer, on)?;
+                map_strings(item, pointer, on)?;
                 pointer.truncate(length);
             }
         }
         Value::Object(fields) => {
             for (name, field) in fields {
                 pointer.push_str(&format!("/{}", name.replace('~', "~0").replace('/', "~1")));
-                relocate(field, pointer, on)?;
+                map_strings(field, pointer, on)?;
                 pointer.truncate(length);
             }
         }
@@ -160,16 +160,16 @@ fn relocate(
     Ok(())
 }
 
-impl Record {
+impl StageRecord {
     /// The signed file.
     ///
     /// # Errors
     /// When it has no JSON form.
-    pub fn sign(&self, signer: &Signer) -> Result<Vec<u8>> {
-        let record = pretty(self)?;
+    pub fn sign(&self, signer: &SigningKey) -> Result<Vec<u8>> {
+        let record = to_pretty_json(self)?;
         let comment = format!("slipway stage {} {}", self.stage, self.key);
         let signature = signer.sign(record.as_bytes(), &comment).text;
-        Ok(pretty(&Envelope { record, signature })?.into_bytes())
+        Ok(to_pretty_json(&Envelope { record, signature })?.into_bytes())
     }
 
     /// Opens a record of a stage: verifies the signature first, then checks every rule.
@@ -209,10 +209,10 @@ impl Record {
             ensure!(names.insert(&file.path), "the record lists {} twice", file.path);
             // A packed file is only stored if it is smaller.
             let fits = match file.object.compression {
-                Compression::None => {
+                ObjectCompression::None => {
                     file.object.size == file.size && file.object.sha256 == file.sha256
                 }
-                Compression::Zstd => file.object.size < file.size,
+                ObjectCompression::Zstd => file.object.size < file.size,
             };
             ensure!(fits, "{}: {} bytes are stored as {}", file.path, file.size, file.object.size);
             total = total.saturating_add(file.size);
@@ -267,16 +267,17 @@ mod tests {
 
     use super::*;
 
-    fn record(path: &str, size: u64) -> Record {
+    fn record(path: &str, size: u64) -> StageRecord {
         let sha256 = "0".repeat(64);
-        let object = Packed { sha256: sha256.clone(), size, compression: Compression::None };
-        Record {
+        let object =
+            PackedObject { sha256: sha256.clone(), size, compression: ObjectCompression::None };
+        StageRecord {
             format: FORMAT,
             stage: "base".to_owned(),
             key: "k".to_owned(),
             value: json!({ "file": path, "text": path }),
             paths: vec!["/file".to_owned()],
-            files: vec![StoredFile { path: path.into(), size, sha256, executable: false, object }],
+            files: vec![StageFile { path: path.into(), size, sha256, executable: false, object }],
         }
     }
 
@@ -288,7 +289,8 @@ mod tests {
             "scripts": "/usr/bin",
         });
         let cache = Utf8Path::new("/cache");
-        let portable = Portable::of(value, Utf8Path::new("/cache/stages/base/1"), cache).unwrap();
+        let portable =
+            PortableValue::from_value(value, Utf8Path::new("/cache/stages/base/1"), cache).unwrap();
         assert_eq!(portable.paths, ["/a~1b~0c/0"]);
         assert_eq!(portable.files, BTreeSet::from(["x.tar".into()]));
         let mut record = record("x.tar", 1);
@@ -301,7 +303,8 @@ mod tests {
         });
         assert_eq!(moved, expected);
         let outside = json!(["/cache/tools/mke2fs"]);
-        let error = Portable::of(outside, Utf8Path::new("/cache/stages/base/1"), cache);
+        let error =
+            PortableValue::from_value(outside, Utf8Path::new("/cache/stages/base/1"), cache);
         assert!(error.unwrap_err().to_string().contains("/cache/tools/mke2fs"));
     }
 
@@ -328,10 +331,10 @@ mod tests {
             let error = record(path, 1).check("base", "k").unwrap_err().to_string();
             assert!(error.contains("unsafe path"), "{path}: {error}");
         }
-        let error = |record: &Record| record.check("base", "k").unwrap_err().to_string();
+        let error = |record: &StageRecord| record.check("base", "k").unwrap_err().to_string();
         assert!(error(&record("a", MOST_BYTES + 1)).contains("bytes, the maximum is"));
         let mut one = record("a", 1);
-        one.files[0].object.compression = Compression::Zstd;
+        one.files[0].object.compression = ObjectCompression::Zstd;
         assert!(error(&one).contains("1 bytes are stored as 1"));
         one = record("a", 1);
         one.files[0].object.sha256 = "../".to_owned();
@@ -342,7 +345,7 @@ mod tests {
         one = record("a", 1);
         one.files = vec![one.files[0].clone(); MOST_FILES + 1];
         assert!(error(&one).contains("files, the maximum is"));
-        assert!(error(&Record { format: 2, ..record("a", 1) }).contains("expected format 1"));
+        assert!(error(&StageRecord { format: 2, ..record("a", 1) }).contains("expected format 1"));
         assert!(record("a", 1).check("api", "k").is_err());
         assert!(record("a", 1).check("base", "l").is_err());
     }
@@ -352,7 +355,7 @@ mod tests {
         let dir = Utf8Path::new("/dir");
         let with = |paths: &[&str]| {
             let paths = paths.iter().map(|p| (*p).to_owned()).collect();
-            Record { paths, ..record("a", 1) }.value_in(dir)
+            StageRecord { paths, ..record("a", 1) }.value_in(dir)
         };
         assert_eq!(with(&["/file"]).unwrap()["file"], "/dir/a");
         for bad in [&["/nothing"][..], &[""], &["/file", "/file"]] {

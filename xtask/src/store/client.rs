@@ -12,14 +12,14 @@ use ureq::http::Response;
 use ureq::tls::TlsConfig;
 use ureq::{Agent, RequestBuilder};
 
-use super::BadObject;
+use super::ObjectError;
 use super::format::LARGEST_TEXT;
 use crate::artifact::hex;
-use crate::tls::authorities;
+use crate::tls::load_authorities;
 
 /// The timeouts of a server.
 #[derive(Debug, Clone, Copy)]
-pub struct Patience {
+pub struct ServerTimeouts {
     /// The connection must be established within this time.
     pub connect: Duration,
     /// The server must answer within this time after it has received the request.
@@ -30,7 +30,7 @@ pub struct Patience {
     pub rate: u64,
 }
 
-impl Default for Patience {
+impl Default for ServerTimeouts {
     /// Publishing has generous timeouts: it should succeed.
     fn default() -> Self {
         Self {
@@ -42,7 +42,7 @@ impl Default for Patience {
     }
 }
 
-impl Patience {
+impl ServerTimeouts {
     /// The timeout for this number of bytes.
     fn allowed(&self, bytes: u64) -> Option<Duration> {
         let seconds = bytes.checked_div(self.rate)?;
@@ -52,16 +52,16 @@ impl Patience {
 
 /// A server and its client.
 #[derive(Debug)]
-pub(super) struct Client {
+pub(super) struct HttpClient {
     /// Its name in messages.
     pub name: String,
     /// Sends the requests.
     pub agent: Agent,
-    patience: Patience,
+    timeouts: ServerTimeouts,
 }
 
 /// An answer's status, the relevant headers, and its body.
-pub(super) struct Answer {
+pub(super) struct HttpResponse {
     pub status: u16,
     pub etag: Option<String>,
     pub length: Option<u64>,
@@ -70,37 +70,37 @@ pub(super) struct Answer {
 }
 
 /// The body of a request.
-pub(super) enum Body {
+pub(super) enum RequestBody {
     Bytes(Vec<u8>),
     File(File),
 }
 
-impl Client {
-    pub fn new(name: String, patience: Patience) -> Result<Self> {
+impl HttpClient {
+    pub fn new(name: String, timeouts: ServerTimeouts) -> Result<Self> {
         // A server that sends nothing for this time, in the middle of an object, is unreachable.
-        let silence = (patience.rate > 0).then_some(patience.answer);
+        let silence = (timeouts.rate > 0).then_some(timeouts.answer);
         // For small files; objects have their own limit.
-        let body = patience.allowed(LARGEST_TEXT);
+        let body = timeouts.allowed(LARGEST_TEXT);
         let config = Agent::config_builder()
             .http_status_as_error(false)
             .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
             .timeout_resolve(silence)
-            .timeout_connect(Some(patience.connect))
-            .timeout_recv_response(Some(patience.answer))
+            .timeout_connect(Some(timeouts.connect))
+            .timeout_recv_response(Some(timeouts.answer))
             .timeout_recv_body(body)
             .timeout_per_read(silence)
             .timeout_per_write(silence)
-            .tls_config(TlsConfig::builder().root_certs(authorities()?).build())
+            .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
-        Ok(Self { name, agent: config.into(), patience })
+        Ok(Self { name, agent: config.into(), timeouts })
     }
 
     /// Retries while the service is overloaded or the connection breaks.
-    pub fn ask(
+    pub fn request(
         &self,
         what: &str,
-        mut once: impl FnMut() -> Result<Answer, ureq::Error>,
-    ) -> Result<Answer> {
+        mut once: impl FnMut() -> Result<HttpResponse, ureq::Error>,
+    ) -> Result<HttpResponse> {
         let mut pause = Duration::from_millis(300);
         let mut attempt = 1;
         loop {
@@ -110,7 +110,7 @@ impl Client {
                 // The address may contain a signature, so it is not shown.
                 Err(error) => anyhow::Error::msg(error.to_string()),
             };
-            if attempt == self.patience.attempts {
+            if attempt == self.timeouts.attempts {
                 let attempts = match attempt {
                     1 => String::new(),
                     many => format!(" after {many} attempts"),
@@ -128,15 +128,15 @@ impl Client {
     pub fn send(
         &self,
         request: RequestBuilder<ureq::typestate::WithBody>,
-        body: Body,
+        body: RequestBody,
         size: u64,
-    ) -> Result<Answer, ureq::Error> {
-        let request = request.config().timeout_send_body(self.patience.allowed(size)).build();
+    ) -> Result<HttpResponse, ureq::Error> {
+        let request = request.config().timeout_send_body(self.timeouts.allowed(size)).build();
         let mut response = match body {
-            Body::Bytes(bytes) => request.send(&bytes[..])?,
-            Body::File(file) => request.send(file)?,
+            RequestBody::Bytes(bytes) => request.send(&bytes[..])?,
+            RequestBody::File(file) => request.send(file)?,
         };
-        Answer::read(&mut response)
+        HttpResponse::read(&mut response)
     }
 
     /// Starts to fetch an object of limited size.
@@ -147,7 +147,7 @@ impl Client {
     ) -> Result<Response<ureq::Body>> {
         // Fetch the stored bytes, never compressed for the transfer.
         let request = request.header("Accept-Encoding", "identity");
-        let request = request.config().timeout_recv_body(self.patience.allowed(limit)).build();
+        let request = request.config().timeout_recv_body(self.timeouts.allowed(limit)).build();
         let response = request.call().map_err(|error| anyhow::Error::msg(error.to_string()));
         response.with_context(|| format!("fetching from {}", self.name))
     }
@@ -161,14 +161,14 @@ impl Client {
         into: &Utf8Path,
         received: &dyn Fn(u64),
     ) -> Result<()> {
-        let doing = || format!("fetching {path} from {}", self.name);
+        let context = || format!("fetching {path} from {}", self.name);
         let body = response.body_mut().with_config().limit(u64::MAX).reader();
         // One additional byte is enough to detect a wrong object.
         let mut body = body.take(limit.saturating_add(1));
         let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
         let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
         loop {
-            match body.read(&mut buffer).with_context(doing)? {
+            match body.read(&mut buffer).with_context(context)? {
                 0 => break,
                 n => {
                     hasher.update(&buffer[..n]);
@@ -180,7 +180,7 @@ impl Client {
         let found = hex(&hasher.finalize());
         if found != sha256 {
             drop(fs::remove_file(into));
-            return Err(BadObject::Damaged(format!(
+            return Err(ObjectError::Damaged(format!(
                 "{path} of {} is damaged: its SHA-256 is {found}",
                 self.name
             ))
@@ -190,7 +190,7 @@ impl Client {
     }
 }
 
-impl Answer {
+impl HttpResponse {
     pub fn head(response: &Response<ureq::Body>) -> Self {
         let header = |name: &str| {
             let value = response.headers().get(name)?;

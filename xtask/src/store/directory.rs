@@ -15,21 +15,21 @@ use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renam
 use rustix::io::Errno;
 use sha2::{Digest, Sha256};
 
-use super::format::{Channel, Index, LARGEST_TEXT, object_path};
-use super::{BadObject, Files, Store, Token};
+use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file, hex};
-use crate::scratch::unique;
+use crate::scratch::unique_name;
 
 /// The suffix of unfinished files; `release gc` removes those of interrupted publishers.
 pub const UNFINISHED: &str = ".partial-";
 
 /// A directory with releases.
 #[derive(Debug, Clone)]
-pub struct Directory {
+pub struct DirectoryStore {
     root: Utf8PathBuf,
 }
 
-impl Directory {
+impl DirectoryStore {
     /// Creates nothing.
     pub fn new(root: &Utf8Path) -> Self {
         Self { root: root.to_owned() }
@@ -47,7 +47,7 @@ impl Directory {
 
     /// Writes a temporary file beside the final name, flushes it, verifies it by reading the
     /// medium, and renames it.
-    fn place(
+    fn write_and_rename(
         &self,
         path: &Utf8Path,
         replace: bool,
@@ -55,7 +55,7 @@ impl Directory {
     ) -> Result<bool> {
         let dir = path.parent().context("a stored file has a directory")?;
         self.make_folders(dir)?;
-        let temporary = dir.join(format!("{UNFINISHED}{}", unique()));
+        let temporary = dir.join(format!("{UNFINISHED}{}", unique_name()));
         let attempt = || -> Result<bool> {
             let mut file =
                 File::create_new(&temporary).with_context(|| format!("creating {temporary}"))?;
@@ -122,8 +122,8 @@ impl Directory {
         }
     }
 
-    fn small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
-        self.place(path, replace, |file| {
+    fn write_small(&self, path: &Utf8Path, replace: bool, content: &[u8]) -> Result<bool> {
+        self.write_and_rename(path, replace, |file| {
             file.write_all(content).with_context(|| format!("writing {path}"))?;
             Ok(hash_bytes(content))
         })
@@ -157,25 +157,25 @@ const PASS: u32 = 0o111;
 
 /// Renames without replacing an existing file: returns `false` if one exists.
 fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
-    let doing = || format!("renaming to {to}");
+    let context = || format!("renaming to {to}");
     match renameat_with(CWD, from.as_str(), CWD, to.as_str(), RenameFlags::NOREPLACE) {
         Ok(()) => return Ok(true),
         Err(Errno::EXIST) => return Ok(false),
         // Not every filesystem supports this (NFS); those support links.
         Err(Errno::INVAL | Errno::NOSYS) => {}
-        Err(error) => return Err(error).with_context(doing),
+        Err(error) => return Err(error).with_context(context),
     }
     match fs::hard_link(from, to) {
         Ok(()) => {
-            fs::remove_file(from).with_context(doing)?;
+            fs::remove_file(from).with_context(context)?;
             Ok(true)
         }
         Err(error) if error.kind() == ErrorKind::AlreadyExists => Ok(false),
-        Err(error) => Err(error).with_context(doing),
+        Err(error) => Err(error).with_context(context),
     }
 }
 
-impl Files for Directory {
+impl FileStore for DirectoryStore {
     fn name(&self) -> String {
         self.root.to_string()
     }
@@ -215,7 +215,7 @@ impl Files for Directory {
 
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
         let mut source = File::open(from).with_context(|| format!("opening {from}"))?;
-        self.place(&self.object(sha256), true, |file| {
+        self.write_and_rename(&self.object(sha256), true, |file| {
             let mut hasher = Sha256::new();
             let mut buffer = vec![0; 1 << 20];
             loop {
@@ -240,11 +240,11 @@ impl Files for Directory {
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let from = self.object(sha256);
-        let bad = |what: String| Err(BadObject::Damaged(format!("{from} {what}")).into());
+        let bad = |what: String| Err(ObjectError::Damaged(format!("{from} {what}")).into());
         let size = match fs::metadata(&from) {
             Ok(metadata) => metadata.len(),
             Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(BadObject::Missing(format!("{from} is missing")).into());
+                return Err(ObjectError::Missing(format!("{from} is missing")).into());
             }
             Err(error) => {
                 return Err(error).with_context(|| format!("reading the metadata of {from}"));
@@ -266,35 +266,35 @@ impl Files for Directory {
         if self.read(path)?.as_deref() == Some(content) {
             return Ok(());
         }
-        self.small(&self.root.join(path), true, content)?;
+        self.write_small(&self.root.join(path), true, content)?;
         Ok(())
     }
 }
 
-impl Store for Directory {
+impl ReleaseStore for DirectoryStore {
     fn identity(&self) -> Result<String> {
-        let doing = || format!("looking up the full path of {}", self.root);
+        let context = || format!("looking up the full path of {}", self.root);
         if self.root.exists() {
-            return Ok(self.root.canonicalize_utf8().with_context(doing)?.into_string());
+            return Ok(self.root.canonicalize_utf8().with_context(context)?.into_string());
         }
         // The path of a directory that may not exist yet: one of its parents exists.
-        let full = camino::absolute_utf8(&self.root).with_context(doing)?;
+        let full = camino::absolute_utf8(&self.root).with_context(context)?;
         let there =
             full.ancestors().find(|path| path.exists()).context("the root directory exists")?;
-        let rest = full.strip_prefix(there).with_context(doing)?;
-        Ok(there.canonicalize_utf8().with_context(doing)?.join(rest).into_string())
+        let rest = full.strip_prefix(there).with_context(context)?;
+        Ok(there.canonicalize_utf8().with_context(context)?.join(rest).into_string())
     }
 
     fn exists(&self) -> bool {
         self.root.exists()
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let visible = self.read(&channel.path())?;
-        let seen = visible.as_deref().map(Index::serial_of).transpose();
+        let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose();
         let seen = seen.with_context(|| format!("reading {} of {}", channel.path(), self.root))?;
         let newest = self.newest(channel)?;
-        let token = |serial: u64| Token::Version(serial.to_string());
+        let token = |serial: u64| ChannelToken::Version(serial.to_string());
         match (newest, seen) {
             // A copy of a store may lack the directory of serials.
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
@@ -304,23 +304,29 @@ impl Store for Directory {
                 ensure!(content.is_some(), "{path} of {} no longer exists", self.root);
                 Ok((content, token(newest)))
             }
-            (None, _) => Ok((None, Token::Absent)),
+            (None, _) => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+    fn swap(
+        &self,
+        channel: Channel,
+        token: &ChannelToken,
+        serial: u64,
+        content: &[u8],
+    ) -> Result<bool> {
         let expected = match token {
-            Token::Absent => 1,
-            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")? + 1,
+            ChannelToken::Absent => 1,
+            ChannelToken::Version(seen) => seen.parse::<u64>().context("a serial is a number")? + 1,
         };
         if serial != expected {
             bail!("the index has the serial {serial}, expected {expected}");
         }
         let path = self.generations(channel).join(serial.to_string());
-        self.small(&path, false, content)
+        self.write_small(&path, false, content)
     }
 
-    fn settle(&self, channel: Channel) -> Result<()> {
+    fn make_visible(&self, channel: Channel) -> Result<()> {
         if self.newest(channel)?.is_none() {
             return Ok(());
         }
@@ -333,7 +339,7 @@ impl Store for Directory {
             let (newest, token) = self.index(channel)?;
             let Some(newest) = newest else { return Ok(()) };
             if self.read(&channel.path())?.as_ref() != Some(&newest) {
-                self.small(&self.root.join(channel.path()), true, &newest)?;
+                self.write_small(&self.root.join(channel.path()), true, &newest)?;
             }
             if self.index(channel)?.1 == token {
                 return Ok(());

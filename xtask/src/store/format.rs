@@ -7,7 +7,7 @@ use bundle::{BuildKind, KeySet, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::hash_bytes;
-use crate::keys::Signer;
+use crate::keys::SigningKey;
 
 /// The version of all of the store's files. It is raised when an old reader would misread a new
 /// file.
@@ -67,7 +67,7 @@ struct Envelope {
 /// The content of a channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Index {
+pub struct ChannelIndex {
     /// [`FORMAT`].
     pub format: u32,
     /// The channel.
@@ -75,16 +75,16 @@ pub struct Index {
     /// Counts the changes of this channel. A reader rejects a lower serial than it has seen.
     pub serial: u64,
     /// The releases, sorted by product, then by version.
-    pub releases: Vec<Entry>,
+    pub releases: Vec<ChannelEntry>,
     /// Releases that retention has removed, as long as a publisher may still rely on their objects.
     #[serde(default)]
-    pub retired: Vec<Retired>,
+    pub retired: Vec<RetiredRelease>,
 }
 
 /// A release in a channel.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Entry {
+pub struct ChannelEntry {
     /// The product.
     pub product: String,
     /// The release's version.
@@ -96,15 +96,15 @@ pub struct Entry {
     /// When it was added to the channel: seconds since 1970.
     pub added: u64,
     /// Its manifest.
-    pub manifest: File,
+    pub manifest: StoreFile,
     /// Set when it must not be used any more.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub yanked: Option<Yanked>,
+    pub yanked: Option<YankNotice>,
 }
 
 /// Why a release must not be used any more.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Yanked {
+pub struct YankNotice {
     /// The reason, as readable text.
     pub reason: String,
     /// The time: seconds since 1970.
@@ -113,20 +113,20 @@ pub struct Yanked {
 
 /// A release that a channel no longer offers.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Retired {
+pub struct RetiredRelease {
     /// The product.
     pub product: String,
     /// The release's version.
     pub version: Version,
     /// Its manifest, which is still a reference to its objects.
-    pub manifest: File,
+    pub manifest: StoreFile,
     /// The time: seconds since 1970.
     pub at: u64,
 }
 
 /// A file of the store.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct File {
+pub struct StoreFile {
     /// Its path in the store.
     pub path: String,
     /// Its length in bytes.
@@ -138,7 +138,7 @@ pub struct File {
 /// A release: the one signed file that ties its parts together.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Manifest {
+pub struct ReleaseManifest {
     /// [`FORMAT`].
     pub format: u32,
     /// The product.
@@ -156,27 +156,27 @@ pub struct Manifest {
     /// The earlier release in the notes.
     pub previous: Option<Version>,
     /// What changed, as Markdown.
-    pub notes: Object,
+    pub notes: ReleaseObject,
     /// The parts for each board, sorted by name.
-    pub boards: Vec<Board>,
+    pub boards: Vec<ReleaseBoard>,
 }
 
 /// A release's part for one board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Board {
+pub struct ReleaseBoard {
     /// The board.
     pub board: String,
     /// The engine that built the base.
     pub engine: String,
     /// Its files.
-    pub objects: Vec<Object>,
+    pub objects: Vec<ReleaseObject>,
     /// The components of the system.
-    pub components: Vec<Component>,
+    pub components: Vec<ReleaseComponent>,
 }
 
 /// A file of a release, stored under its hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Object {
+pub struct ReleaseObject {
     /// Its role: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`.
     pub role: String,
     /// The name to save it under.
@@ -187,12 +187,12 @@ pub struct Object {
     pub sha256: String,
     /// The decompressed file.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub unpacked: Option<Unpacked>,
+    pub unpacked: Option<UnpackedObject>,
 }
 
 /// A decompressed object.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Unpacked {
+pub struct UnpackedObject {
     /// The name to save it under.
     pub name: String,
     /// Its length in bytes.
@@ -203,7 +203,7 @@ pub struct Unpacked {
 
 /// A part of the system, with the digest of its content: equal digests are equal parts.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
-pub struct Component {
+pub struct ReleaseComponent {
     /// `base`, `api`, `agent`, `boot` or `system`.
     pub name: String,
     /// Its version, informational.
@@ -212,14 +212,14 @@ pub struct Component {
     pub digest: String,
 }
 
-impl Object {
+impl ReleaseObject {
     /// Its path in a store.
     pub fn path(&self) -> String {
         object_path(&self.sha256)
     }
 }
 
-impl File {
+impl StoreFile {
     /// A manifest's path and hash. The hash is part of the name, so that no manifest replaces
     /// another.
     pub fn manifest(product: &str, version: &Version, text: &[u8]) -> Self {
@@ -240,7 +240,7 @@ pub fn object_path(sha256: &str) -> String {
     format!("objects/{}/{sha256}", sha256.get(..2).unwrap_or_default())
 }
 
-impl Index {
+impl ChannelIndex {
     /// A channel before its first release.
     pub fn empty(channel: Channel) -> Self {
         Self { format: FORMAT, channel, serial: 0, releases: Vec::new(), retired: Vec::new() }
@@ -257,7 +257,7 @@ impl Index {
         let read = || -> Result<Self> {
             let envelope: Envelope = serde_json::from_slice(file).context("not a channel file")?;
             let text = envelope.index.as_bytes();
-            let signer = verify(
+            let signer = verify_signature(
                 keys,
                 SignaturePurpose::Channel,
                 "reading its signature",
@@ -316,31 +316,34 @@ impl Index {
     ///
     /// # Errors
     /// When it has no JSON form.
-    pub fn sign(&self, signer: &Signer) -> Result<Vec<u8>> {
-        let index = pretty(self)?;
+    pub fn sign(&self, signer: &SigningKey) -> Result<Vec<u8>> {
+        let index = to_pretty_json(self)?;
         let comment = format!("slipway channel {} {}", self.channel, self.serial);
         let signature = signer.sign(index.as_bytes(), &comment).text;
-        Ok(pretty(&Envelope { index, signature })?.into_bytes())
+        Ok(to_pretty_json(&Envelope { index, signature })?.into_bytes())
     }
 
     /// The releases of a product, oldest first.
-    pub fn of<'a>(&'a self, product: &'a str) -> impl DoubleEndedIterator<Item = &'a Entry> {
+    pub fn releases_of<'a>(
+        &'a self,
+        product: &'a str,
+    ) -> impl DoubleEndedIterator<Item = &'a ChannelEntry> {
         self.releases.iter().filter(move |entry| entry.product == product)
     }
 
     /// A release.
-    pub fn find(&self, product: &str, version: &Version) -> Option<&Entry> {
+    pub fn find(&self, product: &str, version: &Version) -> Option<&ChannelEntry> {
         self.releases.iter().find(|e| e.product == product && e.version == *version)
     }
 }
 
-impl Manifest {
+impl ReleaseManifest {
     /// The manifest's text, which is signed.
     ///
     /// # Errors
     /// When it has no JSON form.
     pub fn to_text(&self) -> Result<Vec<u8>> {
-        Ok(pretty(self)?.into_bytes())
+        Ok(to_pretty_json(self)?.into_bytes())
     }
 
     /// Opens a manifest: verifies hash and signature, then checks every rule.
@@ -348,7 +351,7 @@ impl Manifest {
     /// # Errors
     /// When it is not the file in the index, is not signed by a trusted key, or contains an unsafe
     /// name.
-    pub fn open(file: &File, text: &[u8], signature: &[u8], keys: &KeySet) -> Result<Self> {
+    pub fn open(file: &StoreFile, text: &[u8], signature: &[u8], keys: &KeySet) -> Result<Self> {
         let read = || -> Result<Self> {
             let (size, sha256) = (text.len() as u64, hash_bytes(text));
             ensure!(
@@ -357,8 +360,13 @@ impl Manifest {
                 file.size,
                 file.sha256
             );
-            let signer =
-                verify(keys, SignaturePurpose::Release, &file.signature(), signature, text)?;
+            let signer = verify_signature(
+                keys,
+                SignaturePurpose::Release,
+                &file.signature(),
+                signature,
+                text,
+            )?;
             let manifest: Self = serde_json::from_slice(text).context("not a manifest")?;
             manifest.check()?;
             ensure!(
@@ -386,18 +394,18 @@ impl Manifest {
     }
 
     /// Signs the manifest's text.
-    pub fn sign(&self, text: &[u8], signer: &Signer) -> Vec<u8> {
+    pub fn sign(&self, text: &[u8], signer: &SigningKey) -> Vec<u8> {
         let comment = format!("slipway release {} {}", self.product, self.version);
         signer.sign(text, &comment).text.into_bytes()
     }
 
     /// Every file of the release, the notes first.
-    pub fn objects(&self) -> impl Iterator<Item = &Object> {
+    pub fn objects(&self) -> impl Iterator<Item = &ReleaseObject> {
         std::iter::once(&self.notes).chain(self.boards.iter().flat_map(|board| &board.objects))
     }
 }
 
-fn verify(
+fn verify_signature(
     keys: &KeySet,
     purpose: SignaturePurpose,
     name: &str,
@@ -410,7 +418,7 @@ fn verify(
     })
 }
 
-pub(crate) fn pretty(value: &impl Serialize) -> Result<String> {
+pub(crate) fn to_pretty_json(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("writing JSON")? + "\n")
 }
 

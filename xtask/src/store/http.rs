@@ -8,26 +8,26 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 use ureq::http::Uri;
 
-use super::client::{Answer, Body, Client};
+use super::client::{HttpClient, HttpResponse, RequestBody};
 use super::format::object_path;
-use super::{BadObject, Files, Options, Secret};
+use super::{FileStore, ObjectError, SecretText, StoreOptions};
 use crate::artifact::hash_file;
 
 /// A directory of a server.
 #[derive(Debug)]
-pub struct Server {
+pub struct HttpStore {
     /// Without a trailing `/`.
     base: String,
-    authorization: Option<Secret>,
-    client: Client,
+    authorization: Option<SecretText>,
+    client: HttpClient,
 }
 
-impl Server {
+impl HttpStore {
     /// Parses `http[s]://HOST[:PORT][/PATH]`. Does not connect.
     ///
     /// # Errors
     /// When the address is invalid, contains a password, or credentials would be sent unencrypted.
-    pub fn new(address: &str, options: &Options) -> Result<Self> {
+    pub fn new(address: &str, options: &StoreOptions) -> Result<Self> {
         let help = "help: https://HOST[:PORT][/PATH]";
         // A password in the address is not shown.
         let shown = address.rsplit_once('@').map_or(address, |(_, rest)| rest);
@@ -50,7 +50,7 @@ impl Server {
             "{shown}: credentials would be sent unencrypted\nhelp: use https"
         );
         let base = address.trim_end_matches('/').to_owned();
-        let client = Client::new(base.clone(), options.patience)?;
+        let client = HttpClient::new(base.clone(), options.timeouts)?;
         Ok(Self { base, authorization: options.authorization.clone(), client })
     }
 
@@ -78,9 +78,9 @@ impl Server {
     }
 
     fn length(&self, path: &str) -> Result<Option<u64>> {
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.head(self.url(path)));
-            Ok(Answer::head(&request.header("Accept-Encoding", "identity").call()?))
+            Ok(HttpResponse::head(&request.header("Accept-Encoding", "identity").call()?))
         })?;
         match answer.status {
             200 => Ok(answer.length),
@@ -89,8 +89,8 @@ impl Server {
         }
     }
 
-    fn upload(&self, path: &str, size: u64, body: impl Fn() -> Result<Body>) -> Result<()> {
-        let answer = self.client.ask(path, || {
+    fn upload(&self, path: &str, size: u64, body: impl Fn() -> Result<RequestBody>) -> Result<()> {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.put(self.url(path)));
             let body = body().map_err(|error| ureq::Error::Io(std::io::Error::other(error)))?;
             self.client.send(request.content_type("application/octet-stream"), body, size)
@@ -102,15 +102,15 @@ impl Server {
     }
 }
 
-impl Files for Server {
+impl FileStore for HttpStore {
     fn name(&self) -> String {
         self.base.clone()
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.get(self.url(path)));
-            Answer::read(&mut request.call()?)
+            HttpResponse::read(&mut request.call()?)
         })?;
         match answer.status {
             200 => Ok(Some(answer.body)),
@@ -134,7 +134,8 @@ impl Files for Server {
         let path = object_path(sha256);
         let (size, found) = hash_file(from)?;
         ensure!(found == sha256, "{from} has the SHA-256 {found}, expected {sha256}");
-        let open = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
+        let open =
+            || Ok(RequestBody::File(File::open(from).with_context(|| format!("opening {from}"))?));
         self.upload(&path, size, open)?;
         let there = self.length(&path)?;
         ensure!(there == Some(size), "{path} has {there:?} bytes on the server, expected {size}");
@@ -147,7 +148,7 @@ impl Files for Server {
         let mut response = self.client.get(request, limit)?;
         match response.status().as_u16() {
             200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
-            404 | 410 => Err(BadObject::Missing(format!("{} lacks {path}", self.base)).into()),
+            404 | 410 => Err(ObjectError::Missing(format!("{} lacks {path}", self.base)).into()),
             status => self.refused(&format!("fetching {path}"), status),
         }
     }
@@ -156,6 +157,6 @@ impl Files for Server {
         if self.read(path)?.as_deref() == Some(content) {
             return Ok(());
         }
-        self.upload(path, content.len() as u64, || Ok(Body::Bytes(content.to_vec())))
+        self.upload(path, content.len() as u64, || Ok(RequestBody::Bytes(content.to_vec())))
     }
 }

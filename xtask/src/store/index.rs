@@ -4,7 +4,7 @@
 use anyhow::{Result, ensure};
 use bundle::{BuildKind, Version};
 
-use super::format::{Channel, Entry, Index, Retired, Yanked};
+use super::format::{Channel, ChannelEntry, ChannelIndex, RetiredRelease, YankNotice};
 
 /// How many releases of each product the nightly channel keeps: two weeks.
 pub const NIGHTLIES: usize = 14;
@@ -22,7 +22,7 @@ pub struct Retention {
 }
 
 impl Retention {
-    fn of(self, channel: Channel) -> usize {
+    fn for_channel(self, channel: Channel) -> usize {
         match channel {
             Channel::Nightly => self.keep.unwrap_or(NIGHTLIES),
             Channel::Beta => self.keep.unwrap_or(BETAS),
@@ -35,7 +35,7 @@ impl Retention {
 ///
 /// # Errors
 /// When a development product would become stable.
-pub fn takes(channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
+pub fn check_channel_accepts(channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
     ensure!(
         channel != Channel::Stable || kind == BuildKind::Release,
         "{product} is a development product, but the channel stable is for all robots\n\
@@ -44,14 +44,14 @@ pub fn takes(channel: Channel, product: &str, kind: BuildKind) -> Result<()> {
     Ok(())
 }
 
-impl Index {
+impl ChannelIndex {
     /// Adds a release, which must be newer than all others of its product in this channel.
     ///
     /// # Errors
     /// When the version does not increase, or a development product would become stable.
-    pub fn add(&mut self, entry: Entry) -> Result<()> {
-        takes(self.channel, &entry.product, entry.kind)?;
-        let newest = self.of(&entry.product).next_back();
+    pub fn add(&mut self, entry: ChannelEntry) -> Result<()> {
+        check_channel_accepts(self.channel, &entry.product, entry.kind)?;
+        let newest = self.releases_of(&entry.product).next_back();
         if let Some(newest) = newest {
             ensure!(
                 entry.version > newest.version,
@@ -104,7 +104,7 @@ impl Index {
     ///
     /// # Errors
     /// When there is none.
-    pub fn yank(&mut self, product: &str, version: &Version, mark: &Yanked) -> Result<()> {
+    pub fn yank(&mut self, product: &str, version: &Version, mark: &YankNotice) -> Result<()> {
         let channel = self.channel;
         let entry = self
             .releases
@@ -120,24 +120,24 @@ impl Index {
     /// Retires all but the newest releases of each product, and removes entries that were retired
     /// long ago.
     pub fn retain(&mut self, retention: Retention, now: u64) {
-        let keep = retention.of(self.channel);
+        let keep = retention.for_channel(self.channel);
         let mut products: Vec<String> = self.releases.iter().map(|e| e.product.clone()).collect();
         products.dedup();
         for product in products {
-            let surplus = self.of(&product).count().saturating_sub(keep.max(1));
+            let surplus = self.releases_of(&product).count().saturating_sub(keep.max(1));
             for _ in 0..surplus {
                 let Some(at) = self.releases.iter().position(|e| e.product == product) else {
                     break;
                 };
-                let Entry { product, version, manifest, .. } = self.releases.remove(at);
-                self.retired.push(Retired { product, version, manifest, at: now });
+                let ChannelEntry { product, version, manifest, .. } = self.releases.remove(at);
+                self.retired.push(RetiredRelease { product, version, manifest, at: now });
             }
         }
         self.retired.retain(|retired| retired.at.saturating_add(GRACE) > now);
     }
 
-    fn insert(&mut self, entry: Entry) {
-        let key = |e: &Entry| (e.product.clone(), e.version.clone());
+    fn insert(&mut self, entry: ChannelEntry) {
+        let key = |e: &ChannelEntry| (e.product.clone(), e.version.clone());
         let at = self.releases.partition_point(|e| key(e) < key(&entry));
         self.releases.insert(at, entry);
     }
@@ -146,48 +146,49 @@ impl Index {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::store::format::File;
+    use crate::store::format::StoreFile;
 
-    fn entry(product: &str, version: &str) -> Entry {
+    fn entry(product: &str, version: &str) -> ChannelEntry {
         let version = Version::parse(version).expect("a version");
-        let manifest = File::manifest(product, &version, version.as_str().as_bytes());
+        let manifest = StoreFile::manifest(product, &version, version.as_str().as_bytes());
         let kind = BuildKind::Development;
         let product = product.to_owned();
-        Entry { product, version, kind, commit: None, added: 0, manifest, yanked: None }
+        ChannelEntry { product, version, kind, commit: None, added: 0, manifest, yanked: None }
     }
 
-    fn versions(index: &Index) -> Vec<String> {
+    fn versions(index: &ChannelIndex) -> Vec<String> {
         index.releases.iter().map(|e| format!("{} {}", e.product, e.version)).collect()
     }
 
     #[test]
     fn versions_only_grow() {
-        let mut index = Index::empty(Channel::Beta);
+        let mut index = ChannelIndex::empty(Channel::Beta);
         index.add(entry("a", "1.0.0")).expect("the first");
         index.add(entry("a", "1.0.1-nightly.9")).expect("a newer one");
         index.add(entry("b", "0.1.0")).expect("another product's");
         let message = index.add(entry("a", "1.0.0")).expect_err("an old one").to_string();
         assert!(message.contains("not newer than 1.0.1-nightly.9"), "{message}");
         assert_eq!(versions(&index), ["a 1.0.0", "a 1.0.1-nightly.9", "b 0.1.0"]);
-        let mut stable = Index::empty(Channel::Stable);
+        let mut stable = ChannelIndex::empty(Channel::Stable);
         let message = stable.add(entry("a", "1.0.0")).expect_err("not for all").to_string();
         assert!(message.contains("a development product"), "{message}");
     }
 
     #[test]
     fn merging_loses_nothing_and_keeps_marks() {
-        let (mut one, mut two) = (Index::empty(Channel::Beta), Index::empty(Channel::Beta));
+        let (mut one, mut two) =
+            (ChannelIndex::empty(Channel::Beta), ChannelIndex::empty(Channel::Beta));
         one.add(entry("a", "2.0.0")).expect("added");
         two.add(entry("a", "1.0.0")).expect("added");
         two.add(entry("a", "2.0.0")).expect("added");
-        let mark = Yanked { reason: "burns".to_owned(), at: 7 };
+        let mark = YankNotice { reason: "burns".to_owned(), at: 7 };
         two.yank("a", &Version::parse("2.0.0").expect("a version"), &mark).expect("marked");
         one.merge(&two).expect("merged");
         assert_eq!(versions(&one), ["a 1.0.0", "a 2.0.0"]);
         assert_eq!(one.releases[1].yanked.as_ref(), Some(&mark));
-        let mut forged = Index::empty(Channel::Beta);
+        let mut forged = ChannelIndex::empty(Channel::Beta);
         let mut other = entry("a", "1.0.0");
-        other.manifest = File::manifest("a", &other.version, b"something else");
+        other.manifest = StoreFile::manifest("a", &other.version, b"something else");
         forged.add(other).expect("added");
         let message = one.merge(&forged).expect_err("two contents").to_string();
         assert!(message.contains("published before with other content"), "{message}");
@@ -195,7 +196,7 @@ mod tests {
 
     #[test]
     fn retention_retires_the_oldest_of_each_product_and_waits_before_it_forgets() {
-        let mut index = Index::empty(Channel::Nightly);
+        let mut index = ChannelIndex::empty(Channel::Nightly);
         for n in 1..=4 {
             index.add(entry("a", &format!("1.0.{n}"))).expect("added");
         }
@@ -207,7 +208,7 @@ mod tests {
         assert_eq!(index.retired.len(), 2);
         index.retain(Retention { keep: Some(2) }, 100 + GRACE);
         assert!(index.retired.is_empty());
-        let mut stable = Index { channel: Channel::Stable, ..index };
+        let mut stable = ChannelIndex { channel: Channel::Stable, ..index };
         stable.retain(Retention { keep: Some(1) }, 0);
         assert_eq!(stable.releases.len(), 3, "stable keeps all");
     }

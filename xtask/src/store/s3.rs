@@ -11,11 +11,11 @@ use camino::Utf8Path;
 use rusty_s3::actions::{GetObject, HeadObject, PutObject};
 use rusty_s3::{Credentials, S3Action, UrlStyle};
 
-use super::client::{Answer, Body, Client};
+use super::client::{HttpClient, HttpResponse, RequestBody};
 use super::format::{Channel, object_path};
-use super::{BadObject, Files, Options, Store, Token};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, StoreOptions};
 use crate::artifact::{hash_bytes, hash_file};
-use crate::scratch::scratch;
+use crate::scratch::create_scratch_dir;
 
 /// How long a signed request is valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
@@ -26,12 +26,12 @@ const PROBE: &str = "channels/.conditional";
 
 /// A bucket, and the prefix of all keys.
 #[derive(Debug)]
-pub struct Bucket {
+pub struct S3Store {
     bucket: rusty_s3::Bucket,
     /// Never printed: contains the secret key.
     credentials: Secret,
     prefix: String,
-    client: Client,
+    client: HttpClient,
 }
 
 struct Secret(Credentials);
@@ -42,13 +42,13 @@ impl std::fmt::Debug for Secret {
     }
 }
 
-impl Bucket {
+impl S3Store {
     /// Parses `BUCKET[/PREFIX]`. Endpoint, region and credentials come from the options, else from
     /// the usual variables of S3 tools. Does not connect.
     ///
     /// # Errors
     /// When the address is invalid, or there are no credentials.
-    pub fn new(address: &str, options: &Options) -> Result<Self> {
+    pub fn new(address: &str, options: &StoreOptions) -> Result<Self> {
         let variable = |names: &[&str]| {
             names.iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
         };
@@ -79,7 +79,7 @@ impl Bucket {
             )
         })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        let client = Client::new(format!("s3://{name}/{prefix}"), options.patience)?;
+        let client = HttpClient::new(format!("s3://{name}/{prefix}"), options.timeouts)?;
         Ok(Self { bucket, credentials: Secret(credentials), prefix, client })
     }
 
@@ -87,7 +87,7 @@ impl Bucket {
         format!("{}{path}", self.prefix)
     }
 
-    fn refused<T>(&self, what: &str, answer: &Answer) -> Result<T> {
+    fn refused<T>(&self, what: &str, answer: &HttpResponse) -> Result<T> {
         let text = String::from_utf8_lossy(&answer.body);
         let part = |name: &str| {
             let (_, rest) = text.split_once(&format!("<{name}>"))?;
@@ -105,10 +105,10 @@ impl Bucket {
 
     fn get_small(&self, path: &str) -> Result<Option<(Vec<u8>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
             let mut response = self.client.agent.get(url.as_str()).call()?;
-            Answer::read(&mut response)
+            HttpResponse::read(&mut response)
         })?;
         match answer.status {
             200 => Ok(Some((answer.body, answer.etag))),
@@ -120,13 +120,13 @@ impl Bucket {
     /// Size and SHA-256 of an object, as far as the service reports them.
     fn head(&self, path: &str) -> Result<Option<(Option<u64>, Option<String>)>> {
         let key = self.key(path);
-        let answer = self.client.ask(path, || {
+        let answer = self.client.request(path, || {
             let mut action = HeadObject::new(&self.bucket, Some(&self.credentials.0), &key);
             action.headers_mut().insert("x-amz-checksum-mode", "ENABLED");
             let url = action.sign(VALID);
             let request =
                 self.client.agent.head(url.as_str()).header("x-amz-checksum-mode", "ENABLED");
-            Ok(Answer::head(&request.call()?))
+            Ok(HttpResponse::head(&request.call()?))
         })?;
         match answer.status {
             200 => Ok(Some((answer.length, answer.checksum))),
@@ -141,11 +141,11 @@ impl Bucket {
         path: &str,
         (sha256, size): (&str, u64),
         condition: Option<(&'static str, &str)>,
-        send: impl Fn() -> Result<Body>,
-    ) -> Result<Answer> {
+        send: impl Fn() -> Result<RequestBody>,
+    ) -> Result<HttpResponse> {
         let key = self.key(path);
-        let checksum = encode_base64(&unhex(sha256)?);
-        self.client.ask(path, || {
+        let checksum = encode_base64(&decode_hex(sha256)?);
+        self.client.request(path, || {
             let mut action = PutObject::new(&self.bucket, Some(&self.credentials.0), &key);
             let mut headers = vec![("x-amz-checksum-sha256", checksum.as_str())];
             headers.extend(condition);
@@ -173,7 +173,7 @@ impl Bucket {
         content: &[u8],
         condition: Option<(&'static str, &str)>,
     ) -> Result<bool> {
-        let send = || Ok(Body::Bytes(content.to_vec()));
+        let send = || Ok(RequestBody::Bytes(content.to_vec()));
         let sum = (&*hash_bytes(content), content.len() as u64);
         let answer = self.upload(path, sum, condition, send)?;
         match answer.status {
@@ -200,13 +200,13 @@ impl Bucket {
     }
 }
 
-fn unhex(text: &str) -> Result<Vec<u8>> {
+fn decode_hex(text: &str) -> Result<Vec<u8>> {
     let pair = |at: usize| text.get(at..at + 2).and_then(|p| u8::from_str_radix(p, 16).ok());
     let bytes: Option<Vec<u8>> = (0..text.len()).step_by(2).map(pair).collect();
     bytes.with_context(|| format!("`{text}` is not a SHA-256"))
 }
 
-impl Files for Bucket {
+impl FileStore for S3Store {
     fn name(&self) -> String {
         self.client.name.clone()
     }
@@ -219,7 +219,7 @@ impl Files for Bucket {
         let mut present = BTreeSet::new();
         for (sha256, size) in objects {
             // An interrupted upload leaves no object, so an object with the right size is complete.
-            let sum = encode_base64(&unhex(sha256)?);
+            let sum = encode_base64(&decode_hex(sha256)?);
             let fits = |(length, checksum): (Option<u64>, Option<String>)| {
                 length == Some(*size) && checksum.is_none_or(|found| found == sum)
             };
@@ -243,7 +243,8 @@ impl Files for Bucket {
             "{from} has {size} bytes; the maximum for one upload to S3 is {LARGEST}\n\
              help: publish the release to another kind of store"
         );
-        let send = || Ok(Body::File(File::open(from).with_context(|| format!("opening {from}"))?));
+        let send =
+            || Ok(RequestBody::File(File::open(from).with_context(|| format!("opening {from}"))?));
         let answer = self.upload(&path, (sha256, size), None, send)?;
         if answer.status != 200 {
             return self.refused(&format!("writing {path}"), &answer);
@@ -253,11 +254,11 @@ impl Files for Bucket {
         ensure!(length == Some(size), "{path} has {length:?} bytes on the server, expected {size}");
         match checksum {
             Some(sum) => ensure!(
-                sum == encode_base64(&unhex(sha256)?),
+                sum == encode_base64(&decode_hex(sha256)?),
                 "{path} was stored with the SHA-256 {sum}"
             ),
             None => {
-                let (_keep, dir) = scratch()?;
+                let (_keep, dir) = create_scratch_dir()?;
                 self.get(sha256, size, &dir.join("back"), &|_| ())?;
             }
         }
@@ -271,9 +272,9 @@ impl Files for Bucket {
         let mut response = self.client.get(self.client.agent.get(url.as_str()), limit)?;
         match response.status().as_u16() {
             200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
-            404 => Err(BadObject::Missing(format!("{} lacks {path}", self.name())).into()),
+            404 => Err(ObjectError::Missing(format!("{} lacks {path}", self.name())).into()),
             _ => {
-                let answer = Answer::read(&mut response).context("fetching")?;
+                let answer = HttpResponse::read(&mut response).context("fetching")?;
                 self.refused(&format!("fetching {path}"), &answer)
             }
         }
@@ -287,31 +288,31 @@ impl Files for Bucket {
     }
 }
 
-impl Store for Bucket {
+impl ReleaseStore for S3Store {
     fn identity(&self) -> Result<String> {
         // Services may have buckets of the same name.
         Ok(format!("{} at {}", self.client.name, self.bucket.base_url()))
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let path = channel.path();
         match self.get_small(&path)? {
-            Some((content, Some(etag))) => Ok((Some(content), Token::Version(etag))),
+            Some((content, Some(etag))) => Ok((Some(content), ChannelToken::Version(etag))),
             Some((_, None)) => bail!("{} returns no ETag for {path}", self.name()),
-            None => Ok((None, Token::Absent)),
+            None => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, _: u64, content: &[u8]) -> Result<bool> {
+    fn swap(&self, channel: Channel, token: &ChannelToken, _: u64, content: &[u8]) -> Result<bool> {
         self.require_conditions()?;
         let condition = match token {
-            Token::Absent => ("if-none-match", "*"),
-            Token::Version(etag) => ("if-match", etag.as_str()),
+            ChannelToken::Absent => ("if-none-match", "*"),
+            ChannelToken::Version(etag) => ("if-match", etag.as_str()),
         };
         self.put_small(&channel.path(), content, Some(condition))
     }
 
-    fn settle(&self, _: Channel) -> Result<()> {
+    fn make_visible(&self, _: Channel) -> Result<()> {
         // Readers use the swapped file itself.
         Ok(())
     }

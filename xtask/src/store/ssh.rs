@@ -7,11 +7,11 @@ use std::fs;
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
-use super::format::{Channel, Index, LARGEST_TEXT, object_path};
-use super::{BadObject, Files, Store, Token};
+use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
-use crate::scratch::{scratch, unique};
+use crate::scratch::{create_scratch_dir, unique_name};
 use crate::ssh::check_options;
 
 /// As for pushes: never ask questions, and detect an unreachable host after 30 seconds.
@@ -32,7 +32,7 @@ const OPTIONS: [&str; 11] = [
 
 /// A directory on a host.
 #[derive(Debug)]
-pub struct Host {
+pub struct SshStore {
     /// `USER@HOST`, or `HOST`.
     destination: String,
     port: Option<u16>,
@@ -59,7 +59,7 @@ impl Control {
     /// `None` when the temporary directory's path is too long: then each command opens its own
     /// connection.
     fn new() -> Result<Option<Self>> {
-        let (folder, path) = scratch()?;
+        let (folder, path) = create_scratch_dir()?;
         let socket = path.join("ssh").into_string();
         Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: folder }))
     }
@@ -72,7 +72,7 @@ impl Control {
     }
 }
 
-impl Drop for Host {
+impl Drop for SshStore {
     fn drop(&mut self) {
         if let Some(control) = &self.control {
             let end = Tool::new("ssh").args(["-O", "exit", "-o"]);
@@ -83,7 +83,7 @@ impl Drop for Host {
     }
 }
 
-impl Host {
+impl SshStore {
     /// Parses `[USER@]HOST[:PORT]/PATH`; `/~/PATH` is below the user's home. Does not connect.
     ///
     /// # Errors
@@ -128,14 +128,14 @@ impl Host {
         Ok(Self { destination: destination.to_owned(), port, path, options, control })
     }
 
-    fn at(&self, path: &str) -> String {
+    fn path_in_store(&self, path: &str) -> String {
         format!("{}/{path}", self.path)
     }
 
     /// Runs commands of sftp(1) in a local directory. A command that begins with `-` may fail.
     /// Returns whether all others succeeded, the output, and the error messages.
     fn run(&self, folder: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
-        let (_keep, dir) = scratch()?;
+        let (_keep, dir) = create_scratch_dir()?;
         let batch = dir.join("batch");
         fs::write(&batch, commands.join("\n") + "\n")
             .with_context(|| format!("writing {batch}"))?;
@@ -146,11 +146,11 @@ impl Host {
         if let Some(port) = self.port {
             tool = tool.args(["-P", &port.to_string()]);
         }
-        let mut said = String::new();
+        let mut output = String::new();
         let tool = tool.arg("--").arg(&self.destination).current_dir(folder);
         let (status, out) = tool.converse(None, |line| {
-            said.push_str(line);
-            said.push('\n');
+            output.push_str(line);
+            output.push('\n');
         })?;
         // sftp(1) exits with the status of ssh when there is no connection (ssh(1), "EXIT STATUS");
         // if ssh ended before sftp used it, sftp dies of SIGPIPE.
@@ -158,15 +158,15 @@ impl Host {
             status.code().is_some_and(|code| code != 255),
             "connecting to {}: {}\nhelp: try `sftp {}`; it must connect without asking anything",
             self.destination,
-            said.trim_end(),
+            output.trim_end(),
             self.destination
         );
-        Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), said))
+        Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), output))
     }
 
-    fn must(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
-        let (good, _, said) = self.run(folder, commands)?;
-        ensure!(good, "sftp on {}: {}", self.destination, said.trim_end());
+    fn run_checked(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
+        let (good, _, output) = self.run(folder, commands)?;
+        ensure!(good, "sftp on {}: {}", self.destination, output.trim_end());
         Ok(())
     }
 
@@ -178,7 +178,7 @@ impl Host {
         parts.pop();
         for part in parts {
             folder = if folder.is_empty() { part.to_owned() } else { format!("{folder}/{part}") };
-            made.push(format!("-mkdir {}", self.at(&folder)));
+            made.push(format!("-mkdir {}", self.path_in_store(&folder)));
         }
         made
     }
@@ -186,7 +186,7 @@ impl Host {
     /// The files with these paths or in these directories: name and size.
     fn list(&self, paths: &[String]) -> Result<Vec<(String, u64)>> {
         let commands: Vec<String> =
-            paths.iter().map(|path| format!("-ls -ln {}", self.at(path))).collect();
+            paths.iter().map(|path| format!("-ls -ln {}", self.path_in_store(path))).collect();
         let (_, out, _) = self.run(Utf8Path::new("."), &commands)?;
         let lines = out.lines().filter(|line| line.starts_with('-'));
         Ok(lines
@@ -219,18 +219,18 @@ impl Host {
                 return Ok(sum.to_owned());
             }
         }
-        let (_keep, dir) = scratch()?;
-        self.must(&dir, &[format!("get {path} back")])?;
+        let (_keep, dir) = create_scratch_dir()?;
+        self.run_checked(&dir, &[format!("get {path} back")])?;
         Ok(hash_file(&dir.join("back"))?.1)
     }
 
     /// Uploads a file under a unique name, flushed and verified; returns the name.
     fn upload(&self, path: &str, folder: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
         let (parent, _) = path.rsplit_once('/').context("a stored file has a directory")?;
-        let temporary = self.at(&format!("{parent}/.partial-{}", unique()));
+        let temporary = self.path_in_store(&format!("{parent}/.partial-{}", unique_name()));
         let mut commands = self.folders(path);
         commands.push(format!("put -f {name} {temporary}"));
-        self.must(folder, &commands)?;
+        self.run_checked(folder, &commands)?;
         let found = self.arrived(&temporary)?;
         if found != sha256 {
             // Best effort: report the error below.
@@ -241,7 +241,7 @@ impl Host {
     }
 
     fn write_small(&self, path: &str, content: &[u8]) -> Result<String> {
-        let (_keep, dir) = scratch()?;
+        let (_keep, dir) = create_scratch_dir()?;
         fs::write(dir.join("content"), content)
             .with_context(|| format!("writing {dir}/content"))?;
         self.upload(path, &dir, "content", &hash_bytes(content))
@@ -253,19 +253,20 @@ impl Host {
     }
 }
 
-impl Files for Host {
+impl FileStore for SshStore {
     fn name(&self) -> String {
         format!("{}:{}", self.destination, self.path)
     }
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
-        let (_keep, dir) = scratch()?;
-        let (good, _, said) = self.run(&dir, &[format!("get {} content", self.at(path))])?;
+        let (_keep, dir) = create_scratch_dir()?;
+        let (good, _, output) =
+            self.run(&dir, &[format!("get {} content", self.path_in_store(path))])?;
         if !good {
-            if said.contains("not found") || said.contains("No such file") {
+            if output.contains("not found") || output.contains("No such file") {
                 return Ok(None);
             }
-            bail!("reading {path} of {}: {}", self.name(), said.trim_end());
+            bail!("reading {path} of {}: {}", self.name(), output.trim_end());
         }
         let file = dir.join("content");
         let size =
@@ -291,7 +292,7 @@ impl Files for Host {
             bail!("{from} is not a file")
         };
         let temporary = self.upload(&path, folder, name, sha256)?;
-        self.must(folder, &[format!("rename {temporary} {}", self.at(&path))])
+        self.run_checked(folder, &[format!("rename {temporary} {}", self.path_in_store(&path))])
     }
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
@@ -304,16 +305,16 @@ impl Files for Host {
             Some((_, size)) if *size <= limit => {}
             Some((_, size)) => {
                 let what = named(format!("has {size} bytes, expected at most {limit}"));
-                return Err(BadObject::Damaged(what).into());
+                return Err(ObjectError::Damaged(what).into());
             }
-            None => return Err(BadObject::Missing(named("is missing".to_owned())).into()),
+            None => return Err(ObjectError::Missing(named("is missing".to_owned())).into()),
         }
-        self.must(folder, &[format!("get {} {name}", self.at(&path))])?;
+        self.run_checked(folder, &[format!("get {} {name}", self.path_in_store(&path))])?;
         let (size, found) = hash_file(into)?;
         received(size);
         if found != sha256 {
             let what = named(format!("is damaged: its SHA-256 is {found}"));
-            return Err(BadObject::Damaged(what).into());
+            return Err(ObjectError::Damaged(what).into());
         }
         Ok(())
     }
@@ -323,20 +324,23 @@ impl Files for Host {
             return Ok(());
         }
         let temporary = self.write_small(path, content)?;
-        self.must(Utf8Path::new("."), &[format!("rename {temporary} {}", self.at(path))])
+        self.run_checked(
+            Utf8Path::new("."),
+            &[format!("rename {temporary} {}", self.path_in_store(path))],
+        )
     }
 }
 
-impl Store for Host {
+impl ReleaseStore for SshStore {
     fn identity(&self) -> Result<String> {
         let port = self.port.map_or(String::new(), |port| format!(" port {port}"));
         Ok(format!("ssh {}:{}{port}", self.destination, self.path))
     }
 
-    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, Token)> {
+    fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let visible = self.read(&channel.path())?;
-        let seen = visible.as_deref().map(Index::serial_of).transpose()?;
-        let token = |serial: u64| Token::Version(serial.to_string());
+        let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose()?;
+        let token = |serial: u64| ChannelToken::Version(serial.to_string());
         match (self.newest(channel)?, seen) {
             (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
             (Some(newest), _) => {
@@ -347,38 +351,44 @@ impl Store for Host {
                 );
                 Ok((content, token(newest)))
             }
-            (None, _) => Ok((None, Token::Absent)),
+            (None, _) => Ok((None, ChannelToken::Absent)),
         }
     }
 
-    fn swap(&self, channel: Channel, token: &Token, serial: u64, content: &[u8]) -> Result<bool> {
+    fn swap(
+        &self,
+        channel: Channel,
+        token: &ChannelToken,
+        serial: u64,
+        content: &[u8],
+    ) -> Result<bool> {
         let seen = match token {
-            Token::Absent => 0,
-            Token::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
+            ChannelToken::Absent => 0,
+            ChannelToken::Version(seen) => seen.parse::<u64>().context("a serial is a number")?,
         };
         ensure!(serial == seen + 1, "the index has the serial {serial}, but the store has {seen}");
         let path = format!("channels/{channel}.d/{serial}");
         let temporary = self.write_small(&path, content)?;
-        let link = format!("ln {temporary} {}", self.at(&path));
+        let link = format!("ln {temporary} {}", self.path_in_store(&path));
         let here = Utf8Path::new(".");
-        let (made, _, said) = self.run(here, &[link])?;
-        self.must(here, &[format!("rm {temporary}")])?;
+        let (made, _, output) = self.run(here, &[link])?;
+        self.run_checked(here, &[format!("rm {temporary}")])?;
         if made {
             return Ok(true);
         }
         let taken = self.newest(channel)?.is_some_and(|newest| newest >= serial);
-        ensure!(taken, "{} does not support hard links: {}", self.name(), said.trim_end());
+        ensure!(taken, "{} does not support hard links: {}", self.name(), output.trim_end());
         Ok(false)
     }
 
-    fn settle(&self, channel: Channel) -> Result<()> {
+    fn make_visible(&self, channel: Channel) -> Result<()> {
         loop {
             let (newest, token) = self.index(channel)?;
             let Some(newest) = newest else { return Ok(()) };
             if self.read(&channel.path())?.as_ref() != Some(&newest) {
                 let temporary = self.write_small(&channel.path(), &newest)?;
-                let rename = format!("rename {temporary} {}", self.at(&channel.path()));
-                self.must(Utf8Path::new("."), &[rename])?;
+                let rename = format!("rename {temporary} {}", self.path_in_store(&channel.path()));
+                self.run_checked(Utf8Path::new("."), &[rename])?;
             }
             // Another publisher's older file may have been written last: repair that.
             if self.index(channel)?.1 == token

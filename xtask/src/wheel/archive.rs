@@ -11,9 +11,9 @@ use camino::Utf8Path;
 use sha2::{Digest, Sha256, Sha384, Sha512};
 
 use super::metadata::{
-    EntryPoint, Headers, Metadata, RecordLine, parse_entry_points, parse_record,
+    EntryPoint, MailHeaders, RecordLine, WheelMetadata, parse_entry_points, parse_record,
 };
-use super::target::{Tag, WheelName, expand, normalise};
+use super::target::{WheelName, WheelTag, expand_tags, normalise_name};
 use crate::artifact::hash_bytes;
 
 /// A wheel that unpacks to more is refused (1 GiB); the largest wheels in use stay below it.
@@ -32,7 +32,7 @@ pub struct WheelFile {
 
 /// A wheel that has passed every check that needs nothing but the wheel.
 #[derive(Debug, Clone)]
-pub struct Wheel {
+pub struct CheckedWheel {
     /// The file name.
     pub file: String,
     /// SHA-256 of the wheel file, lower-case hexadecimal.
@@ -40,7 +40,7 @@ pub struct Wheel {
     /// What the file name says.
     pub name: WheelName,
     /// What METADATA says.
-    pub metadata: Metadata,
+    pub metadata: WheelMetadata,
     /// Whether files at the top level go to `purelib` (else `platlib`).
     pub purelib: bool,
     /// The programs to make.
@@ -53,7 +53,7 @@ pub struct Wheel {
     pub files: BTreeMap<String, WheelFile>,
 }
 
-impl Wheel {
+impl CheckedWheel {
     /// Reads a wheel file. `file` is its name (in the cache its name is its hash), `sha256` is the
     /// hash in the lock, if any.
     ///
@@ -82,7 +82,7 @@ impl Wheel {
                 "the sha256 of the wheel is {found}, but the lock has {expected}"
             );
         }
-        let files = unpack(bytes)?;
+        let files = unpack_wheel(bytes)?;
         let dist_info = find_dist_info(&files, &name)?;
         let text = |file: &str| -> Result<&str> {
             let path = format!("{dist_info}/{file}");
@@ -94,15 +94,16 @@ impl Wheel {
         let lines = parse_record(text("RECORD")?);
         let wrong = lines.map(|lines| check_record(&files, &lines, &record));
         doubts.extend(
-            wrong
-                .with_context(|| format!("reading {record}"))
-                .map_or_else(|error| Some(format!("{error:#}")), |places| summary(&places)),
+            wrong.with_context(|| format!("reading {record}")).map_or_else(
+                |error| Some(format!("{error:#}")),
+                |places| summarise_places(&places),
+            ),
         );
         let mut about = Vec::new();
         let purelib = check_wheel_text(text("WHEEL")?, &name.tags, &mut about)
             .with_context(|| format!("checking {dist_info}/WHEEL"))?;
         doubts.extend(about.iter().map(|doubt| format!("checking {dist_info}/WHEEL: {doubt}")));
-        let metadata = Metadata::parse(text("METADATA")?)
+        let metadata = WheelMetadata::parse(text("METADATA")?)
             .and_then(|metadata| check_name(metadata, &name))
             .with_context(|| format!("checking {dist_info}/METADATA"))?;
         let about = metadata.doubts.iter();
@@ -130,7 +131,7 @@ impl Wheel {
     }
 }
 
-fn unpack(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
+fn unpack_wheel(bytes: &[u8]) -> Result<BTreeMap<String, WheelFile>> {
     let mut archive = zip::ZipArchive::new(Cursor::new(bytes)).context("opening the archive")?;
     // The archive reader keeps only one of several members with the same name, so they are counted
     // here.
@@ -211,7 +212,7 @@ fn find_dist_info(files: &BTreeMap<String, WheelFile>, name: &WheelName) -> Resu
     };
     // Its version may be spelt differently from the file name's: METADATA decides.
     let stem = dist_info.trim_end_matches(".dist-info");
-    let agrees = stem.split('-').next().is_some_and(|found| normalise(found) == name.name);
+    let agrees = stem.split('-').next().is_some_and(|found| normalise_name(found) == name.name);
     ensure!(
         agrees,
         "the wheel has the directory {dist_info}, but its name needs {}-{}.dist-info",
@@ -260,7 +261,7 @@ fn check_record(
 }
 
 /// The first places, and how many more there are.
-fn summary(places: &[String]) -> Option<String> {
+fn summarise_places(places: &[String]) -> Option<String> {
     const SHOWN: usize = 2;
     let (shown, rest) = places.split_at(places.len().min(SHOWN));
     let more =
@@ -286,8 +287,8 @@ fn check_hash(given: &str, file: &WheelFile) -> Result<()> {
 
 /// Checks WHEEL; true when the root is `purelib`. The tags of the file name decide which wheel is
 /// chosen.
-fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Result<bool> {
-    let headers = Headers::parse(text);
+fn check_wheel_text(text: &str, tags: &[WheelTag], doubts: &mut Vec<String>) -> Result<bool> {
+    let headers = MailHeaders::parse(text);
     let version = headers.get("wheel-version").context("Wheel-Version is missing")?;
     ensure!(
         matches!(version.split('.').next(), Some("0" | "1")),
@@ -300,13 +301,14 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
     let mut inside = Vec::new();
     for tag in headers.all("tag") {
         match tag.split('-').collect::<Vec<_>>()[..] {
-            [python, abi, platform] => inside.extend(expand(python, abi, platform)),
+            [python, abi, platform] => inside.extend(expand_tags(python, abi, platform)),
             _ => doubts.push(format!("'{tag}' is not a tag")),
         }
     }
     inside.sort();
     inside.dedup();
-    let show = |tags: &[Tag]| tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
+    let show =
+        |tags: &[WheelTag]| tags.iter().map(WheelTag::to_string).collect::<Vec<_>>().join(", ");
     if inside != tags {
         let (inside, named) = (show(&inside), show(tags));
         doubts.push(format!("the tags in the wheel are {inside}, but the file name has {named}"));
@@ -314,9 +316,9 @@ fn check_wheel_text(text: &str, tags: &[Tag], doubts: &mut Vec<String>) -> Resul
     Ok(root.as_deref() == Some("true"))
 }
 
-fn check_name(metadata: Metadata, name: &WheelName) -> Result<Metadata> {
+fn check_name(metadata: WheelMetadata, name: &WheelName) -> Result<WheelMetadata> {
     ensure!(
-        normalise(&metadata.name) == name.name,
+        normalise_name(&metadata.name) == name.name,
         "Name is {}, but the file name has {}",
         metadata.name,
         name.name

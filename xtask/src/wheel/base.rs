@@ -10,7 +10,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use sha2::{Digest, Sha256};
 
 use super::check::BaseDistribution;
-use super::metadata::Headers;
+use super::metadata::MailHeaders;
 use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, hex};
 use crate::exec::Tool;
@@ -92,7 +92,7 @@ impl BasePython {
         match &self.source {
             BaseSource::Root(root) => Ok(root.clone()),
             BaseSource::Tar(tar) => {
-                unpack(tar, scratch)
+                unpack_base(tar, scratch)
                     .with_context(|| format!("unpacking the base's Python from {tar}"))?;
                 Ok(scratch.to_owned())
             }
@@ -111,7 +111,7 @@ fn runs_python(path: &str) -> bool {
             && !library.starts_with("lib/python3/")
 }
 
-fn unpack(tar: &Utf8Path, to: &Utf8Path) -> Result<()> {
+fn unpack_base(tar: &Utf8Path, to: &Utf8Path) -> Result<()> {
     let file = File::open(tar).with_context(|| format!("opening {tar}"))?;
     let mut archive = tar::Archive::new(BufReader::new(file));
     archive.set_preserve_mtime(false);
@@ -166,7 +166,7 @@ impl Findings {
                 self.link =
                     entry.link_name_bytes().map(|name| String::from_utf8_lossy(&name).into_owned());
             } else if entry.header().entry_type().is_file() {
-                self.take(&path, &mut entry)?;
+                self.record(&path, &mut entry)?;
             }
         }
         Ok(())
@@ -195,10 +195,10 @@ impl Findings {
                     }
                 } else if kind.is_file() {
                     let open = || File::open(item.path()).map(BufReader::new);
-                    if self.wants(inside) {
+                    if self.is_wanted(inside) {
                         let mut file =
                             open().with_context(|| format!("opening {}", item.path()))?;
-                        self.take(inside, &mut file)?;
+                        self.record(inside, &mut file)?;
                     }
                 }
             }
@@ -206,12 +206,12 @@ impl Findings {
         Ok(())
     }
 
-    fn wants(&self, path: &str) -> bool {
+    fn is_wanted(&self, path: &str) -> bool {
         path == "var/lib/dpkg/status" || is_binary(path) || distribution_of(path).is_some()
     }
 
-    fn take(&mut self, path: &str, content: &mut dyn Read) -> Result<()> {
-        if !self.wants(path) {
+    fn record(&mut self, path: &str, content: &mut dyn Read) -> Result<()> {
+        if !self.is_wanted(path) {
             return Ok(());
         }
         let mut bytes = Vec::new();
@@ -221,7 +221,7 @@ impl Findings {
         } else if path == "var/lib/dpkg/status" {
             self.dpkg = Some(String::from_utf8_lossy(&bytes).into_owned());
         } else {
-            let headers = Headers::parse(&String::from_utf8_lossy(&bytes));
+            let headers = MailHeaders::parse(&String::from_utf8_lossy(&bytes));
             if let (Some(name), Some(version)) = (headers.get("name"), headers.get("version")) {
                 self.distributions.insert(BaseDistribution {
                     name: name.to_owned(),

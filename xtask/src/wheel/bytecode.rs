@@ -15,8 +15,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::base::BasePython;
 use super::target::PythonVersion;
 use crate::artifact::{hash_bytes, write_atomically};
-use crate::exec::{Tool, find};
-use crate::progress::{Step, Unit, say};
+use crate::exec::{Tool, find_program};
+use crate::progress::{ProgressStep, ProgressUnit, say};
 
 /// Changes when the way of compiling does, so that old results in a cache are not used.
 const RECIPE: &str = "unchecked-hash, one fork per group, groups of 256 KiB, 1";
@@ -66,10 +66,10 @@ for _ in range(running):
 "#;
 
 /// Modules of one wheel: path on the robot without the leading slash, and content.
-pub type Sources<'a> = BTreeMap<&'a str, &'a [u8]>;
+pub type ModuleSources<'a> = BTreeMap<&'a str, &'a [u8]>;
 
 /// Compiled modules: path on the robot without the leading slash, and content.
-pub type Compiled = BTreeMap<String, Vec<u8>>;
+pub type CompiledModules = BTreeMap<String, Vec<u8>>;
 
 /// The path of a module's compiled form: `a/b.py` gives `a/__pycache__/b.cpython-311.pyc`.
 pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
@@ -85,18 +85,20 @@ pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
 ///
 /// # Errors
 /// When the emulator is missing or the interpreter fails.
-pub fn compile(
-    wheels: &[(String, Sources<'_>)],
+pub fn compile_wheels(
+    wheels: &[(String, ModuleSources<'_>)],
     base: &BasePython,
     arch: &str,
     cache: &Utf8Path,
     log: Option<&Utf8Path>,
-) -> Result<Vec<Compiled>> {
-    let places: Vec<Utf8PathBuf> =
-        wheels.iter().map(|(sha256, sources)| place(cache, sha256, sources, base)).collect();
+) -> Result<Vec<CompiledModules>> {
+    let places: Vec<Utf8PathBuf> = wheels
+        .iter()
+        .map(|(sha256, sources)| bytecode_path(cache, sha256, sources, base))
+        .collect();
     let missing: Vec<usize> = (0..wheels.len()).filter(|i| !places[*i].exists()).collect();
     if !missing.is_empty() {
-        let mut made = run(wheels, &missing, base, arch, log)
+        let mut made = run_compiler(wheels, &missing, base, arch, log)
             .context("compiling the wheels' modules with the base's Python")?;
         for index in missing {
             let compiled = made.remove(&index).unwrap_or_default();
@@ -107,7 +109,12 @@ pub fn compile(
 }
 
 /// The cache's place for one wheel's bytecode.
-fn place(cache: &Utf8Path, sha256: &str, sources: &Sources<'_>, base: &BasePython) -> Utf8PathBuf {
+fn bytecode_path(
+    cache: &Utf8Path,
+    sha256: &str,
+    sources: &ModuleSources<'_>,
+    base: &BasePython,
+) -> Utf8PathBuf {
     // The paths are part of the bytecode; the contents follow from the wheel.
     let paths = sources.keys().copied().collect::<Vec<_>>().join("\n");
     let key = hash_bytes(format!("{RECIPE}\n{sha256}\n{}\n{paths}", base.identity).as_bytes());
@@ -115,10 +122,10 @@ fn place(cache: &Utf8Path, sha256: &str, sources: &Sources<'_>, base: &BasePytho
 }
 
 /// The base's interpreter as a program of this machine.
-fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
+fn emulated_interpreter(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
     let emulator = format!("qemu-{arch}-static");
     ensure!(
-        find(&emulator).is_some(),
+        find_program(&emulator).is_some(),
         "{emulator} is missing\nhelp: install qemu-user-static (apt-get install qemu-user-static)"
     );
     let root = base.runnable(scratch)?;
@@ -126,19 +133,19 @@ fn emulated(base: &BasePython, arch: &str, scratch: &Utf8Path) -> Result<Tool> {
     Ok(Tool::new(&emulator).args(["-L", root.as_str()]).arg(interpreter))
 }
 
-fn run(
-    wheels: &[(String, Sources<'_>)],
+fn run_compiler(
+    wheels: &[(String, ModuleSources<'_>)],
     missing: &[usize],
     base: &BasePython,
     arch: &str,
     log: Option<&Utf8Path>,
-) -> Result<BTreeMap<usize, Compiled>> {
+) -> Result<BTreeMap<usize, CompiledModules>> {
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
     let dir =
         Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
     let python = match base.own() {
         Some(python) => Tool::new(python),
-        None => emulated(base, arch, &dir.join("base"))?,
+        None => emulated_interpreter(base, arch, &dir.join("base"))?,
     };
 
     let mut groups = String::new();
@@ -165,7 +172,7 @@ fn run(
     std::fs::write(dir.join("groups"), groups).with_context(|| format!("writing {dir}/groups"))?;
 
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let step = Step::new("wheels", "compiling modules", total, Unit::Items);
+    let step = ProgressStep::new("wheels", "compiling modules", total, ProgressUnit::Items);
     let mut failed = 0;
     let mut tool = python
         .args(["-S", "-s", "-W", "ignore", "-X", "utf8", "-c", DRIVER])
@@ -191,7 +198,7 @@ fn run(
 
     let mut made = BTreeMap::new();
     for index in missing {
-        let mut compiled = Compiled::new();
+        let mut compiled = CompiledModules::new();
         for path in wheels[*index].1.keys() {
             let Some(name) = cached_name(path, base.version) else { continue };
             let file = dir.join("tree").join(index.to_string()).join(&name);
@@ -205,7 +212,7 @@ fn run(
     Ok(made)
 }
 
-fn write_tar(path: &Utf8Path, compiled: &Compiled) -> Result<()> {
+fn write_tar(path: &Utf8Path, compiled: &CompiledModules) -> Result<()> {
     write_atomically(path, |out| {
         let mut builder = tar::Builder::new(out);
         for (name, bytes) in compiled {
@@ -220,12 +227,12 @@ fn write_tar(path: &Utf8Path, compiled: &Compiled) -> Result<()> {
     })
 }
 
-fn read_tar(path: &Utf8Path) -> Result<Compiled> {
+fn read_tar(path: &Utf8Path) -> Result<CompiledModules> {
     let help =
         || format!("reading {path}\nhelp: remove that file: the next build creates it again");
     let file = File::open(path).with_context(help)?;
     let mut archive = tar::Archive::new(std::io::BufReader::new(file));
-    let mut compiled = Compiled::new();
+    let mut compiled = CompiledModules::new();
     for entry in archive.entries().with_context(help)? {
         let mut entry = entry.with_context(help)?;
         let name = String::from_utf8(entry.path_bytes().into_owned()).with_context(help)?;

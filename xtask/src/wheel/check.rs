@@ -9,9 +9,9 @@ use pep508_rs::pep440_rs::Version;
 use pep508_rs::{ExtraName, MarkerEnvironment};
 use serde::{Deserialize, Serialize};
 
-use super::archive::Wheel;
-use super::metadata::{Dependency, Metadata, satisfies};
-use super::target::{Tag, Target, normalise};
+use super::archive::CheckedWheel;
+use super::metadata::{Dependency, WheelMetadata, satisfies};
+use super::target::{WheelTag, WheelTarget, normalise_name};
 
 /// A Python distribution in the base.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
@@ -24,7 +24,7 @@ pub struct BaseDistribution {
 
 /// A requirement that is not met.
 #[derive(Debug, Clone)]
-pub struct Unmet {
+pub struct UnmetRequirement {
     /// The distribution whose metadata asks for it; `None` for the lock's own requirement.
     pub needed_by: Option<String>,
     /// What it asks for, without its marker.
@@ -35,42 +35,42 @@ pub struct Unmet {
 
 /// What follows from a set of distributions' metadata on one target.
 #[derive(Debug, Default)]
-pub struct Closure {
+pub struct DependencyClosure {
     /// For each distribution that is needed, the distributions that need it (normalised names).
     pub needed_by: BTreeMap<String, BTreeSet<String>>,
     /// What the base provides, by normalised name.
     pub from_base: BTreeMap<String, String>,
     /// What is not met.
-    pub unmet: Vec<Unmet>,
+    pub unmet: Vec<UnmetRequirement>,
 }
 
 /// Follows requirements from `top` through `wheels`; what the base provides is not followed.
 ///
 /// # Errors
 /// When a version of the base cannot be read.
-pub fn closure(
+pub fn follow_requirements(
     top: &Dependency,
-    wheels: &BTreeMap<String, &Metadata>,
+    wheels: &BTreeMap<String, &WheelMetadata>,
     base: &[BaseDistribution],
     markers: &MarkerEnvironment,
-) -> Result<Closure> {
+) -> Result<DependencyClosure> {
     let mut provided = BTreeMap::new();
     for distribution in base {
         // A distribution whose version is invalid in PEP 440 cannot meet a requirement.
         if let Ok(version) = Version::from_str(&distribution.version) {
-            provided.insert(normalise(&distribution.name), version);
+            provided.insert(normalise_name(&distribution.name), version);
         }
     }
-    let mut closure = Closure::default();
+    let mut closure = DependencyClosure::default();
     let mut visited = BTreeSet::new();
     let mut queue: Vec<(Option<String>, Dependency)> = vec![(None, top.clone())];
     while let Some((by, requirement)) = queue.pop() {
-        let name = normalise(requirement.name.as_ref());
+        let name = normalise_name(requirement.name.as_ref());
         let found = wheels.get(&name).map(|m| &m.version).or_else(|| provided.get(&name));
         if !found.is_some_and(|version| satisfies(&requirement, version)) {
             let mut plain = requirement.clone();
             plain.marker = pep508_rs::MarkerTree::TRUE;
-            closure.unmet.push(Unmet {
+            closure.unmet.push(UnmetRequirement {
                 needed_by: by.clone(),
                 requirement: plain.to_string(),
                 found: found.map(Version::to_string),
@@ -108,18 +108,19 @@ pub fn closure(
 /// Names every wheel and rule that is broken: a wrong tag, a Python that does not fit, a
 /// requirement that neither the wheels nor the base meet, a wheel that nothing needs, two wheels of
 /// one distribution.
-pub fn check(
+pub fn check_wheels(
     requirement: &str,
-    wheels: &[Wheel],
-    target: &Target,
+    wheels: &[CheckedWheel],
+    target: &WheelTarget,
     base: &[BaseDistribution],
-) -> Result<Closure> {
+) -> Result<DependencyClosure> {
     let accepted = target.tags();
     let mut wrong = Vec::new();
     let mut by_name = BTreeMap::new();
     for wheel in wheels {
-        if !wheel.name.fits(&accepted) {
-            let tags = wheel.name.tags.iter().map(Tag::to_string).collect::<Vec<_>>().join(", ");
+        if !wheel.name.matches_any(&accepted) {
+            let tags =
+                wheel.name.tags.iter().map(WheelTag::to_string).collect::<Vec<_>>().join(", ");
             wrong.push(format!("{}: its tags ({tags}) do not fit {target}", wheel.file));
         }
         if let Err(error) = wheel.metadata.check_python(target) {
@@ -130,7 +131,7 @@ pub fn check(
         }
     }
     let top = super::metadata::parse_requirement(requirement)?;
-    let closure = closure(&top, &by_name, base, &target.markers()?)?;
+    let closure = follow_requirements(&top, &by_name, base, &target.markers()?)?;
     for unmet in &closure.unmet {
         let by = match &unmet.needed_by {
             None => "the lock".to_owned(),

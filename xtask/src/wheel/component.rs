@@ -18,21 +18,21 @@ use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::base::BasePython;
-use super::fetch::FetchedWheel;
+use super::fetch::DownloadedWheel;
 use super::install::{
-    InstallRequest, InstallTarget, InstalledFile, Placed, inside, lay_out, write_tar,
+    InstallRequest, InstallTarget, InstalledFile, PlacedFile, lay_out, path_in_tree, write_tar,
 };
 use super::lock::WheelLock;
-use super::target::normalise;
+use super::target::normalise_name;
 use crate::artifact::{Artifact, hash_bytes, write_atomically};
 
 /// The inputs of a component.
 #[derive(Debug)]
-pub struct ComponentRequest<'a> {
+pub struct WheelComponentRequest<'a> {
     /// The lock.
     pub lock: &'a WheelLock,
     /// Its wheels, fetched.
-    pub wheels: &'a [FetchedWheel],
+    pub wheels: &'a [DownloadedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
     /// The cache directory; bytecode is kept there by wheel and interpreter.
@@ -46,7 +46,7 @@ pub struct ComponentRequest<'a> {
 /// A component, ready to be packed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Component {
+pub struct WheelComponent {
     /// The API's version in the format of bundles. Informational only: robots use the version in
     /// the lock.
     pub version: String,
@@ -63,9 +63,9 @@ const NOT_FOR_ROBOTS: &str = "help: build an image, which may contain this \
 /// Makes the payloads of a component.
 ///
 /// # Errors
-/// As [`super::install()`]; when a wheel has files outside of the allowed directories, or the
+/// As [`super::install_wheels()`]; when a wheel has files outside of the allowed directories, or the
 /// package has no module of its name.
-pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
+pub fn make_payloads(request: &WheelComponentRequest<'_>) -> Result<WheelComponent> {
     let target = InstallTarget::on_data();
     let laid = lay_out(&InstallRequest {
         lock: request.lock,
@@ -77,8 +77,9 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         out: request.out,
         log: request.log,
     })?;
-    let place = format!("{}/", inside(Utf8Path::new(PLACE)));
-    let mut trees: Vec<Vec<(&str, &Placed)>> = laid.distributions.iter().map(|_| vec![]).collect();
+    let place = format!("{}/", path_in_tree(Utf8Path::new(PLACE)));
+    let mut trees: Vec<Vec<(&str, &PlacedFile)>> =
+        laid.distributions.iter().map(|_| vec![]).collect();
     for (path, placed) in &laid.tree.files {
         // All directories of the target are below this one.
         let path = path
@@ -87,7 +88,7 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
         placed.wheels.iter().for_each(|wheel| trees[*wheel].push((path, placed)));
     }
     let package = request.lock.top_level()?;
-    let module = module(&package, request.lock, &trees)?;
+    let module = find_module(&package, request.lock, &trees)?;
     let mut requires: BTreeMap<&str, Vec<String>> = BTreeMap::new();
     for (name, by) in &laid.closure.needed_by {
         by.iter().for_each(|by| requires.entry(by).or_default().push(name.clone()));
@@ -95,15 +96,15 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let mut payloads = Vec::new();
     let mut wheels = Vec::new();
     let mut roles = BTreeSet::new();
-    let mut made = Trees::default();
+    let mut made = WheelTrees::default();
     for (index, files) in trees.iter().enumerate() {
         let (distribution, locked) = (&laid.distributions[index], &request.lock.wheels[index]);
-        let role = role(&locked.name);
+        let role = payload_role(&locked.name);
         ensure!(roles.insert(role.clone()), "two wheels would be the payload `{role}`");
         let path = request.out.join(format!("{role}.tar"));
         write_atomically(&path, |out| write_tar(files, TREE_TIME, out))
             .with_context(|| format!("writing {path}"))?;
-        let tar = Artifact::of(&path)?;
+        let tar = Artifact::from_file(&path)?;
         let scripts = laid.entry_points[index]
             .iter()
             .map(|point| WheelScript { name: point.name.clone(), module: point.module.clone() });
@@ -145,20 +146,20 @@ pub fn component(request: &ComponentRequest<'_>) -> Result<Component> {
     let json = lock.to_json().context("describing the component")?;
     let path = request.out.join(LOCK_ROLE);
     write_atomically(&path, |out| Ok(out.write_all(&json)?))?;
-    payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::of(&path)?));
+    payloads.insert(0, (LOCK_ROLE.to_owned(), Artifact::from_file(&path)?));
     let parsed: Version = version.parse().map_err(|_| anyhow!("invalid version {version}"))?;
-    Ok(Component { version: semantic(&parsed), lock, payloads })
+    Ok(WheelComponent { version: to_semantic_version(&parsed), lock, payloads })
 }
 
 /// Reads wheels' trees as robots do, and rejects what they reject.
 #[derive(Debug, Default)]
-pub struct Trees {
+pub struct WheelTrees {
     /// SHA-256 and mode of each file, and the wheel that it is from.
     files: BTreeMap<String, (String, String)>,
     count: usize,
 }
 
-impl Trees {
+impl WheelTrees {
     /// How many were read.
     pub fn count(&self) -> usize {
         self.count
@@ -208,8 +209,8 @@ impl Trees {
 
 /// Which of these files robots reject in a component although an image may contain them: one
 /// sentence for each wheel.
-pub fn unfit(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
-    let place = format!("{}/", inside(Utf8Path::new(PLACE)));
+pub fn find_unfit_files(files: &BTreeMap<String, InstalledFile>) -> Vec<String> {
+    let place = format!("{}/", path_in_tree(Utf8Path::new(PLACE)));
     let mut known: BTreeMap<&str, BTreeMap<String, &str>> = BTreeMap::new();
     let mut wrong: BTreeMap<&str, String> = BTreeMap::new();
     for (path, file) in files {
@@ -242,10 +243,14 @@ impl<R: Read> Read for Hashing<R> {
 }
 
 /// The module that the package installs under its own name.
-fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &Placed)>]) -> Result<String> {
+fn find_module(
+    package: &str,
+    lock: &WheelLock,
+    trees: &[Vec<(&str, &PlacedFile)>],
+) -> Result<String> {
     let index = lock.wheels.iter().position(|wheel| wheel.name == package);
     let files = index.and_then(|index| trees.get(index)).context("the lock has no top level")?;
-    let name = normalise(package).replace('-', "_");
+    let name = normalise_name(package).replace('-', "_");
     let (folder, file) = (format!("site/{name}/"), format!("site/{name}.py"));
     ensure!(
         files.iter().any(|(path, _)| path.starts_with(&folder) || *path == file),
@@ -256,7 +261,7 @@ fn module(package: &str, lock: &WheelLock, trees: &[Vec<(&str, &Placed)>]) -> Re
 }
 
 /// A payload's role: the distribution's name, which may be too long for one.
-fn role(name: &str) -> String {
+fn payload_role(name: &str) -> String {
     if name.len() <= bundle::MAX_NAME {
         return name.to_owned();
     }
@@ -266,7 +271,7 @@ fn role(name: &str) -> String {
 }
 
 /// A version of PEP 440 as Semantic Versioning writes it, as near as it can be: `8.3.0a2` is `8.3.0-a.2`.
-fn semantic(version: &Version) -> String {
+fn to_semantic_version(version: &Version) -> String {
     let release = version.release();
     let number = |at: usize| release.get(at).copied().unwrap_or(0);
     let mut rest: Vec<String> = release.iter().skip(3).map(u64::to_string).collect();
@@ -297,7 +302,7 @@ fn semantic(version: &Version) -> String {
 }
 
 /// Every file that a component consists of.
-pub fn files(component: &Component) -> Vec<Utf8PathBuf> {
+pub fn component_files(component: &WheelComponent) -> Vec<Utf8PathBuf> {
     component.payloads.iter().map(|(_, artifact)| artifact.path.clone()).collect()
 }
 
@@ -315,7 +320,7 @@ mod tests {
             ("1.2.3.4.post1", "1.2.3-4.post.1"),
             ("10.2.0a0+g1234abc.dirty", "10.2.0-a.0.local-g1234abc"),
         ] {
-            let text = semantic(&from.parse().unwrap());
+            let text = to_semantic_version(&from.parse().unwrap());
             assert_eq!(text, expected);
             bundle::Version::parse(&text).unwrap();
         }
@@ -323,10 +328,10 @@ mod tests {
 
     #[test]
     fn a_role_is_a_name_that_bundles_may_have() {
-        assert_eq!(role("numpy"), "numpy");
+        assert_eq!(payload_role("numpy"), "numpy");
         let (one, two) = (
-            role("opentelemetry-instrumentation-fastapi"),
-            role("opentelemetry-instrumentation-f"),
+            payload_role("opentelemetry-instrumentation-fastapi"),
+            payload_role("opentelemetry-instrumentation-f"),
         );
         assert_eq!(one.len(), 32);
         assert_ne!(one, two);

@@ -10,14 +10,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::lock::{LockedWheel, WheelLock};
 use super::pip::Pip;
-use super::target::Target;
+use super::target::WheelTarget;
 use crate::artifact::{Artifact, hash_file};
 use crate::cache::{Cache, RemoteDownloads};
-use crate::progress::{self, Step, Unit};
+use crate::progress::{self, ProgressStep, ProgressUnit};
 
 /// A locked wheel in the cache.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct FetchedWheel {
+pub struct DownloadedWheel {
     /// The entry in the lock.
     pub locked: LockedWheel,
     /// The path of the file; its SHA-256 has been checked.
@@ -25,7 +25,7 @@ pub struct FetchedWheel {
 }
 
 /// The path of a wheel in the cache: `downloads/sha256/<hash>`.
-fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
+fn wheel_path(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
     cache.join("downloads/sha256").join(&wheel.sha256)
 }
 
@@ -35,10 +35,14 @@ fn place(cache: &Utf8Path, wheel: &LockedWheel) -> Utf8PathBuf {
 /// # Errors
 /// When `offline` and wheels are missing (the error names them); when pip cannot download a wheel,
 /// or the index no longer has it.
-pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<FetchedWheel>> {
+pub fn fetch_wheels(
+    lock: &WheelLock,
+    cache: &Cache,
+    offline: bool,
+) -> Result<Vec<DownloadedWheel>> {
     let shared = cache.remote().filter(|_| !offline);
     let cache = cache.root.as_path();
-    let mut missing = missing(&lock.wheels, cache)?;
+    let mut missing = missing_wheels(&lock.wheels, cache)?;
     if let Some(shared) = &shared {
         missing = from_shared(shared.as_ref(), missing, cache)?;
     }
@@ -54,12 +58,12 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
     }
     if !missing.is_empty() {
         let pip = Pip::find(None)?;
-        download(&pip, &missing, &lock.target, cache)
+        download_wheels(&pip, &missing, &lock.target, cache)
             .context("downloading the wheels that the lock names")?;
     }
     let mut fetched = Vec::new();
     for wheel in &lock.wheels {
-        let path = place(cache, wheel);
+        let path = wheel_path(cache, wheel);
         let size = std::fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         ensure!(
             size == wheel.size,
@@ -68,11 +72,11 @@ pub fn fetch(lock: &WheelLock, cache: &Cache, offline: bool) -> Result<Vec<Fetch
             wheel.file,
             wheel.size
         );
-        fetched.push(FetchedWheel { locked: wheel.clone(), path });
+        fetched.push(DownloadedWheel { locked: wheel.clone(), path });
     }
     if let Some(shared) = &shared {
-        let artifact = |wheel: &FetchedWheel| {
-            let FetchedWheel { locked, path } = wheel;
+        let artifact = |wheel: &DownloadedWheel| {
+            let DownloadedWheel { locked, path } = wheel;
             Artifact { path: path.clone(), size: locked.size, sha256: locked.sha256.clone() }
         };
         shared.offer("wheels", &fetched.iter().map(artifact).collect::<Vec<_>>());
@@ -87,7 +91,7 @@ fn from_shared<'a>(
     cache: &Utf8Path,
 ) -> Result<Vec<&'a LockedWheel>> {
     let total = wheels.iter().map(|wheel| wheel.size).sum();
-    let step = Step::new("wheels", "from the shared cache", total, Unit::Bytes);
+    let step = ProgressStep::new("wheels", "from the shared cache", total, ProgressUnit::Bytes);
     let folder = cache.join("downloads/sha256");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
     let mut lacking = Vec::new();
@@ -105,31 +109,31 @@ fn from_shared<'a>(
             lacking.push(wheel);
             continue;
         }
-        let to = place(cache, wheel);
+        let to = wheel_path(cache, wheel);
         temporary.persist(&to).with_context(|| format!("renaming to {to}"))?;
     }
     Ok(lacking)
 }
 
 /// Like `fetch`, for wheels whose size is not known yet; the paths are in the order of the wheels.
-pub(super) fn obtain(
+pub(super) fn fetch_unsized_wheels(
     pip: &Pip,
     wheels: &[LockedWheel],
-    target: &Target,
+    target: &WheelTarget,
     cache: &Utf8Path,
 ) -> Result<Vec<Utf8PathBuf>> {
-    let missing = missing(wheels, cache)?;
+    let missing = missing_wheels(wheels, cache)?;
     if !missing.is_empty() {
-        download(pip, &missing, target, cache)?;
+        download_wheels(pip, &missing, target, cache)?;
     }
-    Ok(wheels.iter().map(|wheel| place(cache, wheel)).collect())
+    Ok(wheels.iter().map(|wheel| wheel_path(cache, wheel)).collect())
 }
 
 /// The wheels that are not in the cache. A file there with the wrong content is removed.
-fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a LockedWheel>> {
+fn missing_wheels<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a LockedWheel>> {
     let mut missing = Vec::new();
     for wheel in wheels {
-        let path = place(cache, wheel);
+        let path = wheel_path(cache, wheel);
         if !path.exists() {
             missing.push(wheel);
         } else if hash_file(&path)?.1 != wheel.sha256 {
@@ -141,7 +145,12 @@ fn missing<'a>(wheels: &'a [LockedWheel], cache: &Utf8Path) -> Result<Vec<&'a Lo
     Ok(missing)
 }
 
-fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Path) -> Result<()> {
+fn download_wheels(
+    pip: &Pip,
+    wheels: &[&LockedWheel],
+    target: &WheelTarget,
+    cache: &Utf8Path,
+) -> Result<()> {
     let folder = cache.join("downloads/sha256");
     std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
     // In the cache's own filesystem, so that a finished file can be renamed to its final path.
@@ -161,8 +170,13 @@ fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Pat
     let total: u64 = sizes.values().sum();
     let step = match total {
         // The sizes are not known while a lock is being made.
-        0 => Step::new("wheels", "downloading wheels", wheels.len() as u64, Unit::Items),
-        _ => Step::new("wheels", "downloading wheels", total, Unit::Bytes),
+        0 => ProgressStep::new(
+            "wheels",
+            "downloading wheels",
+            wheels.len() as u64,
+            ProgressUnit::Items,
+        ),
+        _ => ProgressStep::new("wheels", "downloading wheels", total, ProgressUnit::Bytes),
     };
     let mut current = 0;
     pip.tool("download", target)
@@ -198,7 +212,7 @@ fn download(pip: &Pip, wheels: &[&LockedWheel], target: &Target, cache: &Utf8Pat
             wheel.file,
             wheel.sha256
         );
-        let to = place(cache, wheel);
+        let to = wheel_path(cache, wheel);
         std::fs::rename(&from, &to).with_context(|| format!("renaming {from} to {to}"))?;
     }
     Ok(())

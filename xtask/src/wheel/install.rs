@@ -8,11 +8,11 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::archive::{Wheel, digest_text};
+use super::archive::{CheckedWheel, digest_text};
 use super::base::BasePython;
 use super::bytecode;
-use super::check::{Closure, check};
-use super::fetch::FetchedWheel;
+use super::check::{DependencyClosure, check_wheels};
+use super::fetch::DownloadedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
 use crate::artifact::{Artifact, write_atomically};
@@ -69,7 +69,7 @@ pub struct InstallRequest<'a> {
     /// The lock.
     pub lock: &'a WheelLock,
     /// Its wheels, fetched.
-    pub wheels: &'a [FetchedWheel],
+    pub wheels: &'a [DownloadedWheel],
     /// The base's Python.
     pub base: &'a BasePython,
     /// The target directories.
@@ -87,7 +87,7 @@ pub struct InstallRequest<'a> {
 /// What was installed.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Installed {
+pub struct InstalledWheels {
     /// The tar: sorted, owner 0:0, all directories from the top, uncompressed.
     pub tar: Artifact,
     /// One for each wheel, sorted by name.
@@ -124,7 +124,7 @@ pub struct InstalledDistribution {
 }
 
 /// A file on its way into the tar.
-pub(super) struct Placed {
+pub(super) struct PlacedFile {
     pub bytes: Vec<u8>,
     digest: String,
     mode: u32,
@@ -132,7 +132,7 @@ pub(super) struct Placed {
     pub wheels: Vec<usize>,
 }
 
-impl Placed {
+impl PlacedFile {
     /// Whether one file may replace the other: the same file, or bytecode of the same source.
     /// CPython's marshalled bytes depend on what was compiled before; a `.pyc` begins with its
     /// magic number, its flags and its source's hash (PEP 552), 16 bytes.
@@ -145,15 +145,15 @@ impl Placed {
 
 /// The tree under construction; paths without the leading slash.
 #[derive(Default)]
-pub(super) struct Tree {
-    pub files: BTreeMap<String, Placed>,
+pub(super) struct InstallTree {
+    pub files: BTreeMap<String, PlacedFile>,
 }
 
-impl Tree {
+impl InstallTree {
     /// Adds a file of one wheel. A file that exists already with the same content and mode belongs
     /// to both.
-    fn add(&mut self, path: String, placed: Placed, names: &[String]) -> Result<()> {
-        let name = |placed: &Placed| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
+    fn add(&mut self, path: String, placed: PlacedFile, names: &[String]) -> Result<()> {
+        let name = |placed: &PlacedFile| placed.wheels.first().and_then(|w| names.get(*w)).cloned();
         let Some(there) = self.files.get_mut(&path) else {
             self.files.insert(path, placed);
             return Ok(());
@@ -178,14 +178,14 @@ impl Tree {
 }
 
 /// Wheels laid out, before anything is written.
-pub(super) struct Laid {
-    pub tree: Tree,
-    /// In the lock's order, which is that of [`Placed::wheels`].
+pub(super) struct WheelLayout {
+    pub tree: InstallTree,
+    /// In the lock's order, which is that of [`PlacedFile::wheels`].
     pub distributions: Vec<InstalledDistribution>,
     /// The programs that each wheel asks for, in the same order.
     pub entry_points: Vec<Vec<EntryPoint>>,
     /// Which distribution needs which.
-    pub closure: Closure,
+    pub closure: DependencyClosure,
 }
 
 /// Checks and installs wheels into a tar.
@@ -193,17 +193,17 @@ pub(super) struct Laid {
 /// # Errors
 /// When a wheel breaks a rule, wheels do not fit the base or each other, two of them install the
 /// same file, the base's Python cannot be run, or the tar cannot be written.
-pub fn install(request: &InstallRequest<'_>) -> Result<Installed> {
-    let Laid { tree, mut distributions, .. } = lay_out(request)?;
+pub fn install_wheels(request: &InstallRequest<'_>) -> Result<InstalledWheels> {
+    let WheelLayout { tree, mut distributions, .. } = lay_out(request)?;
     let files: Vec<_> = tree.files.iter().map(|(path, placed)| (path.as_str(), placed)).collect();
     write_atomically(request.out, |out| write_tar(&files, request.epoch, out))
         .with_context(|| format!("writing {}", request.out))?;
     distributions.sort_by(|a, b| a.wheel.cmp(&b.wheel));
-    Ok(Installed { tar: Artifact::of(request.out)?, distributions })
+    Ok(InstalledWheels { tar: Artifact::from_file(request.out)?, distributions })
 }
 
 /// Checks wheels and collects their files, compiled, as `request` says.
-pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
+pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<WheelLayout> {
     let InstallRequest { lock, wheels: fetched, base, target, .. } = request;
     let mut on = lock.target.clone();
     ensure!(
@@ -216,12 +216,13 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
     on.python = base.version;
     let wheels = open_all(fetched)?;
     tell_doubts(&wheels);
-    let closure = check(&lock.requirement, &wheels, &on, &base.distributions)
+    let closure = check_wheels(&lock.requirement, &wheels, &on, &base.distributions)
         .context("checking the wheels against the base")?;
 
     let entry_points = wheels.iter().map(|wheel| wheel.entry_points.clone()).collect();
-    let Arranged { mut tree, mut facts, names } = arrange(wheels, target, &lock.top_level()?)?;
-    compile(request, &mut tree, &mut facts, &names)?;
+    let Arranged { mut tree, mut facts, names } =
+        arrange_wheels(wheels, target, &lock.top_level()?)?;
+    compile_files(request, &mut tree, &mut facts, &names)?;
     write_records(&mut tree, &mut facts, target);
     for placed in tree.files.values() {
         for wheel in &placed.wheels {
@@ -231,11 +232,11 @@ pub(super) fn lay_out(request: &InstallRequest<'_>) -> Result<Laid> {
         }
     }
     let distributions = facts.into_iter().map(|(fact, _)| fact).collect();
-    Ok(Laid { tree, distributions, entry_points, closure })
+    Ok(WheelLayout { tree, distributions, entry_points, closure })
 }
 
 /// Warns about contradictory metadata in wheels. Their bytes are those of the lock nevertheless.
-pub(super) fn tell_doubts(wheels: &[Wheel]) {
+pub(super) fn tell_doubts(wheels: &[CheckedWheel]) {
     for wheel in wheels.iter().filter(|wheel| !wheel.doubts.is_empty()) {
         warn(format!(
             "the metadata of {} contradict the wheel's content (the file is the one of the index): {}",
@@ -247,18 +248,22 @@ pub(super) fn tell_doubts(wheels: &[Wheel]) {
 
 /// Wheels with a path for each file, not compiled and without RECORDs.
 struct Arranged {
-    tree: Tree,
+    tree: InstallTree,
     facts: Vec<Fact>,
     /// The wheels' file names.
     names: Vec<String>,
 }
 
-fn arrange(wheels: Vec<Wheel>, target: &InstallTarget, top: &str) -> Result<Arranged> {
+fn arrange_wheels(
+    wheels: Vec<CheckedWheel>,
+    target: &InstallTarget,
+    top: &str,
+) -> Result<Arranged> {
     let names: Vec<String> = wheels.iter().map(|wheel| wheel.file.clone()).collect();
-    let (mut tree, mut facts) = (Tree::default(), Vec::new());
+    let (mut tree, mut facts) = (InstallTree::default(), Vec::new());
     for (index, wheel) in wheels.into_iter().enumerate() {
         facts.push(
-            place(&mut tree, index, wheel, target, &names, top)
+            place_files(&mut tree, index, wheel, target, &names, top)
                 .with_context(|| format!("installing {}", names[index]))?,
         );
     }
@@ -281,12 +286,12 @@ pub struct InstalledFile {
 ///
 /// # Errors
 /// Two wheels that install different files under one name; a wheel with an unknown feature.
-pub fn preview(
-    wheels: Vec<Wheel>,
+pub fn preview_files(
+    wheels: Vec<CheckedWheel>,
     target: &InstallTarget,
     top: &str,
 ) -> Result<BTreeMap<String, InstalledFile>> {
-    let Arranged { tree, names, .. } = arrange(wheels, target, top)?;
+    let Arranged { tree, names, .. } = arrange_wheels(wheels, target, top)?;
     let files = tree.files.into_iter().map(|(path, placed)| {
         let wheels = placed.wheels.iter().map(|wheel| names[*wheel].clone()).collect();
         let executable = placed.mode & 0o111 != 0;
@@ -296,7 +301,7 @@ pub fn preview(
 }
 
 /// Reads and checks all wheels, on all cores.
-fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
+fn open_all(fetched: &[DownloadedWheel]) -> Result<Vec<CheckedWheel>> {
     let next = std::sync::atomic::AtomicUsize::new(0);
     let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // The largest first, so that the cores finish at about the same time.
@@ -307,8 +312,8 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
         while let Some(index) =
             order.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)).copied()
         {
-            let FetchedWheel { locked, path } = &fetched[index];
-            done.push((index, Wheel::open(path, &locked.file, Some(&locked.sha256))));
+            let DownloadedWheel { locked, path } = &fetched[index];
+            done.push((index, CheckedWheel::open(path, &locked.file, Some(&locked.sha256))));
         }
         done
     };
@@ -329,21 +334,21 @@ fn open_all(fetched: &[FetchedWheel]) -> Result<Vec<Wheel>> {
 type Fact = (InstalledDistribution, String);
 
 /// A robot's path in the form of the tree.
-pub(super) fn inside(path: &Utf8Path) -> &str {
+pub(super) fn path_in_tree(path: &Utf8Path) -> &str {
     path.as_str().trim_matches('/')
 }
 
-fn place(
-    tree: &mut Tree,
+fn place_files(
+    tree: &mut InstallTree,
     index: usize,
-    wheel: Wheel,
+    wheel: CheckedWheel,
     target: &InstallTarget,
     names: &[String],
     top: &str,
 ) -> Result<Fact> {
-    let site = inside(&target.site_packages);
-    let scripts = inside(&target.scripts);
-    let prefix = inside(&target.prefix);
+    let site = path_in_tree(&target.site_packages);
+    let scripts = path_in_tree(&target.scripts);
+    let prefix = path_in_tree(&target.prefix);
     let info = format!("{site}/{}", wheel.dist_info);
     let record = format!("{info}/RECORD");
     let top_level = wheel.name.name == top;
@@ -356,17 +361,18 @@ fn place(
         .then(|| target.site_packages.join(resources.trim_end_matches('/')));
 
     let source_record = format!("{}/RECORD", wheel.dist_info);
-    let put = |tree: &mut Tree, path: String, bytes: Vec<u8>, executable: bool| {
+    let put = |tree: &mut InstallTree, path: String, bytes: Vec<u8>, executable: bool| {
         let digest = digest_text(&bytes);
         let mode = if executable { 0o755 } else { 0o644 };
-        tree.add(path, Placed { bytes, digest, mode, wheels: vec![index] }, names)
+        tree.add(path, PlacedFile { bytes, digest, mode, wheels: vec![index] }, names)
     };
     for (path, file) in wheel.files {
         if path == source_record {
             continue;
         }
         let mode = if file.executable { 0o755 } else { 0o644 };
-        let placed = Placed { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
+        let placed =
+            PlacedFile { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
         // Like pip: any name before `.data` is accepted.
         let data = path.split_once('/').filter(|(folder, _)| folder.ends_with(".data"));
         let Some((_, rest)) = data else {
@@ -383,7 +389,9 @@ fn place(
             // project's.
             "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
             // Old tools also ship the program of an entry point; the generated program replaces it.
-            "scripts" if wheel.entry_points.iter().any(|point| point.name == wrapped(rest)) => {
+            "scripts"
+                if wheel.entry_points.iter().any(|point| point.name == entry_point_name(rest)) =>
+            {
                 continue;
             }
             "scripts" => {
@@ -396,7 +404,7 @@ fn place(
         tree.add(to, placed, names)?;
     }
     for point in &wheel.entry_points {
-        let text = program(point, target);
+        let text = script_text(point, target);
         put(tree, format!("{scripts}/{}", point.name), text.into_bytes(), true)?;
     }
     put(tree, format!("{info}/INSTALLER"), INSTALLER.into(), false)?;
@@ -421,7 +429,7 @@ fn place(
 }
 
 /// The entry point of a program of old tools, without the endings that it has on some systems.
-fn wrapped(file: &str) -> &str {
+fn entry_point_name(file: &str) -> &str {
     let ends = [".exe", "-script.py", ".pya"];
     ends.iter().find_map(|end| file.strip_suffix(end)).unwrap_or(file)
 }
@@ -444,7 +452,7 @@ fn rewrite_shebang(bytes: Vec<u8>, target: &InstallTarget) -> Vec<u8> {
 }
 
 /// The program for an entry point.
-fn program(point: &EntryPoint, target: &InstallTarget) -> String {
+fn script_text(point: &EntryPoint, target: &InstallTarget) -> String {
     let EntryPoint { module, function, .. } = point;
     let imported = function.split('.').next().unwrap_or(function);
     format!(
@@ -454,14 +462,14 @@ fn program(point: &EntryPoint, target: &InstallTarget) -> String {
     )
 }
 
-fn compile(
+fn compile_files(
     request: &InstallRequest<'_>,
-    tree: &mut Tree,
+    tree: &mut InstallTree,
     facts: &mut [Fact],
     names: &[String],
 ) -> Result<()> {
-    let site = format!("{}/", inside(&request.target.site_packages));
-    let mut wheels: Vec<(String, bytecode::Sources<'_>)> =
+    let site = format!("{}/", path_in_tree(&request.target.site_packages));
+    let mut wheels: Vec<(String, bytecode::ModuleSources<'_>)> =
         facts.iter().map(|(fact, _)| (fact.sha256.clone(), BTreeMap::new())).collect();
     for (path, placed) in &tree.files {
         if path.starts_with(&site) && path.ends_with(".py") {
@@ -471,7 +479,7 @@ fn compile(
         }
     }
     let arch = &request.lock.target.arch;
-    let made = bytecode::compile(&wheels, request.base, arch, request.cache, request.log)?;
+    let made = bytecode::compile_wheels(&wheels, request.base, arch, request.cache, request.log)?;
     for (index, compiled) in made.iter().enumerate() {
         facts[index].0.uncompiled = (wheels[index].1.len() - compiled.len()) as u64;
     }
@@ -482,7 +490,7 @@ fn compile(
     for (index, compiled) in made.into_iter().enumerate() {
         for (path, bytes) in compiled {
             let digest = digest_text(&bytes);
-            tree.add(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] }, names)?;
+            tree.add(path, PlacedFile { bytes, digest, mode: 0o644, wheels: vec![index] }, names)?;
         }
     }
     Ok(())
@@ -490,13 +498,13 @@ fn compile(
 
 /// Writes each distribution's RECORD: every installed file with hash and size, paths relative to
 /// the directory of the modules, sorted.
-fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
-    let site = inside(&target.site_packages);
+fn write_records(tree: &mut InstallTree, facts: &mut [Fact], target: &InstallTarget) {
+    let site = path_in_tree(&target.site_packages);
     let mut records: Vec<Vec<RecordLine>> = facts.iter().map(|_| Vec::new()).collect();
     for (path, placed) in &tree.files {
         for wheel in &placed.wheels {
             records[*wheel].push(RecordLine {
-                path: relative(path, site),
+                path: relative_path(path, site),
                 hash: placed.digest.clone(),
                 size: placed.bytes.len().to_string(),
             });
@@ -505,20 +513,20 @@ fn write_records(tree: &mut Tree, facts: &mut [Fact], target: &InstallTarget) {
     for (index, mut lines) in records.into_iter().enumerate() {
         let path = facts[index].1.clone();
         lines.push(RecordLine {
-            path: relative(&path, site),
+            path: relative_path(&path, site),
             hash: String::new(),
             size: String::new(),
         });
         lines.sort_by(|a, b| a.path.cmp(&b.path));
         let bytes = format_record(&lines).into_bytes();
         let digest = digest_text(&bytes);
-        tree.files.insert(path, Placed { bytes, digest, mode: 0o644, wheels: vec![index] });
+        tree.files.insert(path, PlacedFile { bytes, digest, mode: 0o644, wheels: vec![index] });
     }
 }
 
 /// The path of `usr/local/bin/x` relative to `usr/local/lib/python3.11/dist-packages` is
 /// `../../../bin/x`.
-fn relative(path: &str, from: &str) -> String {
+fn relative_path(path: &str, from: &str) -> String {
     let path: Vec<&str> = path.split('/').collect();
     let from: Vec<&str> = from.split('/').collect();
     let common = path.iter().zip(&from).take_while(|(a, b)| a == b).count();
@@ -527,7 +535,11 @@ fn relative(path: &str, from: &str) -> String {
 }
 
 /// Writes files, sorted by path, with all their directories.
-pub(super) fn write_tar(files: &[(&str, &Placed)], epoch: u64, out: &mut dyn Write) -> Result<()> {
+pub(super) fn write_tar(
+    files: &[(&str, &PlacedFile)],
+    epoch: u64,
+    out: &mut dyn Write,
+) -> Result<()> {
     let mut folders = BTreeSet::new();
     for (path, _) in files {
         let mut rest = *path;

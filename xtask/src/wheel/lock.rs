@@ -8,9 +8,9 @@ use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::target::{Target, WheelName, normalise};
+use super::target::{WheelName, WheelTarget, normalise_name};
 use crate::artifact::{hash_bytes, write_atomically};
-use crate::config::reader::{Findings, in_entry, written_lock};
+use crate::config::reader::{ConfigFindings, in_entry, written_lock};
 
 /// The lock file's format; readers reject any other.
 const FORMAT: u32 = 1;
@@ -30,7 +30,7 @@ pub struct WheelLock {
     /// The requirement: `opentrons==10.1.0`.
     pub requirement: String,
     /// For which Python it was resolved.
-    pub target: Target,
+    pub target: WheelTarget,
     /// The wheels, sorted by normalised name.
     #[serde(rename = "wheel")]
     pub wheels: Vec<LockedWheel>,
@@ -42,7 +42,7 @@ pub struct WheelLock {
 struct Written {
     format: u32,
     requirement: String,
-    target: Spanned<Target>,
+    target: Spanned<WheelTarget>,
     #[serde(rename = "wheel")]
     wheels: Vec<Spanned<LockedWheel>>,
 }
@@ -71,7 +71,7 @@ pub struct LockedWheel {
 
 impl WheelLock {
     /// Makes a new lock, sorted.
-    pub fn new(requirement: &str, target: Target, mut wheels: Vec<LockedWheel>) -> Self {
+    pub fn new(requirement: &str, target: WheelTarget, mut wheels: Vec<LockedWheel>) -> Self {
         wheels.sort_by(|a, b| a.name.cmp(&b.name));
         Self { format: FORMAT, requirement: requirement.to_owned(), target, wheels }
     }
@@ -128,7 +128,7 @@ impl WheelLock {
             )),
             Err(error) => wrong.push(at_top("requirement", format!("{error:#}"))),
         }
-        Findings(wrong).check()?;
+        ConfigFindings(wrong).check()?;
         let wheels = entries.into_iter().map(Spanned::into_inner).collect();
         Ok(Self { format, requirement, target: target.into_inner(), wheels })
     }
@@ -193,7 +193,7 @@ impl LockedWheel {
     /// Refuses what contradicts itself: with the key.
     fn validate(&self) -> Result<(), (&'static str, anyhow::Error)> {
         let file = WheelName::parse(&self.file).map_err(|error| ("file", error))?;
-        if self.name != normalise(&self.name) || file.name != self.name {
+        if self.name != normalise_name(&self.name) || file.name != self.name {
             let error = anyhow!(
                 "the lock has '{}' for the file {}: expected the normalised name '{}'",
                 self.name,
@@ -217,7 +217,7 @@ impl LockedWheel {
 
 /// The changes of a new lock in human-readable form: `numpy 1.26.3 -> 1.26.4`, `+ idna 3.20`, `-
 /// six 1.16.0`; empty when the locks are equal.
-pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
+pub fn describe_difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
     let Some(old) = old else {
         return new.wheels.iter().map(|w| format!("+ {} {}", w.name, w.version)).collect();
     };
@@ -251,6 +251,6 @@ pub fn difference(old: Option<&WheelLock>, new: &WheelLock) -> Vec<String> {
 }
 
 /// A hash of the lock's whole content; it is the cache key of a stage that depends on the wheels.
-pub fn identity(lock: &WheelLock) -> String {
+pub fn lock_identity(lock: &WheelLock) -> String {
     hash_bytes(lock.to_toml().as_bytes())
 }

@@ -7,7 +7,7 @@ use anyhow::{Context, Result, anyhow, bail, ensure};
 use pep508_rs::pep440_rs::{Version, VersionSpecifiers};
 use pep508_rs::{Requirement, VerbatimUrl, VersionOrUrl};
 
-use super::target::Target;
+use super::target::WheelTarget;
 
 /// A dependency as wheels write it (PEP 508).
 pub type Dependency = Requirement<VerbatimUrl>;
@@ -76,9 +76,9 @@ pub fn satisfies(requirement: &Dependency, version: &Version) -> bool {
 
 /// Mail headers: keys in lower case, in order, continuation lines joined.
 #[derive(Debug, Clone, Default)]
-pub struct Headers(Vec<(String, String)>);
+pub struct MailHeaders(Vec<(String, String)>);
 
-impl Headers {
+impl MailHeaders {
     /// Reads headers up to the first empty line.
     pub fn parse(text: &str) -> Self {
         let mut headers: Vec<(String, String)> = Vec::new();
@@ -111,7 +111,7 @@ impl Headers {
 
 /// The parts of a wheel's METADATA that the tool uses.
 #[derive(Debug, Clone)]
-pub struct Metadata {
+pub struct WheelMetadata {
     /// The distribution's name as its author spells it.
     pub name: String,
     /// The version, parsed.
@@ -153,13 +153,13 @@ const CLASSIFIERS: [(&str, &str); 6] = [
     ("GNU General Public License v3 (GPLv3)", "GPL-3.0-only"),
 ];
 
-impl Metadata {
+impl WheelMetadata {
     /// Reads a METADATA file.
     ///
     /// # Errors
     /// When name or version is missing, or a requirement has no name.
     pub fn parse(text: &str) -> Result<Self> {
-        let headers = Headers::parse(text);
+        let headers = MailHeaders::parse(text);
         let field = |key: &str, shown: &str| {
             headers.get(key).map(str::to_owned).with_context(|| format!("{shown} is missing"))
         };
@@ -188,7 +188,7 @@ impl Metadata {
             version,
             version_text,
             summary: headers.get("summary").filter(|s| !s.is_empty()).map(str::to_owned),
-            license: license(&headers),
+            license: read_license(&headers),
             requires_python,
             requires,
             doubts,
@@ -200,7 +200,7 @@ impl Metadata {
     ///
     /// # Errors
     /// When the target's Python is not among the versions.
-    pub fn check_python(&self, target: &Target) -> Result<()> {
+    pub fn check_python(&self, target: &WheelTarget) -> Result<()> {
         let Some(text) = &self.requires_python else { return Ok(()) };
         let specifiers = VersionSpecifiers::from_str(text)
             .or_else(|_| VersionSpecifiers::from_str(&mend_specifiers(text)));
@@ -216,7 +216,7 @@ impl Metadata {
     }
 }
 
-fn license(headers: &Headers) -> Option<License> {
+fn read_license(headers: &MailHeaders) -> Option<License> {
     let given = |text: &&str| !text.is_empty() && !text.eq_ignore_ascii_case("unknown");
     if let Some(expression) = headers.get("license-expression").filter(given) {
         return Some(License::Expression(expression.to_owned()));

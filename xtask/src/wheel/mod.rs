@@ -16,15 +16,15 @@ pub mod pip;
 pub mod resolve;
 pub mod target;
 
-pub use archive::Wheel;
+pub use archive::CheckedWheel;
 pub use base::BasePython;
-pub use check::{BaseDistribution, check};
-pub use component::{Component, ComponentRequest};
-pub use fetch::{FetchedWheel, fetch};
+pub use check::{BaseDistribution, check_wheels};
+pub use component::{WheelComponent, WheelComponentRequest};
+pub use fetch::{DownloadedWheel, fetch_wheels};
 pub use install::{
-    InstallRequest, InstallTarget, Installed, InstalledDistribution, InstalledFile, install,
-    preview,
+    InstallRequest, InstallTarget, InstalledDistribution, InstalledFile, InstalledWheels,
+    install_wheels, preview_files,
 };
-pub use lock::{LockedWheel, WheelLock, identity};
-pub use resolve::{LockRequest, lock, update};
-pub use target::{Libc, PythonVersion, Target};
+pub use lock::{LockedWheel, WheelLock, lock_identity};
+pub use resolve::{LockRequest, lock_wheels, update_lock};
+pub use target::{Libc, PythonVersion, WheelTarget};

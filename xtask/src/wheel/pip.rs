@@ -6,7 +6,7 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::target::{Target, WheelName};
+use super::target::{WheelName, WheelTarget};
 use crate::exec::Tool;
 
 /// `install --report` began with pip 22.2; Debian 12 has 23.0.
@@ -54,11 +54,11 @@ impl Pip {
         const HELP: &str = "help: install python3-pip (apt-get install python3-pip)";
         // Without any, report the error of the one on the path.
         let python = crate::tools::python_with_pip().unwrap_or("python3");
-        let said = Tool::new(python)
+        let output = Tool::new(python)
             .args(["-m", "pip", "--version"])
             .read()
             .with_context(|| format!("looking for pip, which resolves wheels\n{HELP}"))?;
-        let version = said.split_whitespace().nth(1).unwrap_or_default().to_owned();
+        let version = output.split_whitespace().nth(1).unwrap_or_default().to_owned();
         let mut numbers = version.split('.').map(|n| n.parse::<u32>().unwrap_or(0));
         let found = (numbers.next().unwrap_or(0), numbers.next().unwrap_or(0));
         ensure!(
@@ -77,13 +77,13 @@ impl Pip {
             .env("LC_ALL", "C.UTF-8")
             .read()
             .context("asking pip for its settings")?;
-        let settings = kept(&listed);
+        let settings = settings_to_keep(&listed);
         Ok(Self { version, python, settings, log: log.map(Utf8Path::to_owned) })
     }
 
     /// A pip command for wheels of the target; settings of the user that would change what is
     /// installed are switched off, those of the index and the connection are kept.
-    pub fn tool(&self, command: &str, target: &Target) -> Tool {
+    pub fn tool(&self, command: &str, target: &WheelTarget) -> Tool {
         let mut tool = Tool::new(self.python)
             .args(["-m", "pip", command, "--no-input", "--no-color", "--progress-bar", "off"])
             .args(["--disable-pip-version-check", "--only-binary=:all:"])
@@ -116,7 +116,7 @@ impl Pip {
     ///
     /// # Errors
     /// When pip cannot be run at all; that it finds no candidate is expected.
-    pub fn wheels_of(&self, requirement: &str, target: &Target) -> Result<Vec<WheelName>> {
+    pub fn wheels_of(&self, requirement: &str, target: &WheelTarget) -> Result<Vec<WheelName>> {
         let scratch = tempfile::tempdir().context("making a temporary directory")?;
         let Some(dir) = scratch.path().to_str() else {
             bail!("the temporary directory is not UTF-8")
@@ -147,7 +147,7 @@ impl Pip {
 /// The settings to keep from the output of `pip config list`, as variables: `global.index-url='…'`,
 /// of a command such as `download.no-index='1'`, of the environment `:env:.proxy='…'`. Later ones
 /// in this order override earlier ones.
-fn kept(listed: &str) -> Vec<(String, String)> {
+fn settings_to_keep(listed: &str) -> Vec<(String, String)> {
     let mut found: BTreeMap<&str, (u8, String)> = BTreeMap::new();
     for line in listed.lines() {
         let setting = line.split_once('=').and_then(|(name, value)| {
@@ -163,7 +163,8 @@ fn kept(listed: &str) -> Vec<(String, String)> {
             _ => continue,
         };
         let known = found.get(key).is_some_and(|(known, _)| *known > rank);
-        if let (true, false, Some(text)) = (KEPT.contains(&key), known, unquoted(value)) {
+        if let (true, false, Some(text)) = (KEPT.contains(&key), known, parse_python_string(value))
+        {
             found.insert(key, (rank, text));
         }
     }
@@ -172,7 +173,7 @@ fn kept(listed: &str) -> Vec<(String, String)> {
 }
 
 /// Parses a string in the form of Python's `repr`.
-fn unquoted(text: &str) -> Option<String> {
+fn parse_python_string(text: &str) -> Option<String> {
     let quote = text.chars().next().filter(|c| matches!(c, '\'' | '"'))?;
     let inner = text.strip_prefix(quote)?.strip_suffix(quote)?;
     let mut plain = String::with_capacity(inner.len());
@@ -235,7 +236,8 @@ mod tests {
                       global.require-hashes='true'\nglobal.constraint='/etc/c.txt'\n\
                       install.no-deps='yes'\ndownload.timeout='60'\nglobal.timeout='5'\n\
                       :env:.abi='cp39'\n:env:.proxy=\"http://o'h:1\"\nlist.format='json'\n";
-        let kept: Vec<String> = kept(listed).iter().map(|(n, v)| format!("{n}={v}")).collect();
+        let kept: Vec<String> =
+            settings_to_keep(listed).iter().map(|(n, v)| format!("{n}={v}")).collect();
         assert_eq!(
             kept,
             [
@@ -245,6 +247,6 @@ mod tests {
                 "PIP_TIMEOUT=60",
             ]
         );
-        assert_eq!(unquoted(r"'\x41\u00e4\\'"), Some("Aä\\".to_owned()));
+        assert_eq!(parse_python_string(r"'\x41\u00e4\\'"), Some("Aä\\".to_owned()));
     }
 }

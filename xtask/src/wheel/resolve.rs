@@ -10,17 +10,17 @@ use camino::{Utf8Path, Utf8PathBuf};
 use pep508_rs::pep440_rs::Version;
 use serde::Deserialize;
 
-use super::archive::Wheel;
-use super::check::{BaseDistribution, Closure, check, closure};
-use super::component::unfit;
-use super::fetch::obtain;
-use super::install::{InstallTarget, preview, tell_doubts};
-use super::lock::{LockedWheel, WheelLock, difference};
-use super::metadata::{Metadata, parse_lenient, parse_requirement, satisfies};
+use super::archive::CheckedWheel;
+use super::check::{BaseDistribution, DependencyClosure, check_wheels, follow_requirements};
+use super::component::find_unfit_files;
+use super::fetch::fetch_unsized_wheels;
+use super::install::{InstallTarget, preview_files, tell_doubts};
+use super::lock::{LockedWheel, WheelLock, describe_difference};
+use super::metadata::{WheelMetadata, parse_lenient, parse_requirement, satisfies};
 use super::pip::{Pip, wheel_file};
-use super::target::{Target, WheelName, normalise};
+use super::target::{WheelName, WheelTarget, normalise_name};
 use crate::artifact::hash_file;
-use crate::progress::{self, warn};
+use crate::progress::{ProgressStep, ProgressUnit, warn};
 
 /// pip evaluates markers for the machine that it runs on; what only the target needs is added, and
 /// pip is run again. Each round adds at least one requirement; more rounds than this do not occur
@@ -33,7 +33,7 @@ pub struct LockRequest {
     /// The distribution with its version: `opentrons==10.1.0`.
     pub requirement: String,
     /// The base's Python.
-    pub target: Target,
+    pub target: WheelTarget,
     /// The distributions in the base; they need not be among the wheels, but may be.
     pub base: Vec<BaseDistribution>,
     /// The cache directory; the wheels are downloaded into it, for their sizes and their checks.
@@ -43,7 +43,7 @@ pub struct LockRequest {
 }
 
 #[derive(Debug, Deserialize)]
-struct Report {
+struct PipReport {
     install: Vec<ReportItem>,
 }
 
@@ -81,9 +81,9 @@ struct ReportMetadata {
 /// # Errors
 /// When there is no working pip or no index in reach; when a dependency has no wheel for the target (the
 /// error says which tags exist); when requirements contradict each other; when a wheel breaks a rule.
-pub fn lock(request: &LockRequest) -> Result<WheelLock> {
+pub fn lock_wheels(request: &LockRequest) -> Result<WheelLock> {
     let LockRequest { requirement, target, .. } = request;
-    resolve(request).with_context(|| format!("resolving {requirement} for {target}"))
+    resolve_requirement(request).with_context(|| format!("resolving {requirement} for {target}"))
 }
 
 /// Resolves and writes the lock file, what `cargo xtask lock` does; returns the lock and what it
@@ -92,37 +92,38 @@ pub fn lock(request: &LockRequest) -> Result<WheelLock> {
 /// # Errors
 /// As `lock`, or when the file cannot be written. An old file that cannot be read is ignored, since
 /// writing a new one repairs it.
-pub fn update(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
-    let new = lock(request)?;
+pub fn update_lock(request: &LockRequest, path: &Utf8Path) -> Result<(WheelLock, Vec<String>)> {
+    let new = lock_wheels(request)?;
     let old = WheelLock::load(path).ok();
-    let changes = difference(old.as_ref(), &new);
+    let changes = describe_difference(old.as_ref(), &new);
     if old.as_ref() != Some(&new) {
         new.save(path)?;
     }
     Ok((new, changes))
 }
 
-fn resolve(request: &LockRequest) -> Result<WheelLock> {
+fn resolve_requirement(request: &LockRequest) -> Result<WheelLock> {
     let target = &request.target;
     target.validate()?;
     let top = parse_requirement(&request.requirement)?;
     let markers = target.markers()?;
     let pip = Pip::find(request.log.as_deref())?;
-    let step = progress::Step::new(
+    let step = ProgressStep::new(
         "lock",
         format!("resolving {} with pip {}", request.requirement, pip.version),
         0,
-        progress::Unit::Items,
+        ProgressUnit::Items,
     );
     let mut asked = vec![request.requirement.clone()];
     for _ in 0..ROUNDS {
-        let items = ask(&pip, &asked, target)?;
+        let items = pip_report(&pip, &asked, target)?;
         let mut found = BTreeMap::new();
         for item in &items {
-            found.insert(normalise(&item.metadata.name), reported(&item.metadata)?);
+            found
+                .insert(normalise_name(&item.metadata.name), metadata_from_report(&item.metadata)?);
         }
         let wheels = found.iter().map(|(name, metadata)| (name.clone(), metadata)).collect();
-        let closure = closure(&top, &wheels, &request.base, &markers)?;
+        let closure = follow_requirements(&top, &wheels, &request.base, &markers)?;
         let missing: Vec<String> = closure
             .unmet
             .iter()
@@ -143,22 +144,22 @@ fn resolve(request: &LockRequest) -> Result<WheelLock> {
             );
         }
         drop(step);
-        return finish(request, &pip, &items, &closure);
+        return finish_lock(request, &pip, &items, &closure);
     }
     bail!("pip found no complete set after {ROUNDS} rounds; the last request was {asked:?}")
 }
 
 /// Downloads, measures and checks what was chosen.
-fn finish(
+fn finish_lock(
     request: &LockRequest,
     pip: &Pip,
     items: &[ReportItem],
-    closure: &Closure,
+    closure: &DependencyClosure,
 ) -> Result<WheelLock> {
     let target = &request.target;
     let mut chosen = Vec::new();
     for item in items {
-        let name = normalise(&item.metadata.name);
+        let name = normalise_name(&item.metadata.name);
         // Needed only by this machine, because of a marker that is false on the target.
         let Some(needed_by) = closure.needed_by.get(&name) else { continue };
         let url = &item.download_info.url;
@@ -173,17 +174,17 @@ fn finish(
             needed_by: needed_by.iter().cloned().collect(),
         });
     }
-    let paths = obtain(pip, &chosen, target, &request.cache)?;
+    let paths = fetch_unsized_wheels(pip, &chosen, target, &request.cache)?;
     let mut wheels = Vec::new();
     for (locked, path) in chosen.iter_mut().zip(&paths) {
         locked.size = hash_file(path)?.0;
-        wheels.push(Wheel::open(path, &locked.file, Some(&locked.sha256))?);
+        wheels.push(CheckedWheel::open(path, &locked.file, Some(&locked.sha256))?);
     }
-    check(&request.requirement, &wheels, target, &request.base)?;
+    check_wheels(&request.requirement, &wheels, target, &request.base)?;
     tell_doubts(&wheels);
-    let top = normalise(parse_requirement(&request.requirement)?.name.as_ref());
-    let files = preview(wheels, &InstallTarget::on_data(), &top)?;
-    for why in unfit(&files) {
+    let top = normalise_name(parse_requirement(&request.requirement)?.name.as_ref());
+    let files = preview_files(wheels, &InstallTarget::on_data(), &top)?;
+    for why in find_unfit_files(&files) {
         warn(format!(
             "an image may contain this wheel, but robots would reject it as part of the component \
              api: {why}"
@@ -192,9 +193,9 @@ fn finish(
     Ok(WheelLock::new(&request.requirement, target.clone(), chosen))
 }
 
-fn reported(item: &ReportMetadata) -> Result<Metadata> {
-    let parse = || -> Result<Metadata> {
-        Ok(Metadata {
+fn metadata_from_report(item: &ReportMetadata) -> Result<WheelMetadata> {
+    let parse = || -> Result<WheelMetadata> {
+        Ok(WheelMetadata {
             name: item.name.clone(),
             version: Version::from_str(&item.version).map_err(|error| anyhow!("{error}"))?,
             version_text: item.version.clone(),
@@ -232,7 +233,7 @@ fn reported_hash(info: &DownloadInfo) -> Result<String> {
     }
 }
 
-fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<ReportItem>> {
+fn pip_report(pip: &Pip, requirements: &[String], target: &WheelTarget) -> Result<Vec<ReportItem>> {
     let scratch = tempfile::tempdir().context("making a temporary directory")?;
     let dir =
         Utf8Path::from_path(scratch.path()).context("the temporary directory is not UTF-8")?;
@@ -246,12 +247,14 @@ fn ask(pip: &Pip, requirements: &[String], target: &Target) -> Result<Vec<Report
         .run_lines(|line| lines.push(line.to_owned()));
     if let Err(error) = result {
         return Err(match missing_wheel(&lines) {
-            Some((requirement, by)) => explain(pip, &requirement, by.as_deref(), target, error),
+            Some((requirement, by)) => {
+                explain_conflict(pip, &requirement, by.as_deref(), target, error)
+            }
             None => error,
         });
     }
     let text = std::fs::read_to_string(&report).with_context(|| format!("reading {report}"))?;
-    let report: Report = serde_json::from_str(&text).context("reading pip's report")?;
+    let report: PipReport = serde_json::from_str(&text).context("reading pip's report")?;
     ensure!(!report.install.is_empty(), "pip's report is empty");
     Ok(report.install)
 }
@@ -270,11 +273,11 @@ fn missing_wheel(lines: &[String]) -> Option<(String, Option<String>)> {
     })
 }
 
-fn explain(
+fn explain_conflict(
     pip: &Pip,
     requirement: &str,
     by: Option<&str>,
-    target: &Target,
+    target: &WheelTarget,
     error: anyhow::Error,
 ) -> anyhow::Error {
     match pip.wheels_of(requirement, target) {
@@ -294,7 +297,7 @@ fn explain(
 pub fn describe_missing(
     requirement: &str,
     by: Option<&str>,
-    target: &Target,
+    target: &WheelTarget,
     wheels: &[WheelName],
 ) -> Result<anyhow::Error> {
     let wanted = parse_requirement(requirement)?;

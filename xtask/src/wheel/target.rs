@@ -127,7 +127,7 @@ impl From<Libc> for String {
 /// The Python that the wheels will run on. Linux and CPython are implied.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub struct Target {
+pub struct WheelTarget {
     /// Python's version in the base.
     pub python: PythonVersion,
     /// The implementation as in tags. Only `cp` (CPython) is supported.
@@ -138,7 +138,7 @@ pub struct Target {
     pub libc: Libc,
 }
 
-impl fmt::Display for Target {
+impl fmt::Display for WheelTarget {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "CPython {} on {} with {}", self.python, self.arch, self.libc)
     }
@@ -146,7 +146,7 @@ impl fmt::Display for Target {
 
 /// One compatibility tag: interpreter, ABI, platform.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Hash)]
-pub struct Tag {
+pub struct WheelTag {
     /// `cp311`, `py3`
     pub python: String,
     /// `cp311`, `abi3`, `none`
@@ -155,13 +155,13 @@ pub struct Tag {
     pub platform: String,
 }
 
-impl fmt::Display for Tag {
+impl fmt::Display for WheelTag {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "{}-{}-{}", self.python, self.abi, self.platform)
     }
 }
 
-impl Target {
+impl WheelTarget {
     /// Rejects targets that this tool does not support.
     ///
     /// # Errors
@@ -212,11 +212,11 @@ impl Target {
     }
 
     /// Every tag that fits, best first, in the order that PEP 425 installers use.
-    pub fn tags(&self) -> Vec<Tag> {
+    pub fn tags(&self) -> Vec<WheelTag> {
         let PythonVersion { major, minor, .. } = self.python;
         let own = format!("{}{major}{minor}", self.implementation);
         let platforms = self.platforms();
-        let tag = |python: &str, abi: &str, platform: &str| Tag {
+        let tag = |python: &str, abi: &str, platform: &str| WheelTag {
             python: python.to_owned(),
             abi: abi.to_owned(),
             platform: platform.to_owned(),
@@ -273,7 +273,7 @@ pub struct WheelName {
     /// The version as the file name spells it.
     pub version: String,
     /// The tags, expanded, sorted.
-    pub tags: Vec<Tag>,
+    pub tags: Vec<WheelTag>,
 }
 
 impl WheelName {
@@ -303,24 +303,24 @@ impl WheelName {
             "{file} is not a wheel's name: it has an empty part or an unexpected character"
         );
         Ok(Self {
-            name: normalise(name),
+            name: normalise_name(name),
             version: version.to_owned(),
-            tags: expand(tags[0], tags[1], tags[2]),
+            tags: expand_tags(tags[0], tags[1], tags[2]),
         })
     }
 
     /// Whether one of the tags fits.
-    pub fn fits(&self, accepted: &[Tag]) -> bool {
+    pub fn matches_any(&self, accepted: &[WheelTag]) -> bool {
         self.tags.iter().any(|tag| accepted.contains(tag))
     }
 }
 
 /// A compressed tag set such as `py2.py3-none-any`, one tag for each combination, sorted.
-pub fn expand(pythons: &str, abis: &str, platforms: &str) -> Vec<Tag> {
+pub fn expand_tags(pythons: &str, abis: &str, platforms: &str) -> Vec<WheelTag> {
     let mut tags = Vec::new();
     for python in pythons.split('.') {
         for abi in abis.split('.') {
-            tags.extend(platforms.split('.').map(|platform| Tag {
+            tags.extend(platforms.split('.').map(|platform| WheelTag {
                 python: python.to_owned(),
                 abi: abi.to_owned(),
                 platform: platform.to_owned(),
@@ -334,7 +334,7 @@ pub fn expand(pythons: &str, abis: &str, platforms: &str) -> Vec<Tag> {
 
 /// A distribution's name as comparisons need it (PEP 503): lower case, runs of `-`, `_` and `.` are
 /// one `-`.
-pub fn normalise(name: &str) -> String {
+pub fn normalise_name(name: &str) -> String {
     let mut normal = String::with_capacity(name.len());
     for c in name.chars() {
         if !matches!(c, '-' | '_' | '.') {

@@ -15,18 +15,18 @@ use std::io::Write;
 use uuid::Uuid;
 use xtask::build::wrap_script;
 use xtask::cache::Cache;
-use xtask::config::machine::Machine;
+use xtask::config::machine::QemuMachine;
 use xtask::disk::{
-    Content, DiskRequest, DiskSpec, FatFile, Filesystem, Layout, PartitionRequest, PartitionSpec,
-    Source, TableKind, assemble, place, sum,
+    DiskLayout, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
 use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request};
-use xtask::fetch::Fetcher;
-use xtask::qemu::{Files, OnRestart, Overlay, Session};
+use xtask::fetch::Downloader;
+use xtask::qemu::{CardOverlay, MachineFiles, QemuSession, RestartEffect};
 use xtask::render::render;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs, unpack_locked};
-use xtask::workspace::{Selection, resolve};
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs, unpack_locked};
+use xtask::workspace::{BuildSelection, resolve_plan};
 
 const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
@@ -65,9 +65,9 @@ pub struct Seen {
 
 /// The card and the machine.
 pub struct Rig {
-    machine: Machine,
-    files: Files,
-    layout: Layout,
+    machine: QemuMachine,
+    files: MachineFiles,
+    layout: DiskLayout,
     faulty: Vec<(Fault, Utf8PathBuf)>,
     /// What `root=` must be for slot a and b.
     guids: [Uuid; 2],
@@ -75,7 +75,7 @@ pub struct Rig {
 }
 
 fn tool(name: &str) -> Tool {
-    let path = exec::find(name).unwrap_or_else(|| panic!("this test needs {name}"));
+    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
     Tool::new(path).env("LC_ALL", "C")
 }
 
@@ -84,10 +84,10 @@ impl Rig {
         let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR"));
         let folder = tempfile::Builder::new().prefix("bootscript-").tempdir_in(dir)?;
         let at = |name: &str| Utf8Path::from_path(folder.path()).expect("UTF-8").join(name);
-        let target = Selection { product: None, board: Some("qemu-arm64".to_owned()) };
-        let (config, _, mut plan) = resolve(&target)?;
+        let target = BuildSelection { product: None, board: Some("qemu-arm64".to_owned()) };
+        let (config, _, mut plan) = resolve_plan(&target)?;
         let offsets: Vec<u64> = plan.disk.states.iter().map(|s| s.offset).collect();
-        plan.disk = place(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
+        plan.disk = lay_out_disk(&disk(offsets)).map_err(|f| anyhow::anyhow!(f.join("\n")))?;
         // This machine has no watchdog that U-Boot could start: the script says what it would do.
         for (key, command) in [("watchdog-start", GUARD_ON), ("watchdog-stop", GUARD_OFF)] {
             plan.board.uboot.insert(key.to_owned(), format!("echo {command}"));
@@ -99,12 +99,12 @@ impl Rig {
 
         let cache = Cache::locate()?.root;
         let lock = PackagesLock::load(&config.root.join("configs/robot-dev.packages.lock"))?;
-        let fetcher = Fetcher::new(&cache, false)?;
+        let downloader = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
-        let mirrors = Mirrors::from_host().ok();
+        let mirrors = AptMirrors::from_host().ok();
         let unpacked = at("u-boot");
-        unpack_locked(&lock, "u-boot-qemu", &fetcher, mirrors.as_ref(), &unpacked)?;
-        let mke2fs = host_e2fs(&lock, &fetcher, mirrors.as_ref(), &cache)?;
+        unpack_locked(&lock, "u-boot-qemu", &downloader, mirrors.as_ref(), &unpacked)?;
+        let mke2fs = host_e2fs(&lock, &downloader, mirrors.as_ref(), &cache)?;
         let slot = |name: &str, kernel: Option<Vec<u8>>, initrd: bool| -> Result<Utf8PathBuf> {
             let (tar, out) = (at(&format!("{name}.tar")), at(&format!("{name}.ext4")));
             slot_tar(&tar, kernel, initrd)?;
@@ -119,7 +119,7 @@ impl Rig {
                 grows_to: None,
                 size_key: "this test",
             };
-            ext4::make(&mke2fs, &request, &out)?;
+            ext4::make_image(&mke2fs, &request, &out)?;
             Ok(out)
         };
         let kernels = [kernel(&at(""), "a")?, kernel(&at(""), "b")?];
@@ -140,15 +140,18 @@ impl Rig {
         }
         let guids = [2u128, 3].map(Uuid::from_u128);
         let contents = [
-            Content::Fat {
+            PartitionContent::Fat {
                 label: "boot".to_owned(),
                 volume_id: 1,
                 placed: true,
-                files: vec![FatFile { path: "boot.scr".to_owned(), source: Source::Bytes(script) }],
+                files: vec![FatFile {
+                    path: "boot.scr".to_owned(),
+                    source: FileSource::Bytes(script),
+                }],
             },
-            Content::Image(sum(&whole_a)?),
-            Content::Image(sum(&whole_b)?),
-            Content::Empty,
+            PartitionContent::Image(sum_image(&whole_a)?),
+            PartitionContent::Image(sum_image(&whole_b)?),
+            PartitionContent::Empty,
         ];
         let spec = DiskSpec {
             layout: plan.disk.clone(),
@@ -170,7 +173,8 @@ impl Rig {
         let loader = plan.board.bootloader.as_ref().context("the board has a boot loader")?;
         let bootloader = unpacked.join(loader);
         ensure!(bootloader.is_file(), "{bootloader} is missing");
-        let files = Files { image, bootloader, device_tree: None, device_tree_changes: None };
+        let files =
+            MachineFiles { image, bootloader, device_tree: None, device_tree_changes: None };
         let mut machine = qemu.machine.clone();
         // Two processors and a gigabyte only cost time here.
         (machine.cpus, machine.memory) = (1, 512 * MIB);
@@ -182,8 +186,13 @@ impl Rig {
     }
 
     /// A card of its own, for tests that run at once, with these copies of the boot state and faults in slot a and b.
-    fn card(&self, name: &str, copies: &BootStateCopies, faults: [Fault; 2]) -> Result<Overlay> {
-        let overlay = Overlay::create(
+    fn card(
+        &self,
+        name: &str,
+        copies: &BootStateCopies,
+        faults: [Fault; 2],
+    ) -> Result<CardOverlay> {
+        let overlay = CardOverlay::create(
             &self.machine,
             &self.files.image,
             &self.at(&format!("{}.qcow2", name.replace(' ', "-"))),
@@ -224,7 +233,7 @@ impl Rig {
     fn start(
         &self,
         name: &str,
-        overlay: &Overlay,
+        overlay: &CardOverlay,
         card: WriteBehavior,
     ) -> Result<Option<StartedKernel>> {
         let log = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join(format!("bootscript/{name}.log"));
@@ -234,7 +243,7 @@ impl Rig {
             machine.arguments.extend(["-set".to_owned(), "drive.card.readonly=on".to_owned()]);
         }
         let mut session =
-            Session::start(&machine, &self.files, overlay, &log, OnRestart::Exit, None)?;
+            QemuSession::start(&machine, &self.files, overlay, &log, RestartEffect::Exit, None)?;
         // Saves the two seconds that U-Boot waits for a person. `boot` is what it does then.
         session.expect("stop autoboot", START).context("no boot loader")?;
         session.send_line("")?;
@@ -265,7 +274,7 @@ impl Rig {
         Ok(Some(StartedKernel { slot, trial, unloadable }))
     }
 
-    fn copies(&self, overlay: &Overlay) -> Result<BootStateCopies> {
+    fn copies(&self, overlay: &CardOverlay) -> Result<BootStateCopies> {
         let raw = overlay.path().with_extension("raw");
         tool("qemu-img")
             .args(["convert", "-O", "raw", overlay.path().as_str(), raw.as_str()])

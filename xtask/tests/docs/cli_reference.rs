@@ -3,7 +3,7 @@
 use std::fmt::Write;
 
 use clap::{Arg, Command, CommandFactory};
-use xtask::cli::Cli;
+use xtask::cli::CommandLine;
 
 use super::{page, root};
 
@@ -36,7 +36,7 @@ fn the_page_of_commands_is_what_clap_says() {
 fn every_verb_is_on_the_page() {
     let text = page(PAGE);
     let mut checked = 0;
-    for verb in Cli::command().get_subcommands() {
+    for verb in CommandLine::command().get_subcommands() {
         let heading = format!("\n## cargo xtask {}\n", verb.get_name());
         assert!(text.contains(&heading), "{PAGE} has no{heading}");
         checked += 1;
@@ -45,7 +45,7 @@ fn every_verb_is_on_the_page() {
 }
 
 fn generated() -> String {
-    let mut cli = Cli::command();
+    let mut cli = CommandLine::command();
     cli.build();
     let mut text = HEAD.to_owned();
     write!(text, "\n| command | |\n|---|---|\n").expect("a string takes it");

@@ -7,8 +7,8 @@ use std::fs;
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
 use xtask::plan;
-use xtask::plan::Facts;
-use xtask::render::{self, Rendered};
+use xtask::plan::CheckoutFacts;
+use xtask::render::{self, RenderedFiles};
 
 /// The path of the fixture.
 pub fn fixture() -> Utf8PathBuf {
@@ -79,9 +79,9 @@ impl Workspace {
     }
 
     /// Plans and renders the product.
-    pub fn render(&self) -> anyhow::Result<Rendered> {
+    pub fn render(&self) -> anyhow::Result<RenderedFiles> {
         let config = config::load(&self.dir, Some("shop"), None)?;
-        let facts = Facts { commit: None, modified: false, epoch: 1_700_000_000 };
+        let facts = CheckoutFacts { commit: None, modified: false, epoch: 1_700_000_000 };
         render::render(&self.dir, &plan::resolve(&config, &facts)?)
     }
 

@@ -10,8 +10,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use uuid::Uuid;
 use xtask::disk::bmap::{self, BlockMap};
 use xtask::disk::{
-    Content, DiskImage, DiskRequest, DiskSpec, FatFile, Filesystem, PartitionRequest,
-    PartitionSpec, Source, TableKind, assemble, place, sum,
+    DiskImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
+    PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -55,7 +55,7 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
         bootable: name == "boot",
         in_mbr: name == "boot",
     };
-    let layout = place(&DiskRequest {
+    let layout = lay_out_disk(&DiskRequest {
         table,
         size: SIZE,
         first_partition: BOOT.0,
@@ -69,15 +69,15 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
             partition("data", 6 * MIB, Filesystem::Ext4),
         ],
     });
-    let firmware = Source::Bytes(noise(seed, 3_000_000));
-    let boot = Content::Fat {
+    let firmware = FileSource::Bytes(noise(seed, 3_000_000));
+    let boot = PartitionContent::Fat {
         label: "boot".to_owned(),
         volume_id: 0x5107,
         placed: true,
         files: vec![FatFile { path: "start.elf".to_owned(), source: firmware }],
     };
-    let slot = Content::Image(sum(&root).expect("summing"));
-    let contents = [boot, slot.clone(), slot, Content::Empty];
+    let slot = PartitionContent::Image(sum_image(&root).expect("summing"));
+    let contents = [boot, slot.clone(), slot, PartitionContent::Empty];
     let partitions = contents.into_iter().zip(1u128..).map(|(content, n)| PartitionSpec {
         guid: Uuid::from_u128(n),
         content,
@@ -158,9 +158,9 @@ pub fn differences(image: &Utf8Path, card: &Utf8Path) -> Vec<u64> {
 
 /// Whether there is a partition table: `sfdisk` and our own reader must agree.
 pub fn has_table(card: &Utf8Path) -> bool {
-    let sfdisk = xtask::exec::find("sfdisk").expect("this test needs sfdisk");
+    let sfdisk = xtask::exec::find_program("sfdisk").expect("this test needs sfdisk");
     let dump = Command::new(sfdisk).args(["--dump", card.as_str()]).output().expect("sfdisk");
-    let ours = xtask::disk::read::tables(card).is_ok_and(|t| !t.partitions.is_empty());
+    let ours = xtask::disk::read::read_tables(card).is_ok_and(|t| !t.partitions.is_empty());
     assert_eq!(dump.status.success(), ours, "sfdisk: {}", text(&dump.stderr));
     ours
 }

@@ -21,7 +21,7 @@ pub fn workspace() -> Utf8PathBuf {
 pub fn plans() -> Vec<Plan> {
     let root = workspace();
     let facts = facts::collect(&root).expect("facts");
-    let names = config::products(&root).expect("products");
+    let names = config::list_products(&root).expect("products");
     let load = |name: &String| {
         let config = config::load(&root, Some(name), None).expect("a configuration");
         plan::resolve(&config, &facts).expect("a plan")

@@ -6,17 +6,21 @@ use std::fs;
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::config;
-use xtask::disk::{self, Content, DiskSpec, FatFile, Filesystem, PartitionSpec, Source, assemble};
+use xtask::disk::{
+    self, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent, PartitionSpec, assemble,
+};
 use xtask::exec::{self, Tool};
-use xtask::plan::Facts;
+use xtask::plan::CheckoutFacts;
 use xtask::plan::{self, BootSourcePlan, Plan};
-use xtask::render::{OverlayContent, Rendered, render};
-use xtask::rootfs::debian::{self, BoardWants, BuildRequest, Fetched, PackagesLock, PruneRules};
-use xtask::rootfs::initrd::{self, InitrdRequest};
+use xtask::render::{OverlayContent, RenderedFiles, render};
+use xtask::rootfs::debian::{
+    self, BoardFilePatterns, DebianRequest, DownloadedPackages, PackagesLock, PruneRules,
+};
+use xtask::rootfs::initrd::{self, InitrdCompression, InitrdRequest};
 use xtask::rootfs::kernel::ModuleRules;
-use xtask::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
-use xtask::rootfs::{BaseSystem, Role};
-use xtask::start::{self, Starts};
+use xtask::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
+use xtask::rootfs::{BaseSystem, PackageRole};
+use xtask::start::{self, BootCheck};
 
 use super::packages::{VENDOR, World};
 use crate::common::workspace::{copy_to, workspace};
@@ -28,7 +32,7 @@ pub struct Attempt {
     pub plan: Plan,
     pub lock: PackagesLock,
     pub system: BaseSystem,
-    pub starts: Starts,
+    pub starts: BootCheck,
 }
 
 /// A text of a file in the workspace's copy, and its replacement.
@@ -52,7 +56,7 @@ pub fn attempt(world: &World, product: &str, change: Option<Change<'_>>) -> Resu
     }
     let fetched = world.lock(&config)?;
     let config = config::load(root, Some(product), None)?;
-    let facts = Facts { commit: None, modified: false, epoch: 1_800_000_000 };
+    let facts = CheckoutFacts { commit: None, modified: false, epoch: 1_800_000_000 };
     let plan = plan::resolve(&config, &facts)?;
     let rendered = render(root, &plan)?;
     let out = root.join("out");
@@ -63,18 +67,18 @@ pub fn attempt(world: &World, product: &str, change: Option<Change<'_>>) -> Resu
     let names: Vec<(String, String)> =
         files.iter().map(|(role, file)| (role.clone(), file.path.clone())).collect();
     let release = &system.kernel_release;
-    xtask::compose::lint::check(&plan, &slot, release, &rendered.boot, &names)?;
+    xtask::compose::lint::check_system(&plan, &slot, release, &rendered.boot, &names)?;
     let image = card(&plan, &slot, files, &out)?;
-    let starts = start::look(&image, Some((root, &plan)))?;
+    let starts = start::check_card(&image, Some((root, &plan)))?;
     Ok(Attempt { _folder: folder, plan, lock: fetched.lock, system, starts })
 }
 
 /// The engine, on a root of the packages' files.
-fn base(plan: &Plan, fetched: &Fetched, out: &Utf8Path) -> Result<BaseSystem> {
+fn base(plan: &Plan, fetched: &DownloadedPackages, out: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out)?;
     let root = out.join("root.tar");
-    let mut tree = Tree::with_root(Origin::Base);
-    for deb in fetched.debs.iter().filter(|deb| deb.package.role == Role::Root) {
+    let mut tree = RootTree::with_root(EntryOrigin::Base);
+    for deb in fetched.debs.iter().filter(|deb| deb.package.role == PackageRole::Root) {
         let folder = out.join("root").join(&deb.package.name);
         fs::create_dir_all(&folder)?;
         Tool::new("dpkg-deb").arg("--extract").arg(&deb.file.path).arg(&folder).run()?;
@@ -85,28 +89,31 @@ fn base(plan: &Plan, fetched: &Fetched, out: &Utf8Path) -> Result<BaseSystem> {
                 ["bin/", "lib/", "sbin/"].iter().any(|top| relative.as_str().starts_with(top));
             let prefix = if merged { "usr/" } else { "" };
             let size = fs::metadata(&path)?.len();
-            let kind = Kind::File(Data::Path(path.clone(), size));
-            tree.insert(&format!("{prefix}{relative}"), Entry::new(0o755, kind, Origin::Base))?;
+            let kind = RootEntryKind::File(FileData::Path(path.clone(), size));
+            tree.insert(
+                &format!("{prefix}{relative}"),
+                RootEntry::new(0o755, kind, EntryOrigin::Base),
+            )?;
         }
     }
     for top in ["bin", "lib", "sbin"] {
-        let kind = Kind::Symlink(format!("usr/{top}"));
-        tree.insert(top, Entry::new(0o777, kind, Origin::Base))?;
+        let kind = RootEntryKind::Symlink(format!("usr/{top}"));
+        tree.insert(top, RootEntry::new(0o777, kind, EntryOrigin::Base))?;
     }
     for mount in ["dev", "proc", "run", "sys", "tmp", "var"] {
-        tree.insert(mount, Entry::new(0o755, Kind::Folder, Origin::Base))?;
+        tree.insert(mount, RootEntry::new(0o755, RootEntryKind::Folder, EntryOrigin::Base))?;
     }
     tree.write(fetched.lock.epoch, &mut fs::File::create(&root)?)?;
     let board = &plan.board;
     let mut prune = PruneRules::standard()?;
     prune.drop.extend(plan.rootfs.prune.iter().cloned());
     prune.keep.extend(plan.rootfs.keep.iter().cloned());
-    debian::build(
-        &BuildRequest {
+    debian::build_base_system(
+        &DebianRequest {
             debs: &fetched.debs,
             epoch: fetched.lock.epoch,
             prune: &prune,
-            board: &BoardWants {
+            board: &BoardFilePatterns {
                 dtbs: board.device_trees.clone(),
                 firmware: board.firmware.clone(),
                 modules: ModuleRules { keep: board.modules_keep.clone(), drop: Vec::new() },
@@ -129,21 +136,21 @@ fn initrd(plan: &Plan, system: &BaseSystem, out: &Utf8Path) -> Result<Utf8PathBu
         kernel_release: &system.kernel_release,
         epoch: 1_800_000_000,
         extra: &[],
-        compression: initrd::Compression::for_kernel(&config),
+        compression: InitrdCompression::for_kernel(&config),
     };
-    Ok(initrd::build(&request, &out.join("initrd.img"))?.path)
+    Ok(initrd::build_initrd(&request, &out.join("initrd.img"))?.path)
 }
 
 /// The files of the boot partitions, with the partition of each.
 fn boot_files(
     plan: &Plan,
-    rendered: &Rendered,
+    rendered: &RenderedFiles,
     system: &BaseSystem,
     initrd: &Utf8Path,
 ) -> Result<Vec<(String, FatFile)>> {
     let mut files = Vec::new();
     for file in &plan.boot_files {
-        let mut put = |path: &str, source: Source| {
+        let mut put = |path: &str, source: FileSource| {
             // Without its directories.
             let path = path.rsplit('/').next().unwrap_or(path).to_owned();
             files.push((file.partition.clone(), FatFile { path, source }));
@@ -152,19 +159,22 @@ fn boot_files(
             BootSourcePlan::Template { .. } => {
                 let key = (file.partition.clone(), file.path.clone());
                 let text = rendered.boot.get(&key).context("rendered")?;
-                put(&file.path, Source::Bytes(text.clone()));
+                put(&file.path, FileSource::Bytes(text.clone()));
             }
             BootSourcePlan::Firmware => {
                 system
                     .firmware
                     .iter()
-                    .for_each(|f| put(&f.path, Source::File(f.file.path.clone())));
+                    .for_each(|f| put(&f.path, FileSource::File(f.file.path.clone())));
             }
             BootSourcePlan::DeviceTrees => {
-                system.dtbs.iter().for_each(|f| put(&f.path, Source::File(f.file.path.clone())));
+                system
+                    .dtbs
+                    .iter()
+                    .for_each(|f| put(&f.path, FileSource::File(f.file.path.clone())));
             }
-            BootSourcePlan::Kernel => put(&file.path, Source::File(system.kernel.path.clone())),
-            BootSourcePlan::Initrd => put(&file.path, Source::File(initrd.to_owned())),
+            BootSourcePlan::Kernel => put(&file.path, FileSource::File(system.kernel.path.clone())),
+            BootSourcePlan::Initrd => put(&file.path, FileSource::File(initrd.to_owned())),
             other => anyhow::bail!("no example has {other:?}"),
         }
     }
@@ -172,17 +182,20 @@ fn boot_files(
 }
 
 /// A slot: the base and the overlays. Accounts and links of units need what the real base has.
-fn slot(plan: &Plan, rendered: &Rendered, system: &BaseSystem) -> Result<Tree> {
-    let mut tree = Tree::from_tar(&system.rootfs.path)?;
+fn slot(plan: &Plan, rendered: &RenderedFiles, system: &BaseSystem) -> Result<RootTree> {
+    let mut tree = RootTree::from_tar(&system.rootfs.path)?;
     for (path, attributes) in &plan.directories {
-        tree.insert(path.as_str(), Entry::new(attributes.mode, Kind::Folder, Origin::Compose))?;
+        tree.insert(
+            path.as_str(),
+            RootEntry::new(attributes.mode, RootEntryKind::Folder, EntryOrigin::Compose),
+        )?;
     }
     for file in &rendered.overlay {
         match &file.content {
             OverlayContent::File(bytes) => tree.file(&file.target, 0o644, bytes.clone())?,
             OverlayContent::Symlink(to) => {
-                let kind = Kind::Symlink(to.clone());
-                tree.insert(&file.target, Entry::new(0o777, kind, Origin::Compose))?;
+                let kind = RootEntryKind::Symlink(to.clone());
+                tree.insert(&file.target, RootEntry::new(0o777, kind, EntryOrigin::Compose))?;
             }
         }
     }
@@ -192,7 +205,7 @@ fn slot(plan: &Plan, rendered: &Rendered, system: &BaseSystem) -> Result<Tree> {
 /// The card, with both slots.
 fn card(
     plan: &Plan,
-    slot: &Tree,
+    slot: &RootTree,
     files: Vec<(String, FatFile)>,
     out: &Utf8Path,
 ) -> Result<Utf8PathBuf> {
@@ -201,27 +214,27 @@ fn card(
     fs::create_dir_all(&folder)?;
     Tool::new("tar").arg("-C").arg(&folder).args(["--no-same-owner", "-xf"]).arg(&tar).run()?;
     // Whichever mke2fs there is: its bytes need not be the same each time.
-    let mke2fs = exec::find("mke2fs").context("mke2fs")?;
+    let mke2fs = exec::find_program("mke2fs").context("mke2fs")?;
     Tool::new(mke2fs)
         .args(["-q", "-F", "-t", "ext4", "-d"])
         .arg(&folder)
         .arg(&root)
         .arg("64m")
         .run()?;
-    let root = disk::sum(&root)?;
+    let root = disk::sum_image(&root)?;
     let mut partitions = Vec::new();
     for placed in &plan.disk.partitions {
         let role = placed.name.as_str();
         let own = files.iter().filter(|(partition, _)| partition == role);
         let content = match placed.filesystem {
-            Filesystem::Vfat => Content::Fat {
+            Filesystem::Vfat => PartitionContent::Fat {
                 label: role.to_owned(),
                 volume_id: plan.identifiers.volume_id(role),
                 placed: role == "boot",
                 files: own.map(|(_, file)| file.clone()).collect(),
             },
-            _ if role.starts_with("root-") => Content::Image(root.clone()),
-            _ => Content::Empty,
+            _ if role.starts_with("root-") => PartitionContent::Image(root.clone()),
+            _ => PartitionContent::Empty,
         };
         let guid = plan.identifiers.partition(role);
         partitions.push(PartitionSpec { guid, content, size_key: "this test".to_owned() });

@@ -16,9 +16,9 @@ use std::sync::OnceLock;
 use anyhow::{Context, Result, ensure};
 use attempt::{Change, attempt};
 use packages::{VENDOR, World};
-use xtask::rootfs::debian::Archive;
-use xtask::rootfs::tree::Tree;
-use xtask::sbom::{self, Component};
+use xtask::rootfs::debian::ArchiveName;
+use xtask::rootfs::tree::RootTree;
+use xtask::sbom::{self, SbomComponent};
 
 /// One for all tests: its archives are only read.
 fn world() -> &'static World {
@@ -40,7 +40,8 @@ const EXAMPLES: [(&str, &[&str], &[&str]); 2] = [
 fn an_example_starts_on_every_model_of_its_board() -> Result<()> {
     for (product, vendors, firmware) in EXAMPLES {
         let made = attempt(world(), product, None).with_context(|| format!("trying {product}"))?;
-        let from_vendor = |archive: &Archive| *archive == Archive::Source(VENDOR.to_owned());
+        let from_vendor =
+            |archive: &ArchiveName| *archive == ArchiveName::Source(VENDOR.to_owned());
         let mut found: Vec<&str> = Vec::new();
         for package in made.lock.package.iter().filter(|p| from_vendor(&p.archive)) {
             found.push(&package.name);
@@ -57,7 +58,7 @@ fn an_example_starts_on_every_model_of_its_board() -> Result<()> {
         ensure!(made.system.kernel_release == release, "{product}: {}", made.system.kernel_release);
 
         // Modules are kept by the names of rules although they are packed, and others go.
-        let modules = Tree::from_tar(&made.system.initrd_parts.modules.path)?;
+        let modules = RootTree::from_tar(&made.system.initrd_parts.modules.path)?;
         for (path, kept) in [("drivers/net/tun.ko.xz", true), ("drivers/md/dm-crypt.ko.xz", false)]
         {
             let found = modules.get(&format!("kernel/{path}")).is_some();
@@ -87,7 +88,7 @@ fn the_bill_of_materials_says_whose_a_package_is() -> Result<()> {
     let mut vendors = 0;
     for package in &made.system.packages {
         let rootfs = &made.plan.rootfs;
-        let component = Component {
+        let component = SbomComponent {
             name: package.name.clone(),
             version: package.version.clone(),
             origin: sbom::debian_origin(package, &rootfs.suite, &rootfs.sources)?,
@@ -100,7 +101,7 @@ fn the_bill_of_materials_says_whose_a_package_is() -> Result<()> {
         let purl = component.purl();
         let locked =
             made.lock.package.iter().find(|p| p.sha256 == package.sha256).context("locked")?;
-        let ours = locked.archive == Archive::Source(VENDOR.to_owned());
+        let ours = locked.archive == ArchiveName::Source(VENDOR.to_owned());
         vendors += usize::from(ours);
         let tail = "&distro=bookworm&repository_url=https:%2F%2Farchive.raspberrypi.com%2Fdebian";
         ensure!(purl.starts_with("pkg:deb/raspberrypi/") == ours, "{purl}");

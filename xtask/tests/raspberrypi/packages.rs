@@ -11,9 +11,10 @@ use serde::Deserialize;
 use xtask::build::package_spec;
 use xtask::config;
 use xtask::exec::Tool;
-use xtask::fetch::Fetcher;
+use xtask::fetch::Downloader;
 use xtask::rootfs::debian::{
-    DebianSpec, Fetched, Mirrors, PackagesLock, Policy, SourceMirror, fetch_lock, lock,
+    AptMirrors, AptSourceMirror, DebianSpec, DownloadedPackages, LockPolicy, PackagesLock,
+    fetch_lock, lock_packages,
 };
 
 use super::stand_in;
@@ -255,7 +256,7 @@ impl World {
             .chain(HOST)
             .map(str::to_owned)
             .collect();
-        for product in config::examples(&workspace())? {
+        for product in config::list_examples(&workspace())? {
             let config = config::load(&workspace(), Some(&product), None)?;
             names.extend(config.product.rootfs.packages.iter().map(|p| p.value.clone()));
         }
@@ -351,16 +352,16 @@ impl World {
     }
 
     /// What `cargo xtask lock --only packages` does, and what a build fetches by it.
-    pub fn lock(&self, config: &config::Config) -> Result<Fetched> {
+    pub fn lock(&self, config: &config::Config) -> Result<DownloadedPackages> {
         let _alone = self.apt.lock().unwrap_or_else(|error| error.into_inner());
         let spec: DebianSpec = package_spec(config);
         let address = &self.server.address;
-        let sources = spec.sources.iter().map(|source| SourceMirror {
+        let sources = spec.sources.iter().map(|source| AptSourceMirror {
             name: source.name.clone(),
             address: format!("{address}/{}", source.name),
             key: self.key(),
         });
-        let mirrors = Mirrors {
+        let mirrors = AptMirrors {
             archive: format!("{address}/debian"),
             security: format!("{address}/security"),
             keyring: self.root().join("debian.gpg"),
@@ -370,13 +371,13 @@ impl World {
         let path = config.product.rootfs.lock.as_ref().context("a lock")?.value.clone();
         let lock = match PackagesLock::load(&self.root().join(&path)) {
             Ok(lock) if lock.check_request(&spec, "an example").is_ok() => lock,
-            _ => lock(&spec, &mirrors, &cache)?,
+            _ => lock_packages(&spec, &mirrors, &cache)?,
         };
         fs::create_dir_all(self.root().join(path.parent().context("a directory")?))?;
         lock.save(&self.root().join(&path))?;
         lock.save(&config.root.join(&path))?;
-        let fetcher = Fetcher::new(&cache, false)?;
-        fetch_lock(&lock, &fetcher, Some(&mirrors), Policy::Locked, &cache)
+        let downloader = Downloader::new(&cache, false)?;
+        fetch_lock(&lock, &downloader, Some(&mirrors), LockPolicy::Locked, &cache)
     }
 }
 

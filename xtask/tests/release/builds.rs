@@ -9,16 +9,16 @@ use serde_json::{Value, json};
 use uuid::Uuid;
 use xtask::artifact::Artifact;
 use xtask::cache::Cache;
-use xtask::disk::{
-    Content, DiskSpec, FatFile, PartitionRequest, PartitionSpec, Source, TableKind, assemble,
-    place, sum,
-};
 use xtask::disk::{DiskRequest, Filesystem};
+use xtask::disk::{
+    DiskSpec, FatFile, FileSource, PartitionContent, PartitionRequest, PartitionSpec, TableKind,
+    assemble, lay_out_disk, sum_image,
+};
 use xtask::ext4::{self, Ext4Request, Mke2fs};
-use xtask::fetch::Fetcher;
-use xtask::release::check::compare;
-use xtask::rootfs::debian::{Mirrors, PackagesLock, host_e2fs};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::fetch::Downloader;
+use xtask::release::check::compare_builds;
+use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 use super::support::{Bench, good, root, tool};
 
@@ -27,9 +27,9 @@ const MIB: u64 = 1 << 20;
 fn mke2fs() -> Mke2fs {
     let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock")).unwrap();
     let cache = Cache::locate().unwrap().root;
-    let fetcher = Fetcher::new(&cache, false).unwrap();
+    let downloader = Downloader::new(&cache, false).unwrap();
     // Files in the cache need no mirror.
-    host_e2fs(&lock, &fetcher, Mirrors::from_host().ok().as_ref(), &cache).unwrap()
+    host_e2fs(&lock, &downloader, AptMirrors::from_host().ok().as_ref(), &cache).unwrap()
 }
 
 /// A root filesystem with a file that says when it was made.
@@ -59,7 +59,7 @@ fn filesystem(dir: &Utf8Path, stamp: &str) -> Utf8PathBuf {
         grows_to: None,
         size_key: "partitions.root.size",
     };
-    ext4::make(&mke2fs(), &request, &out).unwrap();
+    ext4::make_image(&mke2fs(), &request, &out).unwrap();
     out
 }
 
@@ -75,7 +75,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         bootable: name == "boot",
         in_mbr: name == "boot",
     };
-    let layout = place(&DiskRequest {
+    let layout = lay_out_disk(&DiskRequest {
         table: TableKind::Gpt,
         size: 64 * MIB,
         first_partition: 4 * MIB,
@@ -89,10 +89,14 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         ],
     });
     let config =
-        FatFile { path: "config.txt".to_owned(), source: Source::Bytes(b"x=1\n".to_vec()) };
-    let boot =
-        Content::Fat { label: "boot".to_owned(), volume_id: 1, placed: true, files: vec![config] };
-    let slot = || Content::Image(sum(&root).unwrap());
+        FatFile { path: "config.txt".to_owned(), source: FileSource::Bytes(b"x=1\n".to_vec()) };
+    let boot = PartitionContent::Fat {
+        label: "boot".to_owned(),
+        volume_id: 1,
+        placed: true,
+        files: vec![config],
+    };
+    let slot = || PartitionContent::Image(sum_image(&root).unwrap());
     let contents = [boot, slot(), slot()].into_iter().zip(1u128..);
     let spec = DiskSpec {
         layout: layout.unwrap(),
@@ -110,7 +114,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
     };
     let stem = dir.join(format!("shop-{version}-sample"));
     assemble(&spec, &Utf8PathBuf::from(format!("{stem}.img"))).unwrap();
-    let signers = [xtask::keys::Keys::open(&bench.dir.join("keys"))
+    let signers = [xtask::keys::KeyDirectory::open(&bench.dir.join("keys"))
         .unwrap()
         .signer(BuildKind::Development)
         .unwrap()];
@@ -133,7 +137,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         workers: None,
         signers: &signers,
     };
-    let packed = pack(&request, &Utf8PathBuf::from(format!("{stem}.bundle"))).unwrap();
+    let packed = pack_bundle(&request, &Utf8PathBuf::from(format!("{stem}.bundle"))).unwrap();
     let write = |name: &str, value: Value| {
         fs::write(dir.join(name), serde_json::to_string_pretty(&value).unwrap()).unwrap();
     };
@@ -154,7 +158,8 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
         "name": "bundle", "path": bundle.path, "size": bundle.size, "on-disk-size": bundle.size,
         "sha256": bundle.sha256,
     }]);
-    let digest = Artifact::of(request.components[0].payloads[0].path.clone()).unwrap().sha256;
+    let digest =
+        Artifact::from_file(request.components[0].payloads[0].path.clone()).unwrap().sha256;
     report["components"] =
         json!([{ "name": "system", "version": version.to_string(), "digest": digest }]);
     write("report.json", report);
@@ -240,7 +245,7 @@ fn a_time_in_a_file_is_found_in_that_file() {
     results(&bench, &other, "1.0.0", "12:00:07", "c");
     // The remains of an earlier version are not outputs of this build.
     fs::write(one.join("shop-0.9.0-sample.img"), "old").unwrap();
-    assert!(compare(&one, &same).unwrap().equal);
+    assert!(compare_builds(&one, &same).unwrap().equal);
     let against = ["release", "check", "--product", "shop", "--board", "sample", "--against"];
     let said = bench.good(&[&against[..], &[same.as_str()]].concat());
     assert_eq!(said.matches(" equal ").count(), 4, "{said}");

@@ -77,7 +77,7 @@ fn settings_for_people_do_not_stop_publishing() {
     let bin = bench.dir.join("bin");
     fs::create_dir(&bin).unwrap();
     for name in ["ssh", "sftp"] {
-        let real = xtask::exec::find(name).unwrap();
+        let real = xtask::exec::find_program(name).unwrap();
         let script = format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n");
         fs::write(bin.join(name), script).unwrap();
         fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();

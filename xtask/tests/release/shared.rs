@@ -15,11 +15,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use xtask::artifact::{Artifact, hash_bytes};
-use xtask::cache::{Cache, Key};
-use xtask::fetch::{Download, Fetcher, Outcome};
-use xtask::keys::{self, Keys};
-use xtask::shared::record::{Compression, FORMAT, Packed, Record, StoredFile, path};
-use xtask::shared::{attach, trusted};
+use xtask::cache::{Cache, CacheKey};
+use xtask::fetch::{Download, DownloadOutcome, Downloader};
+use xtask::keys::{self, KeyDirectory};
+use xtask::shared::record::{
+    FORMAT, ObjectCompression, PackedObject, StageFile, StageRecord, record_path,
+};
+use xtask::shared::{attach_shared_cache, trusted_keys};
 use xtask::store::format::object_path;
 
 use super::support::{Server, free_port, noise, python, tool};
@@ -57,7 +59,7 @@ fn outputs(made: &Made) -> Vec<Utf8PathBuf> {
 }
 
 fn key(seed: &str) -> String {
-    Key::new("base", 1).with("seed", seed).finish()
+    CacheKey::new("base", 1).with("seed", seed).finish()
 }
 
 /// The stage's files: packed well, not at all, empty, twice the same.
@@ -85,7 +87,7 @@ fn build(dir: &Utf8Path, seed: &str) -> Made {
     }
     let tool = dir.join("bin/tool");
     fs::set_permissions(&tool, fs::Permissions::from_mode(0o755)).unwrap();
-    let of = |path: &str| Artifact::of(dir.join(path)).unwrap();
+    let of = |path: &str| Artifact::from_file(dir.join(path)).unwrap();
     let more = ["dtbs/broadcom/one.dtb", "dtbs/two.dtb", "empty"];
     let more = more.map(|path| (path.to_owned(), of(path)));
     Made { tar: of("rootfs.tar"), tool, more: more.into() }
@@ -111,8 +113,8 @@ fn a_machine_that_is_told_of_no_shared_cache_has_its_own_only() {
 fn machine(task: &str) {
     let task: Task = serde_json::from_str(task).unwrap();
     let kind = if task.release { BuildKind::Release } else { BuildKind::Development };
-    let signer = Keys::open(&keys::directory().unwrap()).unwrap().signer(kind).unwrap();
-    let cache = match attach(Cache::locate().unwrap(), kind, &signer, task.offline) {
+    let signer = KeyDirectory::open(&keys::key_directory().unwrap()).unwrap().signer(kind).unwrap();
+    let cache = match attach_shared_cache(Cache::locate().unwrap(), kind, &signer, task.offline) {
         Ok(cache) => cache,
         Err(error) => {
             eprintln!("error: {error:#}");
@@ -120,10 +122,10 @@ fn machine(task: &str) {
         }
     };
     if let Some((url, sha256)) = task.download {
-        let fetcher = Fetcher::of(&cache, task.offline).unwrap();
+        let downloader = Downloader::for_cache(&cache, task.offline).unwrap();
         let wanted = Download { name: "x.deb".into(), url, size: None, sha256: sha256.clone() };
-        let outcomes = fetcher.fetch("fetch", "packages", &[wanted]).unwrap();
-        let Outcome::Ready(artifact) = &outcomes[0] else { panic!("it is gone") };
+        let outcomes = downloader.fetch("fetch", "packages", &[wanted]).unwrap();
+        let DownloadOutcome::Ready(artifact) = &outcomes[0] else { panic!("it is gone") };
         assert_eq!(hash_bytes(&fs::read(&artifact.path).unwrap()), sha256);
         return;
     }
@@ -139,7 +141,7 @@ fn machine(task: &str) {
         let mode = fs::metadata(&output).unwrap().permissions().mode() & 0o777;
         assert_eq!(mode & 0o111 != 0, name == "bin/tool", "{name}: {mode:o}");
     }
-    assert_eq!(Artifact::of(&made.tar.path).unwrap(), made.tar);
+    assert_eq!(Artifact::from_file(&made.tar.path).unwrap(), made.tar);
     println!("\norigin={:?}", staged.origin);
 }
 
@@ -227,15 +229,15 @@ impl Team {
 
     /// The record of a stage in the directory of the store, by the only key of the team.
     fn record(&self, seed: &str) -> Utf8PathBuf {
-        let set = trusted(&self.dir.join("keys"), BuildKind::Development).unwrap();
-        self.dir.join("store").join(path(&key(seed), &set.keys[0].id))
+        let set = trusted_keys(&self.dir.join("keys"), BuildKind::Development).unwrap();
+        self.dir.join("store").join(record_path(&key(seed), &set.keys[0].id))
     }
 
     /// The record in the store.
-    fn read_record(&self, seed: &str) -> Record {
-        let set = trusted(&self.dir.join("keys"), BuildKind::Development).unwrap();
+    fn read_record(&self, seed: &str) -> StageRecord {
+        let set = trusted_keys(&self.dir.join("keys"), BuildKind::Development).unwrap();
         let file = fs::read(self.record(seed)).unwrap();
-        Record::open(&file, &set, "base", &key(seed)).unwrap().0
+        StageRecord::open(&file, &set, "base", &key(seed)).unwrap().0
     }
 
     /// The object of a file of a stage.
@@ -411,7 +413,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
 }
 
 fn trusted_id(dir: &Utf8Path) -> String {
-    trusted(dir, BuildKind::Development).unwrap().keys[0].id.clone()
+    trusted_keys(dir, BuildKind::Development).unwrap().keys[0].id.clone()
 }
 
 #[test]
@@ -419,7 +421,7 @@ fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
     let team = Team::web(DAV);
     team.builds("writer", true, "s");
     let signer =
-        Keys::open(&team.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap();
+        KeyDirectory::open(&team.dir.join("keys")).unwrap().signer(BuildKind::Development).unwrap();
     let good = team.read_record("s");
     let put = |bytes: &[u8]| {
         let sha256 = hash_bytes(bytes);
@@ -430,9 +432,12 @@ fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
     };
     let file = |path: &str, size: u64| {
         let (sha256, stored) = put(b"hello");
-        let object =
-            Packed { sha256: sha256.clone(), size: stored, compression: Compression::None };
-        StoredFile { path: path.into(), size, sha256, executable: false, object }
+        let object = PackedObject {
+            sha256: sha256.clone(),
+            size: stored,
+            compression: ObjectCompression::None,
+        };
+        StageFile { path: path.into(), size, sha256, executable: false, object }
     };
     let with = |path: &str, size: u64| {
         let mut record = good.clone();
@@ -443,7 +448,7 @@ fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
     let mut encoder = zstd::Encoder::new(Vec::new(), 19).unwrap();
     (0..1024).for_each(|_| encoder.write_all(&[0; 1 << 20]).unwrap());
     let (sha256, size) = put(&encoder.finish().unwrap());
-    let bomb = Packed { sha256, size, compression: Compression::Zstd };
+    let bomb = PackedObject { sha256, size, compression: ObjectCompression::Zstd };
     let mut bombs = good.clone();
     bombs.files[0].object = bomb;
     bombs.files[0].size = bombs.files[0].size.max(size + 1);
@@ -469,9 +474,9 @@ fn a_record_that_is_signed_and_hostile_writes_nothing_elsewhere() {
         ("pointing", pointing),
         ("other", other),
         ("lacking", lacking),
-        ("format", Record { format: FORMAT + 1, ..good.clone() }),
-        ("key", Record { key: key("t"), ..good.clone() }),
-        ("stage", Record { stage: "api".to_owned(), ..good.clone() }),
+        ("format", StageRecord { format: FORMAT + 1, ..good.clone() }),
+        ("key", StageRecord { key: key("t"), ..good.clone() }),
+        ("stage", StageRecord { stage: "api".to_owned(), ..good.clone() }),
     ];
     for (name, record) in hostile {
         fs::write(team.record("s"), record.sign(&signer).unwrap()).unwrap();

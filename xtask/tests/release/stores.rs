@@ -4,7 +4,7 @@ use std::fs;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, SystemTime};
 
-use xtask::store::Store;
+use xtask::store::ReleaseStore;
 use xtask::store::format::Channel;
 
 use super::support::{Bench, OBJECTS, Reader, ended, killed_anywhere};

@@ -12,13 +12,15 @@ use bundle::{BuildKind, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
 use xtask::exec;
-use xtask::publish::Authority;
-use xtask::publish::memory::Memory;
-use xtask::publish::pins::Pins;
-use xtask::release::create::put;
-use xtask::store::Files;
-use xtask::store::directory::Directory;
-use xtask::store::format::{Board, Channel, Entry, FORMAT, File, Manifest, Object};
+use xtask::publish::SigningAuthority;
+use xtask::publish::memory::IndexMemory;
+use xtask::publish::pins::PinnedKinds;
+use xtask::release::create::add_to_channel;
+use xtask::store::FileStore;
+use xtask::store::directory::DirectoryStore;
+use xtask::store::format::{
+    Channel, ChannelEntry, FORMAT, ReleaseBoard, ReleaseManifest, ReleaseObject, StoreFile,
+};
 use xtask::store::index::Retention;
 
 pub use noise::noise;
@@ -53,25 +55,25 @@ impl Bench {
         bench
     }
 
-    pub fn authority(&self) -> Authority {
-        let memory = Memory::at(self.dir.join("state"), false);
-        Authority::at(&self.dir.join("keys"), self.pins(), memory).unwrap()
+    pub fn authority(&self) -> SigningAuthority {
+        let memory = IndexMemory::in_dir(self.dir.join("state"), false);
+        SigningAuthority::open_dir(&self.dir.join("keys"), self.pins(), memory).unwrap()
     }
 
-    pub fn pins(&self) -> Pins {
-        Pins::read(Some(&self.dir)).unwrap()
+    pub fn pins(&self) -> PinnedKinds {
+        PinnedKinds::read(Some(&self.dir)).unwrap()
     }
 
     pub fn keys(&self) -> KeySet {
         self.authority().keys().clone()
     }
 
-    pub fn store(&self, name: &str) -> Directory {
-        Directory::new(&self.dir.join(name))
+    pub fn store(&self, name: &str) -> DirectoryStore {
+        DirectoryStore::new(&self.dir.join(name))
     }
 
     /// A release of small files in the channel nightly of a store on this machine.
-    pub fn release(&self, store: &Directory, product: &str, version: &str) {
+    pub fn release(&self, store: &DirectoryStore, product: &str, version: &str) {
         let version = Version::parse(version).unwrap();
         let object = |role: &str, content: Vec<u8>| {
             let (sha256, size) = (hash_bytes(&content), content.len() as u64);
@@ -79,7 +81,7 @@ impl Bench {
             fs::write(&path, content).unwrap();
             store.put(&sha256, &path).unwrap();
             let name = format!("{product}-{version}-{role}");
-            Object { role: role.to_owned(), name, size, sha256, unpacked: None }
+            ReleaseObject { role: role.to_owned(), name, size, sha256, unpacked: None }
         };
         let objects = (0..OBJECTS)
             .map(|n| {
@@ -87,7 +89,7 @@ impl Bench {
             })
             .collect();
         let notes = object("notes", format!("# {product} {version}\n{HARM}\n").into_bytes());
-        let manifest = Manifest {
+        let manifest = ReleaseManifest {
             format: FORMAT,
             product: product.to_owned(),
             title: product.to_owned(),
@@ -97,7 +99,7 @@ impl Bench {
             epoch: 0,
             previous: None,
             notes,
-            boards: vec![Board {
+            boards: vec![ReleaseBoard {
                 board: "one".to_owned(),
                 engine: "none".to_owned(),
                 objects,
@@ -107,10 +109,10 @@ impl Bench {
         let mut authority = self.authority();
         let text = manifest.to_text().unwrap();
         let signature = manifest.sign(&text, authority.signer(BuildKind::Development).unwrap());
-        let file = File::manifest(product, &version, &text);
+        let file = StoreFile::manifest(product, &version, &text);
         store.write(&file.signature(), &signature).unwrap();
         store.write(&file.path, &text).unwrap();
-        let entry = Entry {
+        let entry = ChannelEntry {
             product: product.to_owned(),
             version,
             kind: BuildKind::Development,
@@ -119,7 +121,8 @@ impl Bench {
             manifest: file,
             yanked: None,
         };
-        put(store, Channel::Nightly, &entry, Retention::default(), &mut authority).unwrap();
+        add_to_channel(store, Channel::Nightly, &entry, Retention::default(), &mut authority)
+            .unwrap();
     }
 
     /// The tool, in this directory, with these keys.
@@ -186,7 +189,7 @@ impl<'a> Reader<'a> {
         let mut found = BTreeSet::new();
         for channel in Channel::ALL {
             let Some(file) = (self.get)(&channel.path()) else { continue };
-            let index = Pins::default().open(channel, &file, &self.keys).unwrap();
+            let index = PinnedKinds::default().open(channel, &file, &self.keys).unwrap();
             let mut serials = self.serials.borrow_mut();
             let last = serials.insert(channel, index.serial);
             assert!(last <= Some(index.serial), "serial {} after {last:?}", index.serial);
@@ -196,8 +199,12 @@ impl<'a> Reader<'a> {
                     text.unwrap_or_else(|| panic!("{} {}: no {path}", entry.product, entry.version))
                 };
                 let (path, signature) = (&entry.manifest.path, entry.manifest.signature());
-                let manifest =
-                    Manifest::open(&entry.manifest, &get(path), &get(&signature), &self.keys);
+                let manifest = ReleaseManifest::open(
+                    &entry.manifest,
+                    &get(path),
+                    &get(&signature),
+                    &self.keys,
+                );
                 for object in manifest.unwrap().objects() {
                     if self.seen.borrow().contains(&object.sha256) {
                         continue;
@@ -248,8 +255,8 @@ impl Drop for Server {
 }
 
 pub fn tool(name: &str) -> Command {
-    let path =
-        exec::find(name).unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
+    let path = exec::find_program(name)
+        .unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
     Command::new(path.as_str())
 }
 

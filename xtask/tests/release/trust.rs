@@ -6,9 +6,9 @@ use std::time::{Duration, SystemTime};
 
 use bundle::{BuildKind, Version};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::store::Store;
-use xtask::store::directory::Directory;
-use xtask::store::format::{Channel, Entry, Index};
+use xtask::store::ReleaseStore;
+use xtask::store::directory::DirectoryStore;
+use xtask::store::format::{Channel, ChannelEntry, ChannelIndex};
 
 use super::support::{Bench, good, tool};
 
@@ -48,7 +48,7 @@ fn elsewhere(bench: &Bench, arguments: &[&str]) -> Command {
 }
 
 /// Replaces a channel's index by one that this kind of key has signed.
-fn plant(bench: &Bench, store: &Directory, index: &Index) {
+fn plant(bench: &Bench, store: &DirectoryStore, index: &ChannelIndex) {
     let mut authority = bench.authority();
     let content = index.sign(authority.signer(BuildKind::Development).unwrap()).unwrap();
     let path = store.root().join(index.channel.path());
@@ -57,7 +57,7 @@ fn plant(bench: &Bench, store: &Directory, index: &Index) {
     fs::write(path, content).unwrap();
 }
 
-fn read(bench: &Bench, store: &Directory) -> Index {
+fn read(bench: &Bench, store: &DirectoryStore) -> ChannelIndex {
     let file = store.index(Channel::Nightly).unwrap().0.unwrap();
     bench.pins().open(Channel::Nightly, &file, &bench.keys()).unwrap()
 }
@@ -221,13 +221,13 @@ fn a_development_key_changes_nothing_that_release_robots_are_offered() {
     let mut liar = listed.releases[0].clone();
     liar.product = "robot".to_owned();
     liar.manifest.path = liar.manifest.path.replace("robot-dev", "robot");
-    let index = |channel, releases: &[Entry]| Index {
+    let index = |channel, releases: &[ChannelEntry]| ChannelIndex {
         channel,
         serial: 9,
         releases: releases.to_vec(),
-        ..Index::empty(channel)
+        ..ChannelIndex::empty(channel)
     };
-    let refused = |index: &Index, expected: &str| {
+    let refused = |index: &ChannelIndex, expected: &str| {
         plant(&bench, &target, index);
         let before = tree(target.root());
         for words in [

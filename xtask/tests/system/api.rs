@@ -10,10 +10,10 @@ use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use xtask::artifact::hash_file;
-use xtask::keys::{self, Keys};
+use xtask::keys::{self, KeyDirectory};
 use xtask::plan::Plan;
-use xtask::qemu::Session;
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::qemu::QemuSession;
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 use crate::boot::{COMMAND, output};
 use crate::services::{api_is_up, get};
@@ -140,14 +140,14 @@ fn break_it(
         }],
         level: CompressionLevel::Fast,
         workers: None,
-        signers: &[Keys::open(&keys::directory()?)?.signer(BuildKind::Development)?],
+        signers: &[KeyDirectory::open(&keys::key_directory()?)?.signer(BuildKind::Development)?],
     };
-    pack(&request, out)?;
+    pack_bundle(&request, out)?;
     Ok(())
 }
 
 /// What the agent answers, and its exit code.
-fn slotd(session: &mut Session, words: &str, time: Duration) -> Result<(i32, Value)> {
+fn slotd(session: &mut QemuSession, words: &str, time: Duration) -> Result<(i32, Value)> {
     let (code, said) = session.run(&format!("slotd --format json {words} 2>/dev/null"), time)?;
     say(format!("slotd {words}: {code} {said}"));
     let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
@@ -155,7 +155,7 @@ fn slotd(session: &mut Session, words: &str, time: Duration) -> Result<(i32, Val
 }
 
 /// Which copy answers through the proxy: its version, and whether it is on `data`.
-pub fn serves(session: &mut Session, version: &str, on_data: bool) -> Result<()> {
+pub fn serves(session: &mut QemuSession, version: &str, on_data: bool) -> Result<()> {
     let (status, text) = get(session, "127.0.0.1", "/health")?;
     ensure!(status == 200, "/health answers {status}: {text}");
     let health: Value = serde_json::from_str(&text).with_context(|| format!("reading {text}"))?;
@@ -173,14 +173,14 @@ pub fn serves(session: &mut Session, version: &str, on_data: bool) -> Result<()>
 }
 
 /// Installs from a disk, and expects it to be done; how long nothing answered.
-fn installs(session: &mut Session, disk: &str) -> Result<(Value, Duration)> {
+fn installs(session: &mut QemuSession, disk: &str) -> Result<(Value, Duration)> {
     let (code, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
     ensure!(code == 0, "the API is refused: {said}");
     let down = said["down-ms"].as_u64().with_context(|| format!("no time in {said}"))?;
     Ok((said, Duration::from_millis(down)))
 }
 
-fn refuses(session: &mut Session, disk: &str, code: &str) -> Result<()> {
+fn refuses(session: &mut QemuSession, disk: &str, code: &str) -> Result<()> {
     let (exit, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
     ensure!(exit != 0 && said["refused"]["code"] == code, "expected `{code}`: {exit} {said}");
     Ok(())
@@ -189,7 +189,7 @@ fn refuses(session: &mut Session, disk: &str, code: &str) -> Result<()> {
 /// On a robot that serves its own API, with [`Apis::disks`] at these devices: another version and back, one
 /// that does not start, a full and a read-only `data`. The other version serves at the end. Nothing restarts.
 pub fn changed_without_a_restart(
-    session: &mut Session,
+    session: &mut QemuSession,
     apis: &Apis,
     [other, broken, own]: [&str; 3],
 ) -> Result<()> {
@@ -224,14 +224,14 @@ pub fn changed_without_a_restart(
 }
 
 /// Serves the product's own API, once the server is there.
-pub fn serves_its_own(session: &mut Session, apis: &Apis) -> Result<()> {
+pub fn serves_its_own(session: &mut QemuSession, apis: &Apis) -> Result<()> {
     // It is still importing its package when the console is there.
     api_is_up(session)?;
     serves(session, &apis.own_version, false)
 }
 
 /// After an update to a base for which [`OTHER`] is too old.
-pub fn fell_back(session: &mut Session, apis: &Apis) -> Result<()> {
+pub fn fell_back(session: &mut QemuSession, apis: &Apis) -> Result<()> {
     let (_, said) = slotd(session, "status", COMMAND)?;
     let why = said["api"]["why"].as_str().unwrap_or_default();
     ensure!(why.contains(OTHER), "the status does not say why: {}", said["api"]);

@@ -7,8 +7,8 @@ use anyhow::{Context, Result, ensure};
 use bundle::bootstate::{BootState, Slot};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
-use xtask::config::machine::Machine;
-use xtask::qemu::{self, OnRestart, Overlay, Session};
+use xtask::config::machine::QemuMachine;
+use xtask::qemu::{self, CardOverlay, QemuSession, RestartEffect};
 
 use crate::laptop::Laptop;
 use crate::services;
@@ -20,8 +20,8 @@ pub const COMMAND: Duration = Duration::from_secs(120);
 /// A machine on an overlay of the built image.
 struct Guest {
     built: &'static Built,
-    machine: Machine,
-    overlay: Overlay,
+    machine: QemuMachine,
+    overlay: CardOverlay,
     log: Utf8PathBuf,
     /// At the other end of its cable, where the machine can have another device.
     laptop: Option<Laptop>,
@@ -35,7 +35,7 @@ impl Guest {
         let qemu = built.plan.board.qemu.as_ref().context("the board has no machine")?;
         let folder = Folder::new()?;
         let files = built.qemu.as_ref().context("the board has no machine")?;
-        let overlay = Overlay::create(&qemu.machine, &files.image, &folder.at("card.qcow2"))?;
+        let overlay = CardOverlay::create(&qemu.machine, &files.image, &folder.at("card.qcow2"))?;
         // Slot a is what the image starts by itself: its boot state was never written.
         if slot == Slot::B {
             let sector = built.plan.disk.states.first().context("the board keeps no boot state")?;
@@ -54,15 +54,21 @@ impl Guest {
     }
 
     /// Starts the machine and waits for the shell of the console's login.
-    fn start(&self, log: &str, hostname: &str) -> Result<Session> {
+    fn start(&self, log: &str, hostname: &str) -> Result<QemuSession> {
         let log = self.log.with_file_name(log);
         say(format!("booting; the console goes to {log}"));
         let mut files = self.built.qemu.clone().context("the board has no machine")?;
         if self.tree.is_some() {
             files.device_tree.clone_from(&self.tree);
         }
-        let mut session =
-            Session::start(&self.machine, &files, &self.overlay, &log, OnRestart::Exit, None)?;
+        let mut session = QemuSession::start(
+            &self.machine,
+            &files,
+            &self.overlay,
+            &log,
+            RestartEffect::Exit,
+            None,
+        )?;
         let timeout = Duration::from_secs(self.machine.boot_timeout);
         session.expect("slipway: starting slot ", timeout).context("no boot loader")?;
         session.expect("slipway-init: slot ", timeout).context("no initrd")?;
@@ -72,7 +78,7 @@ impl Guest {
 }
 
 /// The output of a command that must succeed.
-pub fn output(session: &mut Session, command: &str, timeout: Duration) -> Result<String> {
+pub fn output(session: &mut QemuSession, command: &str, timeout: Duration) -> Result<String> {
     let (code, said) = session.run(command, timeout)?;
     say(format!("{command}: {said}"));
     ensure!(code == 0, "`{command}` failed with {code}: {said}");
@@ -80,7 +86,7 @@ pub fn output(session: &mut Session, command: &str, timeout: Duration) -> Result
 }
 
 /// Everything that a started slot must be.
-fn check(guest: &Guest, session: &mut Session, slot: Slot) -> Result<()> {
+fn check(guest: &Guest, session: &mut QemuSession, slot: Slot) -> Result<()> {
     let plan = &guest.built.plan;
     let long = Duration::from_secs(guest.machine.boot_timeout);
     let chosen = output(session, "cat /run/slipway/slot", COMMAND)?;
@@ -212,7 +218,7 @@ fn the_card_image_of_the_smallest_pi_boots() -> Result<()> {
 
     guest.machine.machine = "raspi3ap".to_owned();
     guest.machine.memory = 512 << 20;
-    guest.overlay = Overlay::create(&guest.machine, &card, &guest.folder.at("3ap.qcow2"))?;
+    guest.overlay = CardOverlay::create(&guest.machine, &card, &guest.folder.at("3ap.qcow2"))?;
     guest.tree = Some(tree);
     let mut session = guest.start("boot-3ap.log", &built.plan.network.hostname)?;
     let model = output(&mut session, "tr -d '\\0' </proc/device-tree/model", COMMAND)?;
@@ -230,7 +236,7 @@ fn the_card_image_of_a_pi_4_boots() -> Result<()> {
     }
     let built = built("pi4-uboot")?;
     let machine = &built.plan.board.qemu.as_ref().context("the board has a machine")?.machine;
-    if let Err(older) = qemu::require(machine) {
+    if let Err(older) = qemu::require_version(machine) {
         say(format!("left out: {older}"));
         return Ok(());
     }

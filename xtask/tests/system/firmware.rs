@@ -7,7 +7,7 @@ use std::rc::Rc;
 use anyhow::{Context, Result, ensure};
 use bootmodel::chain::{BootFacts, CardContent, check};
 use bootmodel::firmware::{Firmware, PreferredTable, ReadOnlyDisk, RestartFlags, select};
-use xtask::start::look;
+use xtask::start::check_card;
 
 use crate::support::{Folder, built, built_for_the_firmware, root, tool};
 
@@ -60,7 +60,7 @@ fn both_boot_slots_and_the_bundle_hold_the_same_bytes() -> Result<()> {
 fn every_model_starts_from_the_built_cards() -> Result<()> {
     for board in ["pi3", "pi4-uboot"] {
         let built = built(board)?;
-        let starts = look(&built.image, Some((&root(), &built.plan)))?;
+        let starts = check_card(&built.image, Some((&root(), &built.plan)))?;
         ensure!(starts.stops.is_empty(), "{board}:\n{}", starts.stops.join("\n"));
         ensure!(starts.models.len() == built.plan.board.compatible.len(), "{starts:?}");
         for model in &starts.models {

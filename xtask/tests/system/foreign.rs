@@ -6,14 +6,14 @@ use std::os::unix::fs::FileExt;
 
 use anyhow::{Context, Result, ensure};
 use camino::Utf8Path;
-use xtask::disk::{Filesystem, Placed, bmap};
+use xtask::disk::{Filesystem, PlacedPartition, bmap};
 
 use crate::support::{Built, Folder, Xtask, built, built_for_the_firmware, root, same, say, tool};
 
 const PIECE: usize = 4 << 20;
 
 /// A partition's bytes as a file of their own; zeros become holes.
-pub fn extract(image: &Utf8Path, placed: &Placed, out: &Utf8Path) -> Result<()> {
+pub fn extract(image: &Utf8Path, placed: &PlacedPartition, out: &Utf8Path) -> Result<()> {
     let (from, to) = (File::open(image)?, File::create(out)?);
     to.set_len(placed.size)?;
     let mut buffer = vec![0; PIECE];

@@ -34,7 +34,7 @@ const WITHOUT_RIGHTS: [&str; 2] = ["--inh-caps=-all", "--no-new-privs"];
 /// outside cannot be root in a namespace (user_namespaces(7)).
 fn without_rights(program: &str, kept: bool) -> Command {
     let bounds = if kept { "--bounding-set=-all,+setfcap" } else { "--bounding-set=-all" };
-    let mut command = Command::new(exec::find("setpriv").expect("setpriv"));
+    let mut command = Command::new(exec::find_program("setpriv").expect("setpriv"));
     command.args(WITHOUT_RIGHTS).args([bounds, program]);
     command
 }
@@ -52,7 +52,7 @@ fn command(more: &[&str]) -> Command {
         command.args(["--user", "--map-root-user", "true"]).stderr(Stdio::null()).status()
     };
     // A shell without job control starts background jobs with SIGINT ignored, and their children inherit that.
-    let mut command = Command::new(exec::find("env").expect("env"));
+    let mut command = Command::new(exec::find_program("env").expect("env"));
     command.arg("--default-signal=INT");
     if is_root() && tried().expect("setpriv runs").success() {
         let dropped = without_rights(tool, true);
@@ -249,7 +249,7 @@ fn forbidden() -> Result<()> {
     let mut command = match is_root() {
         true => without_rights(tool, false),
         false => {
-            let mut command = Command::new(exec::find("unshare").context("unshare")?);
+            let mut command = Command::new(exec::find_program("unshare").context("unshare")?);
             command.args(["--user", "--map-root-user", "sh", "-c", script, tool]);
             command
         }

@@ -6,7 +6,7 @@ use std::time::Instant;
 use anyhow::{Context, Result, ensure};
 use xtask::cmd::check::ALL;
 use xtask::config::default_product;
-use xtask::progress::duration;
+use xtask::progress::format_duration;
 
 use crate::support::{Folder, Xtask, copy_workspace, root, say, tool};
 
@@ -38,7 +38,7 @@ fn the_nightly_script_builds_releases_and_publishes() -> Result<()> {
             .current_dir(&copy)
             .env("CARGO_TARGET_DIR", root().join("target/nightly").as_str())
             .read()?;
-        say(format!("a night of {product} for {BOARD}: {}", duration(started.elapsed())));
+        say(format!("a night of {product} for {BOARD}: {}", format_duration(started.elapsed())));
         Ok(summary)
     };
     let first = night()?;

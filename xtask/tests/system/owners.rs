@@ -85,7 +85,7 @@ fn the_base_owns_no_product_configuration() -> Result<()> {
     }
     let overlay: BTreeSet<&str> = built.plan.overlay.iter().map(|f| f.target.as_str()).collect();
     let (installing, compose) =
-        (glob::compile(&MADE_BY_INSTALLING)?, glob::compile(&MADE_BY_COMPOSE)?);
+        (glob::compile_globs(&MADE_BY_INSTALLING)?, glob::compile_globs(&MADE_BY_COMPOSE)?);
     let of_overlay = found.iter().filter(|path| overlay.contains(path.as_str())).count();
     let of_packages = found.iter().filter(|path| packaged.contains(*path)).count();
     say(format!(

@@ -6,7 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, ensure};
 use serde_json::Value;
 use xtask::plan::Plan;
-use xtask::qemu::Session;
+use xtask::qemu::QemuSession;
 use xtask::wheel::WheelLock;
 
 use crate::boot::{COMMAND, output};
@@ -23,7 +23,7 @@ const API_TIME: Duration = Duration::from_secs(900);
 const ANSWER: Duration = Duration::from_secs(60);
 
 /// Asks the robot's web server from the robot itself; status and text.
-pub fn get(session: &mut Session, host: &str, path: &str) -> Result<(u16, String)> {
+pub fn get(session: &mut QemuSession, host: &str, path: &str) -> Result<(u16, String)> {
     let program = "import http.client,sys; c=http.client.HTTPConnection(sys.argv[1],80,timeout=60); \
         c.request(\"GET\",sys.argv[2]); r=c.getresponse(); print(r.status,r.read().decode()[:400])";
     let said = output(session, &format!("python3 -c '{program}' {host} {path}"), COMMAND)?;
@@ -32,14 +32,14 @@ pub fn get(session: &mut Session, host: &str, path: &str) -> Result<(u16, String
 }
 
 /// Waits for the API server, which imports its package for a while.
-pub fn api_is_up(session: &mut Session) -> Result<()> {
+pub fn api_is_up(session: &mut QemuSession) -> Result<()> {
     let wait = "for i in $(seq 300); do systemctl is-active -q slipway-api && break; sleep 1; done; \
                 systemctl is-active slipway-api";
     output(session, wait, API_TIME).map(drop)
 }
 
 /// The API that the product has locked is the one that answers, from the image's own copy.
-pub fn api(session: &mut Session, plan: &Plan) -> Result<()> {
+pub fn api(session: &mut QemuSession, plan: &Plan) -> Result<()> {
     let api = plan.api.as_ref().context("the product has an API")?;
     let name = api.package.split("==").next().unwrap_or_default();
     let lock = WheelLock::load(&root().join(&api.lock))?;
@@ -58,7 +58,7 @@ pub fn api(session: &mut Session, plan: &Plan) -> Result<()> {
 }
 
 /// The proxy hands on what is named, nothing else; a broken snippet is left out and reported.
-pub fn proxy(session: &mut Session) -> Result<()> {
+pub fn proxy(session: &mut QemuSession) -> Result<()> {
     let (status, text) = get(session, "127.0.0.1", "/labware/opentrons_96_tiprack_300ul")?;
     ensure!(status == 200 && text.contains("\"ordering\""), "/labware/… answers {status}");
     for path in ["/", "/index.html", "/healthy", "/labware/../health/x", "/etc/passwd"] {
@@ -102,7 +102,7 @@ pub fn proxy(session: &mut Session) -> Result<()> {
 
 /// What faces the network has empty places where the agent's, the identity's and the network's
 /// directories are.
-pub fn hidden(session: &mut Session) -> Result<()> {
+pub fn hidden(session: &mut QemuSession) -> Result<()> {
     for (unit, folders) in [
         ("slipway-api", "slotd identity network home"),
         ("slipway-proxy", "slotd identity network home"),
@@ -130,7 +130,7 @@ pub fn hidden(session: &mut Session) -> Result<()> {
 }
 
 /// The robot's address on a cable without any server, and that it is found there by its names.
-pub fn link_local(session: &mut Session, plan: &Plan, laptop: &Laptop) -> Result<()> {
+pub fn link_local(session: &mut QemuSession, plan: &Plan, laptop: &Laptop) -> Result<()> {
     let wait = "for i in $(seq 120); do ip -4 -o addr show scope link | grep -q 169.254 && break; \
                 sleep 1; done; ip -o addr show scope link";
     let said = output(session, wait, ADDRESS_TIME)?;
@@ -153,7 +153,7 @@ pub fn link_local(session: &mut Session, plan: &Plan, laptop: &Laptop) -> Result
 }
 
 /// What makes this machine this machine.
-pub fn identity(session: &mut Session) -> Result<String> {
+pub fn identity(session: &mut QemuSession) -> Result<String> {
     let files = "machine-id ssh/ssh_host_ed25519_key ssh/ssh_host_ed25519_key.pub";
     let said = output(session, &format!("cd /data/identity && sha256sum {files}"), COMMAND)?;
     ensure!(said.lines().count() == 3, "something of the identity is missing: {said}");
@@ -164,7 +164,7 @@ pub fn identity(session: &mut Session) -> Result<String> {
 }
 
 /// Puts the user's own things on `data`: names, a connection, boot scripts.
-pub fn leave_things(session: &mut Session) -> Result<()> {
+pub fn leave_things(session: &mut QemuSession) -> Result<()> {
     for command in [
         "echo bench-2 >/data/identity/hostname; echo 'Bench 2' >/data/identity/display-name",
         "printf '[Match]\\nType=ether\\n[Network]\\nAddress=192.0.2.7/24\\n' >/data/network/10-lab.network",
@@ -190,7 +190,7 @@ pub fn leave_things(session: &mut Session) -> Result<()> {
 pub const NAME: &str = "bench-2";
 
 /// Looks for these things after a restart.
-pub fn find_things(session: &mut Session, long: Duration) -> Result<()> {
+pub fn find_things(session: &mut QemuSession, long: Duration) -> Result<()> {
     // The script that hangs holds up nothing.
     let (_, state) = session.run("systemctl is-system-running --wait", long)?;
     ensure!(state == "running", "the system is {state}");
@@ -212,7 +212,7 @@ pub fn find_things(session: &mut Session, long: Duration) -> Result<()> {
 
 /// Wi-Fi on radios without hardware: one is an access point and one its station, as their files say; the
 /// third has no file and is left alone.
-fn wireless(session: &mut Session) -> Result<()> {
+fn wireless(session: &mut QemuSession) -> Result<()> {
     output(session, "modprobe mac80211_hwsim radios=3", COMMAND)?;
     // "up" comes after the four-way handshake, so the passphrase was the right one.
     let wait = "for i in $(seq 90); do grep -sqx up /sys/class/net/wlan0/operstate && break; sleep 1; done; \

@@ -18,9 +18,9 @@ use xtask::config;
 use xtask::exec::{self, Tool};
 use xtask::facts;
 use xtask::plan::{self, Plan};
-use xtask::progress::duration;
-use xtask::qemu::{Files, Session};
-use xtask::workspace::dist;
+use xtask::progress::format_duration;
+use xtask::qemu::{MachineFiles, QemuSession};
+use xtask::workspace::dist_dir;
 
 /// An address that refuses every connection: nothing listens on the discard port.
 pub const NOBODY: &str = "http://127.0.0.1:9";
@@ -38,7 +38,7 @@ pub fn say(text: impl AsRef<str>) {
 
 /// A foreign tool; a missing one is a failure.
 pub fn tool(name: &str) -> Tool {
-    let path = exec::find(name).unwrap_or_else(|| panic!("this test needs {name}"));
+    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
     Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
 }
 
@@ -153,7 +153,7 @@ impl Xtask {
                     "mount -t tmpfs -o size={mebibytes}m none '{dir}' || exit 99; \"$0\" \"$@\"; \
                      code=$?; find '{dir}' -type f -printf 'left: %p\\n' >&2; exit $code"
                 ));
-                let mut command = Command::new(exec::find("unshare").expect("unshare"));
+                let mut command = Command::new(exec::find_program("unshare").expect("unshare"));
                 // Root mounts by itself, and in a chroot it may not make user namespaces.
                 if !rustix::process::geteuid().is_root() {
                     command.args(["--user", "--map-root-user"]);
@@ -197,7 +197,7 @@ impl Xtask {
         }
         let out = reader.join().map_err(|_| anyhow!("reading the output"))??;
         let status = child.wait()?;
-        say(format!("{status} after {}", duration(started.elapsed())));
+        say(format!("{status} after {}", format_duration(started.elapsed())));
         Ok(Said { status, out, errors })
     }
 
@@ -212,7 +212,7 @@ impl Xtask {
 /// Waits for the shell of the console's login, and keeps from then on what the kernel and systemd say out of the
 /// midst of a command's output: the login does not wait for the last unit on a busy machine.
 pub fn logs_in(
-    session: &mut Session,
+    session: &mut QemuSession,
     hostname: &str,
     timeout: Duration,
     command: Duration,
@@ -231,7 +231,7 @@ pub struct Built {
     pub dist: Utf8PathBuf,
     pub image: Utf8PathBuf,
     pub bundle: Utf8PathBuf,
-    pub qemu: Option<Files>,
+    pub qemu: Option<MachineFiles>,
 }
 
 /// The build of a board in this workspace, made on the first request. Concurrent requests for the
@@ -295,7 +295,7 @@ pub fn results(workspace: &Utf8Path, board: &str) -> Result<Built> {
 pub fn results_of(workspace: &Utf8Path, product: Option<&str>, board: &str) -> Result<Built> {
     let config = config::load(workspace, product, Some(board))?;
     let plan = plan::resolve(&config, &facts::collect(workspace)?)?;
-    let dist = dist(workspace, &plan);
+    let dist = dist_dir(workspace, &plan);
     let stem = dist.join(plan.stem());
     let (image, bundle) = (format!("{stem}.img").into(), format!("{stem}.bundle").into());
     let qemu = qemu_files(&dist, &plan);

@@ -10,8 +10,8 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use xtask::cmd::check::ALL;
-use xtask::config::machine::Machine;
-use xtask::qemu::{Files, OnRestart, Overlay, Session};
+use xtask::config::machine::QemuMachine;
+use xtask::qemu::{CardOverlay, MachineFiles, QemuSession, RestartEffect};
 
 use crate::support::{Folder, built, say, tool};
 
@@ -29,8 +29,8 @@ enum End {
 }
 
 struct Bench {
-    machine: Machine,
-    files: Files,
+    machine: QemuMachine,
+    files: MachineFiles,
     log: Utf8PathBuf,
     folder: Folder,
 }
@@ -47,11 +47,11 @@ impl Bench {
         machine.arguments.extend(["-serial".to_owned(), socket(&console)]);
         machine.arguments.extend(["-monitor".to_owned(), socket(&monitor)]);
         machine.arguments.extend(["-device", "usb-kbd"].map(str::to_owned));
-        let overlay = Overlay::create(&machine, &self.files.image, &at("qcow2"))?;
+        let overlay = CardOverlay::create(&machine, &self.files.image, &at("qcow2"))?;
         let log = self.log.join(format!("typed-{name}.log"));
         say(format!("{name}: what U-Boot says goes to {log}"));
         let mut session =
-            Session::start(&machine, &self.files, &overlay, &log, OnRestart::Exit, None)?;
+            QemuSession::start(&machine, &self.files, &overlay, &log, RestartEffect::Exit, None)?;
         let end = Instant::now() + LIMIT;
         let connect = |path: &Utf8PathBuf| -> Result<UnixStream> {
             loop {
@@ -146,7 +146,7 @@ fn nothing_stops_u_boot_on_its_way() -> Result<()> {
     }
     let files = built.qemu.clone().context("the board has a machine")?;
     let log = built.dist.join("log");
-    let files = Files { image: card, ..files };
+    let files = MachineFiles { image: card, ..files };
     let bench = Bench { machine: machine.clone(), files, log, folder };
     let end = bench.run("ours", true)?;
     ensure!(end == End::Kernel, "with noise on all its inputs U-Boot ends in: {end:?}");

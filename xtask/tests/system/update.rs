@@ -13,11 +13,11 @@ use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
 use xtask::cmd::check::ALL;
-use xtask::config::machine::Machine;
-use xtask::keys::{self, Keys};
-use xtask::push::{self, Request, Verdict, push};
-use xtask::qemu::{self, OnRestart, Overlay, Session};
-use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack};
+use xtask::config::machine::QemuMachine;
+use xtask::keys::{self, KeyDirectory};
+use xtask::push::{self, PushRequest, PushVerdict, push_to_robots};
+use xtask::qemu::{self, CardOverlay, QemuSession, RestartEffect};
+use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 use crate::api::{self, Apis};
 use crate::support::{
@@ -126,12 +126,15 @@ impl Bench {
 }
 
 /// The machine of a card's board.
-fn machine(card: &Built) -> Result<Machine> {
+fn machine(card: &Built) -> Result<QemuMachine> {
     Ok(card.plan.board.qemu.as_ref().context("the board has no machine")?.machine.clone())
 }
 
 /// A machine with more disks behind its card.
-fn with_disks<'a>(machine: &Machine, disks: impl IntoIterator<Item = &'a Utf8Path>) -> Machine {
+fn with_disks<'a>(
+    machine: &QemuMachine,
+    disks: impl IntoIterator<Item = &'a Utf8Path>,
+) -> QemuMachine {
     let mut machine = machine.clone();
     for (index, disk) in disks.into_iter().enumerate() {
         let file = disk.as_str().replace(',', ",,");
@@ -154,25 +157,31 @@ fn edit(path: &Utf8Path, from: &str, to: &str) -> Result<()> {
 /// A running machine.
 struct Robot {
     name: String,
-    session: Session,
+    session: QemuSession,
     boot: Duration,
     hostname: String,
     /// Where its SSH server is, on the loopback address.
     port: u16,
-    overlay: Overlay,
+    overlay: CardOverlay,
 }
 
 impl Robot {
     /// Starts a machine. The log is beside those of the other tests, also when the build is in
     /// another directory.
-    fn start(card: &Built, name: &str, machine: &Machine, overlay: Overlay) -> Result<Self> {
+    fn start(
+        card: &Built,
+        name: &str,
+        machine: &QemuMachine,
+        overlay: CardOverlay,
+    ) -> Result<Self> {
         let (product, board) = (&card.plan.product.name, &card.plan.board.name);
         let log = root().join(format!("dist/{product}/{board}/log/update-{name}.log"));
         say(format!("{name}: the console goes to {log}"));
         let files = card.qemu.as_ref().context("the board has no machine")?;
         let port = qemu::free_port(0)?;
         let network = machine.network.as_ref().map(|_| port);
-        let session = Session::start(machine, files, &overlay, &log, OnRestart::Restart, network)?;
+        let session =
+            QemuSession::start(machine, files, &overlay, &log, RestartEffect::Restart, network)?;
         let boot = Duration::from_secs(machine.boot_timeout);
         let hostname = card.plan.network.hostname.clone();
         Ok(Self { name: name.to_owned(), session, boot, hostname, port, overlay })
@@ -187,12 +196,12 @@ impl Robot {
         disks: &[&Utf8Path],
     ) -> Result<Self> {
         let machine = with_disks(&machine(card)?, disks.iter().copied());
-        let overlay = Overlay::create(&machine, image, &folder.at(&format!("{name}.qcow2")))?;
+        let overlay = CardOverlay::create(&machine, image, &folder.at(&format!("{name}.qcow2")))?;
         Self::start(card, name, &machine, overlay)
     }
 
     /// The machine ends at once and starts again from the same card.
-    fn loses_its_power(self, card: &Built, machine: &Machine) -> Result<Self> {
+    fn loses_its_power(self, card: &Built, machine: &QemuMachine) -> Result<Self> {
         let Self { name, session, overlay, .. } = self;
         session.lose_power()?;
         Self::start(card, &format!("{name}-again"), machine, overlay)
@@ -302,7 +311,7 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
         .args([&format!("if={}", update.image), &format!("of={root}"), "bs=1M", "count=4"])
         .args([format!("skip={}", placed.offset >> 20)])
         .run()?;
-    let signer = Keys::open(&keys::directory()?)?.signer(BuildKind::Development)?;
+    let signer = KeyDirectory::open(&keys::key_directory()?)?.signer(BuildKind::Development)?;
     let make = |name: &str, board: &str, version: &str| -> Result<Utf8PathBuf> {
         let version = Version::parse(version).context("a version")?;
         let path = folder.at(name);
@@ -323,7 +332,7 @@ fn bad_bundles(folder: &Folder, update: &Built) -> Result<Vec<(Utf8PathBuf, &'st
             workers: None,
             signers: std::slice::from_ref(&signer),
         };
-        pack(&request, &path)?;
+        pack_bundle(&request, &path)?;
         Ok(path)
     };
     let mut bundles = vec![
@@ -425,18 +434,18 @@ fn pushed(folder: &Folder, update: &Built, robot: &mut Robot) -> Result<()> {
         let said = over_ssh(USER, command);
         ensure!(said.is_err(), "{USER} may ask for `{command}`: {said:?}");
     }
-    let request = Request {
+    let request = PushRequest {
         hosts: vec![format!("{USER}@127.0.0.1")],
         bundle: update.bundle.clone(),
         ssh_options,
         wait: Some(INSTALL),
     };
-    let outcomes = push(&request)?;
+    let outcomes = push_to_robots(&request)?;
     for outcome in &outcomes {
-        say(push::sentence(outcome));
+        say(push::describe_outcome(outcome));
         let done =
             (outcome.verdict, outcome.slot, outcome.version.as_ref().map(ToString::to_string));
-        let expected = (Verdict::Committed, Some(Slot::A), Some(UPDATE.to_owned()));
+        let expected = (PushVerdict::Committed, Some(Slot::A), Some(UPDATE.to_owned()));
         ensure!(done == expected, "pushing: {outcome:?}");
     }
     ensure!(outcomes.len() == 1, "{} outcomes of one robot", outcomes.len());
@@ -599,7 +608,7 @@ fn a_pi_takes_an_update(board: &str) -> Result<()> {
     write_to_data(card, &image, &[(&card.bundle, "update.bundle")], &folder)?;
 
     let machine = &machine(card)?;
-    let overlay = Overlay::create(machine, &image, &folder.at("card.qcow2"))?;
+    let overlay = CardOverlay::create(machine, &image, &folder.at("card.qcow2"))?;
     let mut robot = Robot::start(card, board, machine, overlay)?;
     robot.comes_up(Slot::A)?;
     robot.installs("/data/update.bundle", Slot::B, PI_INSTALL)?;
@@ -628,7 +637,7 @@ fn a_pi_4_takes_an_update() -> Result<()> {
         say("left out: takes an hour; `cargo xtask test --all` does it");
         return Ok(());
     }
-    if let Err(older) = qemu::require(&machine(built("pi4-uboot")?)?) {
+    if let Err(older) = qemu::require_version(&machine(built("pi4-uboot")?)?) {
         say(format!("left out: {older}"));
         return Ok(());
     }

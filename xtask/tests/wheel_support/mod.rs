@@ -12,12 +12,12 @@ use xtask::wheel::archive::digest_text;
 use xtask::wheel::base::BaseSource;
 use xtask::wheel::target::WheelName;
 use xtask::wheel::{
-    BasePython, InstallRequest, InstallTarget, Installed, LockedWheel, Target, Wheel, WheelLock,
-    fetch, install,
+    BasePython, CheckedWheel, InstallRequest, InstallTarget, InstalledWheels, LockedWheel,
+    WheelLock, WheelTarget, fetch_wheels, install_wheels,
 };
 
-pub fn target() -> Target {
-    Target {
+pub fn target() -> WheelTarget {
+    WheelTarget {
         python: "3.11".parse().unwrap(),
         implementation: "cp".into(),
         arch: "aarch64".into(),
@@ -103,8 +103,8 @@ impl Draft {
         (self.bytes)(writer.finish().unwrap().into_inner())
     }
 
-    pub fn read(&self) -> anyhow::Result<Wheel> {
-        Wheel::read(&self.build(), &self.file, None)
+    pub fn read(&self) -> anyhow::Result<CheckedWheel> {
+        CheckedWheel::read(&self.build(), &self.file, None)
     }
 }
 
@@ -185,8 +185,8 @@ pub fn install_into(
     lock: &WheelLock,
     cache: &Utf8Path,
     out: &Utf8Path,
-) -> anyhow::Result<Installed> {
-    let wheels = fetch(lock, &Cache::at(cache.to_owned()), true)?;
+) -> anyhow::Result<InstalledWheels> {
+    let wheels = fetch_wheels(lock, &Cache::in_dir(cache.to_owned()), true)?;
     let base = BasePython::read(BaseSource::Root(arm64_root().to_owned()))?;
     let target = InstallTarget::for_base(&base, true);
     let request = InstallRequest {
@@ -199,5 +199,5 @@ pub fn install_into(
         out,
         log: None,
     };
-    install(&request)
+    install_wheels(&request)
 }

@@ -3,11 +3,11 @@
 
 use anyhow::{Result, bail, ensure};
 
-use super::name::{Form, MAX, UnitName};
+use super::name::{MAX, UnitName, UnitNameForm};
 
 /// What enabling a unit does. Values may contain specifiers.
 #[derive(Debug, Default)]
-pub struct Install {
+pub struct InstallSection {
     /// Aliases.
     pub aliases: Vec<String>,
     /// Units that want it.
@@ -22,7 +22,7 @@ pub struct Install {
     pub default_instance: Option<String>,
 }
 
-impl Install {
+impl InstallSection {
     /// Whether the section is empty.
     pub fn is_empty(&self) -> bool {
         let lists = [&self.aliases, &self.wanted_by, &self.required_by, &self.upheld_by];
@@ -58,7 +58,7 @@ impl Install {
             "UpheldBy" => &mut self.upheld_by,
             "Alias" if unit.may_alias() => &mut self.aliases,
             "Also" => {
-                for word in words(value, Quotes::Literal)? {
+                for word in split_words(value, Quotes::Literal)? {
                     let name = self.print(unit, &word)?;
                     let Some(name) = UnitName::new(&name) else {
                         bail!("Also={name}: not a valid unit name");
@@ -67,7 +67,7 @@ impl Install {
                 }
                 return Ok(());
             }
-            "DefaultInstance" if unit.form() == Form::Template => {
+            "DefaultInstance" if unit.form() == UnitNameForm::Template => {
                 let instance = self.print(unit, value)?;
                 let named = unit.with_instance(&instance);
                 ensure!(
@@ -82,7 +82,7 @@ impl Install {
         if value.is_empty() {
             list.clear();
         }
-        list.extend(words(value, Quotes::Removed)?);
+        list.extend(split_words(value, Quotes::Removed)?);
         Ok(())
     }
 
@@ -92,7 +92,8 @@ impl Install {
     /// A specifier that does not exist, or whose value only the robot knows.
     pub fn print(&self, unit: &UnitName, value: &str) -> Result<String> {
         let default = self.default_instance.as_deref().unwrap_or_default();
-        let instance = if unit.form() == Form::Template { default } else { unit.instance() };
+        let instance =
+            if unit.form() == UnitNameForm::Template { default } else { unit.instance() };
         let filled = unit.with_instance(instance).unwrap_or_else(|| unit.clone());
         let mut text = String::new();
         let mut chars = value.chars();
@@ -165,7 +166,7 @@ enum Quotes {
 
 /// # Errors
 /// A backslash at the end, where it has a meaning.
-fn words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
+fn split_words(value: &str, quotes: Quotes) -> Result<Vec<String>> {
     let mut words = Vec::new();
     let mut word: Option<String> = None;
     let mut open: Option<char> = None;

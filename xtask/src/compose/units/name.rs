@@ -22,7 +22,7 @@ pub const MAX: usize = 255;
 
 /// The kind of a name.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum Form {
+pub enum UnitNameForm {
     /// `a.service`
     Plain,
     /// `a@b.service`
@@ -71,22 +71,23 @@ impl UnitName {
     }
 
     /// Its kind.
-    pub fn form(&self) -> Form {
+    pub fn form(&self) -> UnitNameForm {
         match self.stem().split_once('@') {
-            None => Form::Plain,
-            Some((_, "")) => Form::Template,
-            Some(_) => Form::Instance,
+            None => UnitNameForm::Plain,
+            Some((_, "")) => UnitNameForm::Template,
+            Some(_) => UnitNameForm::Instance,
         }
     }
 
     /// `a@.service` of `a@b.service` and of itself; a plain name has none.
     pub fn template(&self) -> Option<Self> {
-        (self.form() != Form::Plain).then(|| Self(format!("{}@.{}", self.prefix(), self.kind())))
+        (self.form() != UnitNameForm::Plain)
+            .then(|| Self(format!("{}@.{}", self.prefix(), self.kind())))
     }
 
     /// `a@NEW.service` of `a@b.service` or `a@.service`; `None` when that is not a valid name.
     pub fn with_instance(&self, new: &str) -> Option<Self> {
-        (self.form() != Form::Plain && !new.is_empty())
+        (self.form() != UnitNameForm::Plain && !new.is_empty())
             .then(|| Self::new(&format!("{}@{new}.{}", self.prefix(), self.kind())))?
     }
 
@@ -115,14 +116,14 @@ pub fn why_no_alias(alias: &UnitName, unit: &UnitName) -> Option<String> {
     if !alias.may_alias() {
         return Some(format!("a {} cannot have aliases", alias.kind()));
     }
-    if alias.form() != Form::Plain && !alias.may_template() {
+    if alias.form() != UnitNameForm::Plain && !alias.may_template() {
         return Some(format!("units of type {} cannot be templates", alias.kind()));
     }
     match (alias.form(), unit.form()) {
-        (Form::Instance, Form::Instance) if alias.instance() != unit.instance() => {
+        (UnitNameForm::Instance, UnitNameForm::Instance) if alias.instance() != unit.instance() => {
             Some("their instances differ".to_owned())
         }
-        (Form::Instance, Form::Template) => None,
+        (UnitNameForm::Instance, UnitNameForm::Template) => None,
         (one, other) if one == other => None,
         _ => Some("only one of them is a template or an instance".to_owned()),
     }
@@ -136,9 +137,9 @@ mod tests {
     fn names_are_taken_apart() {
         let name = UnitName::new(r"a-b\x2d@c@d.e.service").expect("valid");
         assert_eq!((name.prefix(), name.instance(), name.kind()), (r"a-b\x2d", "c@d.e", "service"));
-        assert_eq!(name.form(), Form::Instance);
+        assert_eq!(name.form(), UnitNameForm::Instance);
         assert_eq!(name.template().expect("has one").as_str(), r"a-b\x2d@.service");
-        assert!(UnitName::new("a@.timer").is_some_and(|n| n.form() == Form::Template));
+        assert!(UnitName::new("a@.timer").is_some_and(|n| n.form() == UnitNameForm::Template));
         let long = format!("{}.service", "a".repeat(MAX));
         for wrong in ["", ".service", "a", "a.conf", "@a.service", "a b.service", "a/b.path", &long]
         {

@@ -6,8 +6,8 @@ use std::collections::BTreeMap;
 use anyhow::{Context, Result, bail, ensure};
 use globset::{GlobBuilder, GlobMatcher};
 
-use super::name::{Form, UnitName};
-use crate::rootfs::tree::{Kind, Origin, Tree};
+use super::name::{UnitName, UnitNameForm};
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// The directories of presets; a file in an earlier directory replaces one of the same name in a
 /// later one.
@@ -20,7 +20,7 @@ const FOLDERS: [&str; 4] = [
 
 /// The action of a line.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Action {
+pub enum PresetAction {
     /// Create its links; for a template, those of these instances.
     Enable(Vec<String>),
     /// Remove its links.
@@ -31,19 +31,19 @@ pub enum Action {
 
 /// One line.
 #[derive(Debug)]
-pub struct Rule {
+pub struct PresetRule {
     /// A name or a pattern, as written.
     pub pattern: String,
     matcher: GlobMatcher,
     /// The action.
-    pub action: Action,
+    pub action: PresetAction,
     /// The line and its file, for messages.
     pub line: String,
     /// Whether the line is from an overlay, not from the base system.
     pub ours: bool,
 }
 
-impl Rule {
+impl PresetRule {
     /// The unit that it names, unless it is a pattern.
     pub fn unit(&self) -> Option<UnitName> {
         UnitName::new(&self.pattern)
@@ -51,7 +51,7 @@ impl Rule {
 
     /// Whether it matches this unit.
     pub fn matches(&self, unit: &UnitName) -> bool {
-        let listed = matches!(&self.action, Action::Enable(instances)
+        let listed = matches!(&self.action, PresetAction::Enable(instances)
             if unit.template().is_some_and(|t| t.as_str() == self.pattern)
                 && instances.iter().any(|i| i == unit.instance()));
         listed || self.matcher.is_match(unit.as_str())
@@ -63,14 +63,15 @@ impl Rule {
 /// # Errors
 /// An invalid line in an overlay's preset; an invalid line of the base system is ignored, as by
 /// systemd.
-pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
+pub fn read_rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
     let mut files: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
     for folder in FOLDERS {
         for (path, entry) in tree.iter() {
             let Some(name) = path.strip_prefix(folder) else { continue };
-            let readable = !matches!(entry.kind, Kind::Folder | Kind::Special(..));
+            let readable =
+                !matches!(entry.kind, RootEntryKind::Folder | RootEntryKind::Special(..));
             if readable && name.ends_with(".preset") && !name.contains('/') {
-                let ours = matches!(entry.origin, Origin::Overlay(_));
+                let ours = matches!(entry.origin, EntryOrigin::Overlay(_));
                 files.entry(name).or_insert((path, ours));
             }
         }
@@ -88,7 +89,7 @@ pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
             if line.is_empty() || line.starts_with(['#', ';']) {
                 continue;
             }
-            match rule(line, ours) {
+            match parse_rule(line, ours) {
                 Ok(mut rule) => {
                     rule.line = format!("`{line}` of /{path}");
                     rules.push(rule);
@@ -101,16 +102,17 @@ pub fn rules(tree: &Tree) -> Result<Vec<Rule>> {
     Ok(rules)
 }
 
-fn rule(line: &str, ours: bool) -> Result<Rule> {
+fn parse_rule(line: &str, ours: bool) -> Result<PresetRule> {
     let (word, rest) = line.split_once([' ', '\t']).unwrap_or((line, ""));
     let mut words = rest.split_ascii_whitespace();
     let pattern = words.next().context("the line names no unit")?.to_owned();
     let others: Vec<String> = words.map(str::to_owned).collect();
-    let template = UnitName::new(&pattern).is_some_and(|unit| unit.form() == Form::Template);
+    let template =
+        UnitName::new(&pattern).is_some_and(|unit| unit.form() == UnitNameForm::Template);
     let action = match word {
-        "enable" => Action::Enable(others.clone()),
-        "disable" => Action::Disable,
-        "ignore" => Action::Ignore,
+        "enable" => PresetAction::Enable(others.clone()),
+        "disable" => PresetAction::Disable,
+        "ignore" => PresetAction::Ignore,
         _ => bail!("expected `enable UNIT` or `disable UNIT`"),
     };
     ensure!(
@@ -118,11 +120,17 @@ fn rule(line: &str, ours: bool) -> Result<Rule> {
         "more than one word after `{word}`\n\
          help: a line has one unit or pattern; only `enable` of a template lists instances after it"
     );
-    Ok(Rule { matcher: matcher(&pattern)?, pattern, action, line: String::new(), ours })
+    Ok(PresetRule {
+        matcher: compile_pattern(&pattern)?,
+        pattern,
+        action,
+        line: String::new(),
+        ours,
+    })
 }
 
 /// Like fnmatch(3) without escapes: braces are normal characters.
-fn matcher(pattern: &str) -> Result<GlobMatcher> {
+fn compile_pattern(pattern: &str) -> Result<GlobMatcher> {
     ensure!(!pattern.contains("[["), "classes such as [[:digit:]] are not supported");
     let plain: String = pattern
         .chars()

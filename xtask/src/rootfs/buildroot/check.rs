@@ -7,16 +7,16 @@ use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 use serde::Serialize;
 
-use super::expr::{Expr, Values};
-use super::make::Setup;
-use super::symbols::{Condition, Entry, Paths, Symbols};
-use crate::config::reader::{Finding, Findings, Place, nearest};
-use crate::plan::fragment::{Defconfig, Request, Value};
+use super::expr::{KconfigExpr, KconfigValues};
+use super::make::BuildrootSetup;
+use super::symbols::{KconfigCondition, KconfigEntry, KconfigPaths, KconfigSymbols};
+use crate::config::reader::{ConfigFinding, ConfigFindings, ConfigPlace, nearest_name};
+use crate::plan::fragment::{Defconfig, SymbolRequest, SymbolValue};
 
 /// Why a request was lost.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Class {
+pub enum LossReason {
     /// No such symbol in this tree.
     Unknown,
     /// A dependency of the symbol is not met.
@@ -36,9 +36,9 @@ pub enum Class {
 /// A request that was not met.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Loss {
+pub struct LostRequest {
     /// The reason.
-    pub class: Class,
+    pub class: LossReason,
     /// The symbol.
     pub symbol: String,
     /// The requested value.
@@ -50,42 +50,42 @@ pub struct Loss {
     /// What to do.
     pub help: String,
     /// The fragment's line.
-    pub place: Place,
+    pub place: ConfigPlace,
 }
 
-impl Loss {
-    fn finding(&self) -> Finding {
+impl LostRequest {
+    fn finding(&self) -> ConfigFinding {
         let message = match self.class {
-            Class::Unknown | Class::Retired | Class::Malformed => self.cause.clone(),
+            LossReason::Unknown | LossReason::Retired | LossReason::Malformed => self.cause.clone(),
             _ => format!(
                 "{} was requested as {}, but Kconfig set {}: {}",
                 self.symbol, self.asked, self.got, self.cause
             ),
         };
-        Finding::new(&self.place, message, &self.help)
+        ConfigFinding::new(&self.place, message, &self.help)
     }
 }
 
 /// The result of a check.
 #[derive(Debug, Serialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct Verdict {
+pub struct DefconfigVerdict {
     /// How many requests were compared.
     pub compared: usize,
     /// The requests that were lost, in the fragments' order.
-    pub losses: Vec<Loss>,
+    pub losses: Vec<LostRequest>,
     /// The `.config`.
     #[serde(skip)]
     pub config: String,
 }
 
-impl Verdict {
+impl DefconfigVerdict {
     /// `Ok` when nothing was lost.
     ///
     /// # Errors
     /// Every lost request, with its place.
     pub fn require(&self) -> Result<()> {
-        Findings(self.losses.iter().map(Loss::finding).collect()).check()
+        ConfigFindings(self.losses.iter().map(LostRequest::finding).collect()).check()
     }
 }
 
@@ -94,7 +94,11 @@ impl Verdict {
 /// # Errors
 /// When Kconfig cannot run, prints a warning that no request explains, or gives another result when
 /// it runs again. Lost requests are not errors here: they are in the verdict.
-pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdict> {
+pub fn check_defconfig(
+    setup: &BuildrootSetup,
+    defconfig: &Defconfig,
+    title: &str,
+) -> Result<DefconfigVerdict> {
     std::fs::create_dir_all(&setup.output).with_context(|| format!("creating {}", setup.output))?;
     let path = setup.output.join("slipway_defconfig");
     let text = defconfig.render(title);
@@ -107,16 +111,16 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
         .arg("defconfig")
         .run_lines(|line| printed.push(line.to_owned()))
         .context("resolving the defconfig with Kconfig")?;
-    let config = read(&setup.output.join(".config"))?;
-    let symbols = Symbols::read(&Paths {
+    let config = read_file(&setup.output.join(".config"))?;
+    let symbols = KconfigSymbols::read(&KconfigPaths {
         tree: &setup.tree,
         output: &setup.output,
         external: &setup.external,
     })?;
-    let values = Values::parse(&config);
-    let losses = compare(defconfig, &symbols, &values);
+    let values = KconfigValues::parse(&config);
+    let losses = compare_requests(defconfig, &symbols, &values);
     if losses.is_empty() {
-        if let Some(warning) = warnings(&printed).first() {
+        if let Some(warning) = kconfig_warnings(&printed).first() {
             bail!(
                 "Kconfig printed a warning that no request explains: {}",
                 explain_warning(warning, &path, &text)
@@ -129,8 +133,8 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
             );
         }
         setup.make().args(["-s", "olddefconfig"]).run().context("running Kconfig again")?;
-        let again = read(&setup.output.join(".config"))?;
-        let (before, after) = (settings(&config), settings(&again));
+        let again = read_file(&setup.output.join(".config"))?;
+        let (before, after) = (setting_lines(&config), setting_lines(&again));
         if let Some(at) =
             (0..before.len().max(after.len())).find(|&i| before.get(i) != after.get(i))
         {
@@ -142,22 +146,22 @@ pub fn check(setup: &Setup, defconfig: &Defconfig, title: &str) -> Result<Verdic
             );
         }
     }
-    Ok(Verdict { compared: defconfig.0.len(), losses, config })
+    Ok(DefconfigVerdict { compared: defconfig.0.len(), losses, config })
 }
 
 /// The lines that set a symbol or unset it. Without the heading: it contains the tree's version
 /// from git, which is briefly "dirty" in a copied tree.
-fn settings(config: &str) -> Vec<&str> {
+fn setting_lines(config: &str) -> Vec<&str> {
     config.lines().filter(|line| line.contains("BR2_")).collect()
 }
 
-fn read(path: &Utf8Path) -> Result<String> {
+fn read_file(path: &Utf8Path) -> Result<String> {
     std::fs::read_to_string(path).with_context(|| format!("reading {path}"))
 }
 
 /// Kconfig's warnings: they name a file and a line, or begin with the word; indented lines after a
 /// warning belong to it.
-fn warnings(printed: &[String]) -> Vec<String> {
+fn kconfig_warnings(printed: &[String]) -> Vec<String> {
     let mut found: Vec<String> = Vec::new();
     for line in printed {
         let begins =
@@ -184,30 +188,34 @@ fn explain_warning(warning: &str, path: &Utf8Path, defconfig: &str) -> String {
 }
 
 /// All requests that the values do not meet.
-pub fn compare(defconfig: &Defconfig, symbols: &Symbols, values: &Values) -> Vec<Loss> {
+pub fn compare_requests(
+    defconfig: &Defconfig,
+    symbols: &KconfigSymbols,
+    values: &KconfigValues,
+) -> Vec<LostRequest> {
     let judge = Judge { defconfig, symbols, values };
     defconfig.0.iter().filter_map(|request| judge.loss(request)).collect()
 }
 
 struct Judge<'a> {
     defconfig: &'a Defconfig,
-    symbols: &'a Symbols,
-    values: &'a Values,
+    symbols: &'a KconfigSymbols,
+    values: &'a KconfigValues,
 }
 
 impl Judge<'_> {
-    fn loss(&self, request: &Request) -> Option<Loss> {
+    fn loss(&self, request: &SymbolRequest) -> Option<LostRequest> {
         let symbol = request.symbol.as_str();
         let got = self.values.0.get(symbol).map(String::as_str);
         let met = match &request.value {
-            Value::Yes => got == Some("y"),
-            Value::No => matches!(got, None | Some("n")),
-            Value::Text(text) | Value::Number(text) => got == Some(text.as_str()),
+            SymbolValue::Yes => got == Some("y"),
+            SymbolValue::No => matches!(got, None | Some("n")),
+            SymbolValue::Text(text) | SymbolValue::Number(text) => got == Some(text.as_str()),
         };
-        let entries = self.symbols.of(symbol);
-        let wants = !matches!(request.value, Value::No);
+        let entries = self.symbols.entries_of(symbol);
+        let wants = !matches!(request.value, SymbolValue::No);
         let build = |class, cause: String, help: String| {
-            Some(Loss {
+            Some(LostRequest {
                 class,
                 symbol: symbol.to_owned(),
                 asked: request.value.to_string(),
@@ -218,40 +226,44 @@ impl Judge<'_> {
             })
         };
         if entries.is_empty() {
-            let near = nearest(symbol, self.symbols.entries.keys().map(String::as_str));
+            let near = nearest_name(symbol, self.symbols.entries.keys().map(String::as_str));
             let help = near.map_or("make menuconfig's `/` searches for symbols".to_owned(), |n| {
                 format!("did you mean {n}?")
             });
-            return build(Class::Unknown, format!("this Buildroot has no symbol {symbol}"), help);
+            return build(
+                LossReason::Unknown,
+                format!("this Buildroot has no symbol {symbol}"),
+                help,
+            );
         }
         // A retired symbol remains `y`, and the next make fails because of it.
-        let empty = request.value == Value::Text(String::new());
+        let empty = request.value == SymbolValue::Text(String::new());
         if let Some(entry) = self.symbols.retired(symbol).filter(|_| wants && !empty) {
             let prompt = entry.prompt.clone().unwrap_or_default();
             let cause = format!("{symbol} is retired: {prompt} ({})", entry.at);
-            return build(Class::Retired, cause, self.replacement(entry));
+            return build(LossReason::Retired, cause, self.replacement(entry));
         }
         // A wrong type is a finding even where Kconfig happens to set the value.
         if let Some((cause, help)) = self.mistyped(request) {
-            return build(Class::Malformed, cause, help);
+            return build(LossReason::Malformed, cause, help);
         }
         if met {
             return None;
         }
         let unmet = self.unmet(entries);
         if wants && let Some((cause, help)) = unmet {
-            return build(Class::Unmet, cause, help);
+            return build(LossReason::Unmet, cause, help);
         }
         if let Some((cause, help)) = self.lost_choice(symbol, entries, wants) {
-            return build(Class::Choice, cause, help);
+            return build(LossReason::Choice, cause, help);
         }
         if !wants && let Some((cause, help)) = self.forced(symbol) {
-            return build(Class::Selected, cause, help);
+            return build(LossReason::Selected, cause, help);
         }
         if entries.iter().all(|entry| entry.prompt.is_none()) {
             let cause =
                 format!("the symbol has no prompt, so only Kconfig sets it ({})", entries[0].at);
-            return build(Class::Computed, cause, self.who_sets(symbol));
+            return build(LossReason::Computed, cause, self.who_sets(symbol));
         }
         let range = entries.iter().find_map(|e| e.range.as_ref().map(|r| (r, &e.at)));
         let (cause, help) = match range {
@@ -264,11 +276,11 @@ impl Judge<'_> {
                 format!("the accepted values are defined at {}", entries[0].at),
             ),
         };
-        build(Class::Malformed, cause, help)
+        build(LossReason::Malformed, cause, help)
     }
 
     /// What replaces a retired symbol: what it selects besides the legacy mark, and its help text.
-    fn replacement(&self, entry: &Entry) -> String {
+    fn replacement(&self, entry: &KconfigEntry) -> String {
         let successors: Vec<&str> = entry
             .selects
             .iter()
@@ -289,20 +301,20 @@ impl Judge<'_> {
         }
     }
 
-    fn mistyped(&self, request: &Request) -> Option<(String, String)> {
+    fn mistyped(&self, request: &SymbolRequest) -> Option<(String, String)> {
         let symbol = &request.symbol;
         let kind = self.symbols.kind(symbol)?;
-        let at = &self.symbols.of(symbol).first()?.at;
+        let at = &self.symbols.entries_of(symbol).first()?.at;
         let (fits, form) = match (kind, &request.value) {
-            ("bool" | "tristate", Value::Yes | Value::No) => return None,
+            ("bool" | "tristate", SymbolValue::Yes | SymbolValue::No) => return None,
             ("bool" | "tristate", _) => (false, format!("{symbol}=y or `# {symbol} is not set`")),
-            ("string", Value::Text(_)) => return None,
+            ("string", SymbolValue::Text(_)) => return None,
             // "Not set" also means no text and no number in a `.config`.
-            (_, Value::No) => return None,
+            (_, SymbolValue::No) => return None,
             ("string", value) => (false, format!("{symbol}=\"{value}\"")),
-            ("hex", Value::Number(n)) => (n.starts_with("0x"), format!("{symbol}=0x{n}")),
-            ("int", Value::Number(n)) => (!n.contains(['x', 'X']), format!("{symbol}=42")),
-            ("int" | "hex", Value::Text(text)) => (false, format!("{symbol}={text}")),
+            ("hex", SymbolValue::Number(n)) => (n.starts_with("0x"), format!("{symbol}=0x{n}")),
+            ("int", SymbolValue::Number(n)) => (!n.contains(['x', 'X']), format!("{symbol}=42")),
+            ("int" | "hex", SymbolValue::Text(text)) => (false, format!("{symbol}={text}")),
             _ => (false, format!("{symbol}=<a number>")),
         };
         let cause = format!("{symbol} is of the type {kind} ({at}), not {}", request.value);
@@ -310,11 +322,11 @@ impl Judge<'_> {
     }
 
     /// The conditions that hide a symbol, when every entry with a prompt is hidden.
-    fn unmet(&self, entries: &[Entry]) -> Option<(String, String)> {
+    fn unmet(&self, entries: &[KconfigEntry]) -> Option<(String, String)> {
         let mut shown: Option<(String, String)> = None;
         for entry in entries.iter().filter(|e| e.prompt.is_some()) {
             let conditions = entry.depends.iter().chain(&entry.visible);
-            let failing: Vec<&Condition> =
+            let failing: Vec<&KconfigCondition> =
                 conditions.filter(|c| !c.expr.eval(self.values)).collect();
             if failing.is_empty() {
                 return None;
@@ -324,7 +336,7 @@ impl Judge<'_> {
         shown
     }
 
-    fn describe(&self, failing: &[&Condition]) -> (String, String) {
+    fn describe(&self, failing: &[&KconfigCondition]) -> (String, String) {
         let mut parts = Vec::new();
         let mut blamed = BTreeSet::new();
         for condition in failing {
@@ -349,9 +361,9 @@ impl Judge<'_> {
 
     /// How a symbol gets the other value.
     fn hint(&self, symbol: &str) -> Option<String> {
-        let entries = self.symbols.of(symbol);
+        let entries = self.symbols.entries_of(symbol);
         if self.values.is_set(symbol) {
-            let place = self.defconfig.get(symbol).map(Request::place);
+            let place = self.defconfig.get(symbol).map(SymbolRequest::place);
             return place.map(|p| format!("{symbol} is requested in {}:{}", p.file, p.line));
         }
         if entries.iter().any(|e| e.prompt.is_some()) {
@@ -363,7 +375,7 @@ impl Judge<'_> {
 
     /// Whether menuconfig would show a symbol.
     fn can_be_set(&self, symbol: &str) -> bool {
-        self.symbols.of(symbol).iter().any(|entry| {
+        self.symbols.entries_of(symbol).iter().any(|entry| {
             let mut conditions = entry.depends.iter().chain(&entry.visible);
             entry.prompt.is_some() && conditions.all(|c| c.expr.eval(self.values))
         })
@@ -394,7 +406,7 @@ impl Judge<'_> {
     fn lost_choice(
         &self,
         symbol: &str,
-        entries: &[Entry],
+        entries: &[KconfigEntry],
         wants: bool,
     ) -> Option<(String, String)> {
         let index = entries.iter().find_map(|e| e.choice)?;
@@ -421,7 +433,7 @@ impl Judge<'_> {
         let active: Vec<String> = selectors
             .iter()
             .filter(|(by, condition, _)| {
-                let holds = condition.as_ref().is_none_or(|c: &Expr| c.eval(self.values));
+                let holds = condition.as_ref().is_none_or(|c: &KconfigExpr| c.eval(self.values));
                 self.values.is_set(by) && holds
             })
             .map(|(by, _, at)| format!("{by} ({at})"))
@@ -449,7 +461,7 @@ mod tests {
             "/o/slipway_defconfig:5:warning: symbol value 'm' invalid for BR2_CCACHE",
             "# configuration written to /o/.config",
         ];
-        let found = warnings(&printed.map(str::to_owned));
+        let found = kconfig_warnings(&printed.map(str::to_owned));
         assert_eq!(found.len(), 2, "{found:?}");
         assert!(found[0].contains("FSCK\n  Depends on"), "{found:?}");
         let defconfig = "# t\n#\n\n# a.fragment:7\nBR2_CCACHE=m\n";

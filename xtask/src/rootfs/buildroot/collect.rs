@@ -6,19 +6,19 @@ use std::fs;
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::expr::Values;
-use super::info::Info;
-use super::make::Setup;
+use super::expr::KconfigValues;
+use super::info::BuildrootInfo;
+use super::make::BuildrootSetup;
 use crate::artifact::{Artifact, write_atomically};
 use crate::plan::fragment;
 use crate::rootfs::debian::prune::{self, PruneRules};
-use crate::rootfs::parts::{collect, compress_kernel, take};
-use crate::rootfs::tree::{Kind, Origin, Tree};
-use crate::rootfs::{BaseSystem, Distribution, InitrdParts, Package, Python};
+use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches};
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
+use crate::rootfs::{BasePackage, BaseSystem, InitrdParts, PythonDistribution, RootPython};
 
 /// What to collect.
 #[derive(Debug)]
-pub struct Wants<'a> {
+pub struct CollectRequest<'a> {
     /// Globs of device trees below `images`; each must match.
     pub device_trees: &'a [String],
     /// Globs of firmware below `images`; each must match.
@@ -39,9 +39,9 @@ pub struct Wants<'a> {
 /// When something that a board needs was not built; when the configuration of the kernel, the boot
 /// loader or busybox lost a line of its fragment.
 pub fn collect_base(
-    setup: &Setup,
-    info: &Info,
-    wants: &Wants<'_>,
+    setup: &BuildrootSetup,
+    info: &BuildrootInfo,
+    wants: &CollectRequest<'_>,
     out: &Utf8Path,
 ) -> Result<BaseSystem> {
     fs::create_dir_all(out).with_context(|| format!("creating {out}"))?;
@@ -53,7 +53,7 @@ pub fn collect_base(
         .with_context(|| format!("reading {release_file}"))?
         .trim()
         .to_owned();
-    let mut tree = Tree::from_tar(&images.join("rootfs.tar"))?;
+    let mut tree = RootTree::from_tar(&images.join("rootfs.tar"))?;
     let modules = out.join("modules.tar");
     let module_tree = modules_of(&tree, &release)?;
     write_atomically(&modules, |w| module_tree.write(wants.epoch, w))?;
@@ -67,10 +67,10 @@ pub fn collect_base(
          help: CONFIG_STATIC=y must stay in external/busybox/busybox.fragment"
     );
     write_atomically(&busybox, |w| Ok(w.write_all(&bytes)?))?;
-    let python = python(&tree, info)?;
-    let glibc = glibc(&tree)?;
-    prune::apply(&mut tree, wants.prune)?;
-    prune::normalise(&mut tree, wants.epoch)?;
+    let python = find_python(&tree, info)?;
+    let glibc = read_glibc_version(&tree)?;
+    prune::prune_tree(&mut tree, wants.prune)?;
+    prune::normalise_dates(&mut tree, wants.epoch)?;
     let rootfs = out.join("rootfs.tar");
     write_atomically(&rootfs, |w| tree.write(wants.epoch, w))?;
 
@@ -81,22 +81,22 @@ pub fn collect_base(
     let trees = wants.device_trees;
     Ok(BaseSystem {
         engine: "buildroot".to_owned(),
-        rootfs: Artifact::of(rootfs)?,
+        rootfs: Artifact::from_file(rootfs)?,
         rootfs_bytes: tree.file_bytes(),
         kernel,
         kernel_unpacked_bytes: unpacked,
-        kernel_config: take(&linux.join(".config"), &out.join("kernel.config"))?,
-        packages: contents(setup, info, wants.arch, &release)?,
+        kernel_config: copy_file(&linux.join(".config"), &out.join("kernel.config"))?,
+        packages: list_packages(setup, info, wants.arch, &release)?,
         kernel_release: release,
-        dtbs: collect(&images, trees, &out.join("dtbs"), "device tree", help)?,
+        dtbs: copy_matches(&images, trees, &out.join("dtbs"), "device tree", help)?,
         initrd_parts: InitrdParts {
-            busybox: Artifact::of(busybox)?,
-            modules: Artifact::of(modules)?,
+            busybox: Artifact::from_file(busybox)?,
+            modules: Artifact::from_file(modules)?,
         },
-        firmware: collect(&images, wants.firmware, &out.join("firmware"), "firmware", help)?,
+        firmware: copy_matches(&images, wants.firmware, &out.join("firmware"), "firmware", help)?,
         bootloader: wants
             .bootloader
-            .map(|path| take(&images.join(path), &out.join("u-boot.bin")))
+            .map(|path| copy_file(&images.join(path), &out.join("u-boot.bin")))
             .transpose()
             .context("copying the boot loader")?,
         python,
@@ -105,7 +105,12 @@ pub fn collect_base(
 }
 
 /// The packages; a kernel from a tarball has the meaningless version `custom`.
-fn contents(setup: &Setup, info: &Info, arch: &str, release: &str) -> Result<Vec<Package>> {
+fn list_packages(
+    setup: &BuildrootSetup,
+    info: &BuildrootInfo,
+    arch: &str,
+    release: &str,
+) -> Result<Vec<BasePackage>> {
     let mut packages = info.contents(setup, arch)?;
     for package in packages.iter_mut().filter(|p| p.name == "linux") {
         package.version = release.to_owned();
@@ -114,19 +119,19 @@ fn contents(setup: &Setup, info: &Info, arch: &str, release: &str) -> Result<Vec
 }
 
 /// A package's build directory.
-fn build_dir(setup: &Setup, info: &Info, package: &str) -> Result<Utf8PathBuf> {
+fn build_dir(setup: &BuildrootSetup, info: &BuildrootInfo, package: &str) -> Result<Utf8PathBuf> {
     let entry = info.0.get(package);
     let entry = entry.with_context(|| format!("the configuration does not build {package}"))?;
     Ok(setup.output.join(&entry.stamp_dir))
 }
 
 /// The kernel's modules as a separate tree, paths relative to `lib/modules/<release>`.
-fn modules_of(tree: &Tree, release: &str) -> Result<Tree> {
-    let mut alone = Tree::with_root(Origin::Base);
+fn modules_of(tree: &RootTree, release: &str) -> Result<RootTree> {
+    let mut alone = RootTree::with_root(EntryOrigin::Base);
     let prefix = format!("usr/lib/modules/{release}/");
     for (path, entry) in tree.iter() {
         let Some(inside) = path.strip_prefix(&prefix) else { continue };
-        if matches!(entry.kind, Kind::File(_)) {
+        if matches!(entry.kind, RootEntryKind::File(_)) {
             let bytes = tree.read(path)?;
             alone.file(inside, 0o644, bytes)?;
         }
@@ -159,7 +164,7 @@ fn is_static(bytes: &[u8]) -> bool {
     })
 }
 
-fn python(tree: &Tree, info: &Info) -> Result<Python> {
+fn find_python(tree: &RootTree, info: &BuildrootInfo) -> Result<RootPython> {
     let entry = info.0.get("python3").context("the configuration builds no Python 3")?;
     let version = entry.version.clone();
     let short = version.split('.').take(2).collect::<Vec<_>>().join(".");
@@ -180,17 +185,17 @@ fn python(tree: &Tree, info: &Info) -> Result<Python> {
             head.filter_map(|l| l.split_once(": ")).find(|(n, _)| *n == name).map(|(_, v)| v)
         };
         if let (Some(name), Some(version)) = (field("Name"), field("Version")) {
-            distributions.push(Distribution { name: name.into(), version: version.into() });
+            distributions.push(PythonDistribution { name: name.into(), version: version.into() });
         }
     }
     distributions.sort();
     let site_packages = format!("/{site}");
-    Ok(Python { version, short, site_packages, scripts: "/usr/bin".to_owned(), distributions })
+    Ok(RootPython { version, short, site_packages, scripts: "/usr/bin".to_owned(), distributions })
 }
 
 /// The C library's version, from the text that it prints when it is executed: this works for a
 /// library that Buildroot built and for that of a prebuilt toolchain.
-fn glibc(tree: &Tree) -> Result<String> {
+fn read_glibc_version(tree: &RootTree) -> Result<String> {
     let bytes = tree.read("usr/lib/libc.so.6").context("the root has no glibc")?;
     version_in(&bytes).context("/usr/lib/libc.so.6 does not contain its version")
 }
@@ -218,10 +223,10 @@ const FRAGMENTS: [(&str, &str); 3] = [
 ///
 /// # Errors
 /// Every line of a fragment that its Kconfig dropped.
-pub fn require_fragments(setup: &Setup, info: &Info) -> Result<()> {
+pub fn require_fragments(setup: &BuildrootSetup, info: &BuildrootInfo) -> Result<()> {
     let path = setup.output.join(".config");
     let config = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
-    let config = Values::parse(&config);
+    let config = KconfigValues::parse(&config);
     let mut lost = Vec::new();
     for (symbol, package) in FRAGMENTS {
         if !info.0.contains_key(package) {

@@ -12,13 +12,13 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use super::check;
 use super::failure::{self, offline_help, plain_uri};
-use super::info::Info;
-use super::make::{Setup, Site};
-use super::rebuild::{self, Rebuild, State};
-use super::tree::Tree;
+use super::info::BuildrootInfo;
+use super::make::{BuildrootSetup, BuildrootSite};
+use super::rebuild::{self, OutputState, RebuildAction};
+use super::tree::BuildrootTree;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
-use crate::progress::{Step, Unit, names, say, warn};
+use crate::progress::{ProgressStep, ProgressUnit, list_names, say, warn};
 
 /// The interval of progress updates; a package takes seconds to minutes.
 const INTERVAL: Duration = Duration::from_millis(500);
@@ -28,17 +28,17 @@ const DOWNLOADS: usize = 4;
 
 /// One build.
 #[derive(Debug)]
-pub struct Request<'a> {
+pub struct BuildrootRequest<'a> {
     /// Configuration.
     pub plan: &'a BuildrootPlan,
     /// The first line of the defconfig.
     pub title: &'a str,
     /// The tree.
-    pub tree: &'a Tree,
+    pub tree: &'a BuildrootTree,
     /// Directories.
-    pub setup: &'a Setup,
+    pub setup: &'a BuildrootSetup,
     /// Mirror and compiler cache.
-    pub site: &'a Site,
+    pub site: &'a BuildrootSite,
     /// The log of make's output; errors name it.
     pub log: &'a Utf8Path,
 }
@@ -48,26 +48,26 @@ pub struct Request<'a> {
 /// # Errors
 /// A request that Kconfig lost, a source that is not available, a package that fails; each with its
 /// cause and the log's path.
-pub fn build(request: &Request<'_>) -> Result<Info> {
+pub fn run_build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, config) = configure(request)?;
-    let state = State::of(setup, request.tree, &config, &info)?;
-    prepare(request, &state, &info)?;
-    fetch(request, &info)?;
+    let state = OutputState::describe(setup, request.tree, &config, &info)?;
+    prepare_output(request, &state, &info)?;
+    download_sources(request, &info)?;
     let done = info.finished(&setup.output);
     let total = info.packages().count();
     if done > 0 && done < total {
         say("base", format!("{done} of {total} packages are already finished"));
     }
-    let step = Step::new("base", "building packages", total as u64, Unit::Items);
+    let step = ProgressStep::new("base", "building packages", total as u64, ProgressUnit::Items);
     let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) + 1;
     let make = setup
         .fetching(request.site)
         .arg(format!("-j{jobs}"))
         // Print each step of a package as a whole, else the lines of several packages are mixed.
         .arg("--output-sync=recurse");
-    watch(&step, setup, &info, || run(request, make, &info, |_| {}))?;
+    watch_progress(&step, setup, &info, || run_make(request, make, &info, |_| {}))?;
     drop(step);
     Ok(info)
 }
@@ -76,14 +76,14 @@ pub fn build(request: &Request<'_>) -> Result<Info> {
 ///
 /// # Errors
 /// A source that is not available; a licence text that does not match its hash.
-pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
+pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
     let setup = request.setup;
     let _lock = setup.lock()?;
     let (info, _) = configure(request)?;
-    fetch(request, &info)?;
+    download_sources(request, &info)?;
     let make = setup.fetching(request.site).arg("legal-info");
-    let step = Step::new("base", "collecting licences", 0, Unit::Items);
-    run(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
+    let step = ProgressStep::new("base", "collecting licences", 0, ProgressUnit::Items);
+    run_make(request, make, &info, |line| step.note(failure::strip_colours(line)))?;
     Ok(setup.output.join("legal-info"))
 }
 
@@ -92,13 +92,13 @@ pub fn legal_info(request: &Request<'_>) -> Result<Utf8PathBuf> {
 /// # Errors
 /// A lost request; a dependency that is not selected; a source without a hash; a Python version
 /// other than the one that the wheels are locked for.
-pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
+pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
-    let verdict = check::check(setup, &request.plan.defconfig, request.title)?;
+    let verdict = check::check_defconfig(setup, &request.plan.defconfig, request.title)?;
     verdict.require().context("Kconfig would drop requests of fragments")?;
     // Query the sources as if there were a network, also when offline, in order to show them.
-    let online = Site { offline: false, ..request.site.clone() };
-    let info = Info::ask(setup, &online)?;
+    let online = BuildrootSite { offline: false, ..request.site.clone() };
+    let info = BuildrootInfo::read(setup, &online)?;
     require_hashes(&info, &setup.tree)?;
     let python = info.0.get("python3").map(|entry| entry.version.as_str());
     if let Some(version) = python
@@ -119,7 +119,7 @@ pub fn configure(request: &Request<'_>) -> Result<(Info, String)> {
 ///
 /// # Errors
 /// All downloads without one.
-pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
+pub fn require_hashes(info: &BuildrootInfo, tree: &Utf8Path) -> Result<()> {
     let without = info.without_hash(tree)?;
     if without.is_empty() {
         return Ok(());
@@ -138,30 +138,34 @@ pub fn require_hashes(info: &Info, tree: &Utf8Path) -> Result<()> {
 }
 
 /// Prepares the output directory so that make can continue.
-fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
+fn prepare_output(
+    request: &BuildrootRequest<'_>,
+    state: &OutputState,
+    info: &BuildrootInfo,
+) -> Result<()> {
     let setup = request.setup;
-    let old = State::load(&setup.output)?;
+    let old = OutputState::load(&setup.output)?;
     let rebuild = match &old {
-        Some(old) => rebuild::compare(old, state, info),
-        None if info.finished(&setup.output) == 0 => Rebuild::Nothing,
-        None => {
-            Rebuild::Everything("the configuration of the output directory is unknown".to_owned())
-        }
+        Some(old) => rebuild::compare_states(old, state, info),
+        None if info.finished(&setup.output) == 0 => RebuildAction::Nothing,
+        None => RebuildAction::Everything(
+            "the configuration of the output directory is unknown".to_owned(),
+        ),
     };
     match rebuild {
-        Rebuild::Nothing => {}
-        Rebuild::Everything(why) => {
+        RebuildAction::Nothing => {}
+        RebuildAction::Everything(why) => {
             warn(format!("a full rebuild is necessary: {why}"));
-            let step = Step::new("base", "make clean", 0, Unit::Items);
-            run(request, setup.make().arg("clean"), info, |line| step.note(line))?;
+            let step = ProgressStep::new("base", "make clean", 0, ProgressUnit::Items);
+            run_make(request, setup.make().arg("clean"), info, |line| step.note(line))?;
             // `clean` removes everything except `.config`.
         }
-        Rebuild::Targets(targets) => {
+        RebuildAction::Targets(targets) => {
             for (target, why) in &targets {
                 let why: Vec<&str> = why.iter().map(String::as_str).collect();
-                say("base", format!("{target}: {}", names(&why)));
+                say("base", format!("{target}: {}", list_names(&why)));
             }
-            run(request, setup.make().args(goals(&targets, info)), info, |_| {})?;
+            run_make(request, setup.make().args(clean_goals(&targets, info)), info, |_| {})?;
             // Both are created again from the packages' own directories: files that a package no
             // longer installs must not remain.
             for folder in ["target", "images"].map(|name| setup.output.join(name)) {
@@ -176,7 +180,10 @@ fn prepare(request: &Request<'_>, state: &State, info: &Info) -> Result<()> {
 
 /// Targets of make that remove what must be rebuilt, and build nothing, since sources may be
 /// missing. Packages that install files into `images`, which is emptied, install them again.
-fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<String> {
+fn clean_goals(
+    targets: &BTreeMap<String, BTreeSet<String>>,
+    info: &BuildrootInfo,
+) -> BTreeSet<String> {
     let mut goals: BTreeSet<String> = targets
         .keys()
         .map(|target| target.replace("-reconfigure", "-clean-for-reconfigure"))
@@ -190,7 +197,7 @@ fn goals(targets: &BTreeMap<String, BTreeSet<String>>, info: &Info) -> BTreeSet<
 }
 
 /// Downloads all sources before building: a missing source is reported within seconds.
-fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
+fn download_sources(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Result<()> {
     let setup = request.setup;
     fs::create_dir_all(&setup.downloads)
         .with_context(|| format!("creating {}", setup.downloads))?;
@@ -213,13 +220,14 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
             offline_help("<package>")
         );
     }
-    let step = Step::new("base", "downloading sources", missing.len() as u64, Unit::Items);
+    let step =
+        ProgressStep::new("base", "downloading sources", missing.len() as u64, ProgressUnit::Items);
     let make = setup
         .fetching(request.site)
         .arg(format!("-j{DOWNLOADS}"))
         .args(["--output-sync=target", "source"]);
     let all = missing.len();
-    run(request, make, info, |line| {
+    run_make(request, make, info, |line| {
         if line.contains(">>> ") {
             step.note(failure::strip_colours(line).trim_start_matches(">>> ").to_owned());
             let left = info.missing(&setup.downloads).len();
@@ -230,7 +238,12 @@ fn fetch(request: &Request<'_>, info: &Info) -> Result<()> {
 }
 
 /// Runs make with the log; a failure is parsed from what this run wrote to it.
-fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -> Result<()> {
+fn run_make(
+    request: &BuildrootRequest<'_>,
+    make: Tool,
+    info: &BuildrootInfo,
+    each: impl FnMut(&str),
+) -> Result<()> {
     let log = request.log;
     let start = fs::metadata(log).map_or(0, |m| m.len());
     let Err(error) = make.log(log).run_lines(each) else { return Ok(()) };
@@ -239,13 +252,18 @@ fn run(request: &Request<'_>, make: Tool, info: &Info, each: impl FnMut(&str)) -
         fs::File::open(log).with_context(|| format!("opening {log} after: {error:#}"))?;
     file.seek(SeekFrom::Start(start)).with_context(|| format!("reading {log}"))?;
     file.read_to_end(&mut bytes).with_context(|| format!("reading {log}"))?;
-    let failure = failure::find(&String::from_utf8_lossy(&bytes), info);
+    let failure = failure::find_failure(&String::from_utf8_lossy(&bytes), info);
     bail!("{failure}\nfull log: {log}")
 }
 
 /// Shows progress while `work` runs: by Buildroot's own marks for finished packages, and by its log
 /// of steps (`build-time.log`) for the current steps.
-fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -> T {
+fn watch_progress<T>(
+    step: &ProgressStep,
+    setup: &BuildrootSetup,
+    info: &BuildrootInfo,
+    work: impl FnOnce() -> T,
+) -> T {
     let stop = AtomicBool::new(false);
     std::thread::scope(|scope| {
         scope.spawn(|| {
@@ -266,13 +284,13 @@ fn watch<T>(step: &Step, setup: &Setup, info: &Info, work: impl FnOnce() -> T) -
 /// The current steps, from the end of `build-time.log`.
 fn at_work(output: &Utf8Path) -> Option<String> {
     let text = fs::read_to_string(output.join("build/build-time.log")).ok()?;
-    let running = running(&text);
+    let running = running_steps(&text);
     (!running.is_empty()).then(|| running.join(", "))
 }
 
 /// Steps that began and did not end, from lines `time:start:step : package`, newest first. An
 /// interrupted build leaves such steps behind, so only the last step of a package is used.
-pub fn running(log: &str) -> Vec<String> {
+pub fn running_steps(log: &str) -> Vec<String> {
     let mut last: Vec<(&str, &str, bool)> = Vec::new();
     for line in log.lines() {
         let fields: Vec<&str> = line.splitn(4, ':').map(str::trim).collect();
@@ -286,13 +304,13 @@ pub fn running(log: &str) -> Vec<String> {
 
 #[cfg(test)]
 mod tests {
-    use super::running;
+    use super::running_steps;
 
     #[test]
     fn what_is_at_work_is_read_from_the_log_of_steps() {
         let log = "1795.1:start:extract             : zlib\n1795.2:end  :extract             : zlib\n\
                    1795.3:start:build               : host-gcc\n1795.4:start:configure           : zlib\n";
-        assert_eq!(running(log), ["zlib (configure)", "host-gcc (build)"]);
-        assert!(running("").is_empty() && running("broken\n").is_empty());
+        assert_eq!(running_steps(log), ["zlib (configure)", "host-gcc (build)"]);
+        assert!(running_steps("").is_empty() && running_steps("broken\n").is_empty());
     }
 }

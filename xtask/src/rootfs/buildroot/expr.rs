@@ -5,9 +5,9 @@ use std::collections::BTreeMap;
 
 /// The values that Kconfig set; a symbol that is absent or not set is `n`.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Values(pub BTreeMap<String, String>);
+pub struct KconfigValues(pub BTreeMap<String, String>);
 
-impl Values {
+impl KconfigValues {
     /// From the text of a `.config`.
     pub fn parse(config: &str) -> Self {
         let mut values = BTreeMap::new();
@@ -34,41 +34,43 @@ impl Values {
 
 /// An expression.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Expr {
+pub enum KconfigExpr {
     /// A symbol or a constant: true when it is `y`.
     Atom(String),
     /// `!x`
-    Not(Box<Expr>),
+    Not(Box<KconfigExpr>),
     /// `x && y`
-    And(Box<Expr>, Box<Expr>),
+    And(Box<KconfigExpr>, Box<KconfigExpr>),
     /// `x || y`
-    Or(Box<Expr>, Box<Expr>),
+    Or(Box<KconfigExpr>, Box<KconfigExpr>),
     /// `a = b`; the flag is set for `!=`.
     Equal(String, String, bool),
 }
 
-impl Expr {
+impl KconfigExpr {
     /// Parses an expression; `None` when the text is not one.
     pub fn parse(text: &str) -> Option<Self> {
-        let tokens = tokens(text)?;
+        let tokens = tokenize(text)?;
         let mut parser = Parser { tokens: &tokens };
         let expr = parser.or()?;
         parser.tokens.is_empty().then_some(expr)
     }
 
     /// The value with these symbols.
-    pub fn eval(&self, values: &Values) -> bool {
+    pub fn eval(&self, values: &KconfigValues) -> bool {
         match self {
             Self::Atom(name) => name == "y" || values.is_set(name),
             Self::Not(x) => !x.eval(values),
             Self::And(x, y) => x.eval(values) && y.eval(values),
             Self::Or(x, y) => x.eval(values) || y.eval(values),
-            Self::Equal(a, b, differ) => (operand(a, values) == operand(b, values)) != *differ,
+            Self::Equal(a, b, differ) => {
+                (operand_value(a, values) == operand_value(b, values)) != *differ
+            }
         }
     }
 
     /// The parts of a conjunction that are false.
-    pub fn unmet<'a>(&'a self, values: &Values) -> Vec<&'a Self> {
+    pub fn unmet<'a>(&'a self, values: &KconfigValues) -> Vec<&'a Self> {
         match self {
             Self::And(x, y) => [x.unmet(values), y.unmet(values)].concat(),
             other if other.eval(values) => Vec::new(),
@@ -94,7 +96,7 @@ impl Expr {
     }
 }
 
-fn operand<'a>(text: &'a str, values: &'a Values) -> &'a str {
+fn operand_value<'a>(text: &'a str, values: &'a KconfigValues) -> &'a str {
     match text.strip_prefix('"') {
         Some(constant) => constant.trim_end_matches('"'),
         None if text.starts_with("BR2_") => values.get(text),
@@ -102,7 +104,7 @@ fn operand<'a>(text: &'a str, values: &'a Values) -> &'a str {
     }
 }
 
-fn tokens(text: &str) -> Option<Vec<String>> {
+fn tokenize(text: &str) -> Option<Vec<String>> {
     let mut tokens = Vec::new();
     let mut rest = text.trim();
     while !rest.is_empty() {
@@ -141,25 +143,25 @@ impl Parser<'_> {
         }
     }
 
-    fn or(&mut self) -> Option<Expr> {
+    fn or(&mut self) -> Option<KconfigExpr> {
         let mut left = self.and()?;
         while self.take("||") {
-            left = Expr::Or(Box::new(left), Box::new(self.and()?));
+            left = KconfigExpr::Or(Box::new(left), Box::new(self.and()?));
         }
         Some(left)
     }
 
-    fn and(&mut self) -> Option<Expr> {
+    fn and(&mut self) -> Option<KconfigExpr> {
         let mut left = self.not()?;
         while self.take("&&") {
-            left = Expr::And(Box::new(left), Box::new(self.not()?));
+            left = KconfigExpr::And(Box::new(left), Box::new(self.not()?));
         }
         Some(left)
     }
 
-    fn not(&mut self) -> Option<Expr> {
+    fn not(&mut self) -> Option<KconfigExpr> {
         if self.take("!") {
-            return Some(Expr::Not(Box::new(self.not()?)));
+            return Some(KconfigExpr::Not(Box::new(self.not()?)));
         }
         if self.take("(") {
             let inner = self.or()?;
@@ -168,10 +170,10 @@ impl Parser<'_> {
         let left = self.word()?;
         for (sign, differ) in [("=", false), ("!=", true)] {
             if self.take(sign) {
-                return Some(Expr::Equal(left, self.word()?, differ));
+                return Some(KconfigExpr::Equal(left, self.word()?, differ));
             }
         }
-        Some(Expr::Atom(left))
+        Some(KconfigExpr::Atom(left))
     }
 
     fn word(&mut self) -> Option<String> {
@@ -182,7 +184,7 @@ impl Parser<'_> {
     }
 }
 
-impl std::fmt::Display for Expr {
+impl std::fmt::Display for KconfigExpr {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         match self {
             Self::Atom(name) => f.write_str(name),
@@ -201,8 +203,8 @@ impl std::fmt::Display for Expr {
 mod tests {
     use super::*;
 
-    fn values() -> Values {
-        Values::parse("BR2_A=y\n# BR2_B is not set\nBR2_T=\"x \\\"y\\\"\"\nBR2_N=4\n")
+    fn values() -> KconfigValues {
+        KconfigValues::parse("BR2_A=y\n# BR2_B is not set\nBR2_T=\"x \\\"y\\\"\"\nBR2_N=4\n")
     }
 
     #[test]
@@ -224,16 +226,16 @@ mod tests {
             ("BR2_B = n", true),
             ("y", true),
         ] {
-            assert_eq!(Expr::parse(text).expect(text).eval(&values()), expected, "{text}");
+            assert_eq!(KconfigExpr::parse(text).expect(text).eval(&values()), expected, "{text}");
         }
         for text in ["", "&&", "(BR2_A", "BR2_A BR2_B", "BR2_A =", "a ? b"] {
-            assert!(Expr::parse(text).is_none(), "{text}");
+            assert!(KconfigExpr::parse(text).is_none(), "{text}");
         }
     }
 
     #[test]
     fn only_the_unmet_parts_are_named() {
-        let expr = Expr::parse("BR2_A && (BR2_B || BR2_C) && !BR2_A").expect("parses");
+        let expr = KconfigExpr::parse("BR2_A && (BR2_B || BR2_C) && !BR2_A").expect("parses");
         let unmet = expr.unmet(&values());
         let shown: Vec<String> = unmet.iter().map(ToString::to_string).collect();
         assert_eq!(shown, ["(BR2_B || BR2_C)", "!BR2_A"]);

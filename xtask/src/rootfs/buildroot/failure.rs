@@ -1,7 +1,7 @@
 //! Parses the output of a failed make into an error that names the package, the step, its own last
 //! lines, and what to do. Parses text only.
 
-use super::info::{Download, Info};
+use super::info::{BuildrootInfo, InfoDownload};
 use super::make::MIRROR;
 
 /// How many of the failing package's lines are shown.
@@ -12,13 +12,13 @@ const LAST_OF_DOWNLOAD: usize = 5;
 
 /// The failure.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Failure {
+pub enum BuildrootFailure {
     /// A source is not available.
     Download {
         /// The package.
         package: String,
         /// Its sources: the sites of each, and its directory on a site.
-        sources: Vec<Download>,
+        sources: Vec<InfoDownload>,
         /// Its directory below the download directory.
         folder: String,
         /// Its last lines.
@@ -48,49 +48,49 @@ pub enum Failure {
 }
 
 /// Finds the failure in a log; `info` returns what the package of a directory downloads.
-pub fn find(log: &str, info: &Info) -> Failure {
+pub fn find_failure(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
     let lines: Vec<&str> = log.lines().collect();
-    let stop = lines.iter().position(|line| stamp(line).is_some());
+    let stop = lines.iter().position(|line| parse_stamp(line).is_some());
     let Some(index) = stop else {
         let start = lines.len().saturating_sub(TAIL);
-        return Failure::Other { lines: owned(&lines[start..]) };
+        return BuildrootFailure::Other { lines: to_owned_lines(&lines[start..]) };
     };
-    let (folder, step) = stamp(lines[index]).unwrap_or_default();
+    let (folder, step) = parse_stamp(lines[index]).unwrap_or_default();
     // With several packages in parallel, the lines of this one begin at its last headline.
-    let name = |line: &str| headline(line).is_some_and(|(n, v)| belongs(folder, n, v));
+    let name = |line: &str| parse_headline(line).is_some_and(|(n, v)| is_package_dir(folder, n, v));
     let start = lines[..index].iter().rposition(|line| name(line)).unwrap_or(0);
     let own = &lines[start..index];
-    let package = headline(lines[start])
+    let package = parse_headline(lines[start])
         .map_or(folder.to_owned(), |(name, version)| format!("{name} {version}").trim().to_owned());
     if step.ends_with("downloaded") {
         let wrong: Vec<&str> =
             own.iter().copied().filter(|line| line.starts_with("ERROR: ")).collect();
         if !wrong.is_empty() {
-            return Failure::Hash { package, lines: owned(&wrong) };
+            return BuildrootFailure::Hash { package, lines: to_owned_lines(&wrong) };
         }
         let entry = info
             .packages()
             .map(|(_, entry)| entry)
             .find(|e| e.stamp_dir.rsplit('/').next() == Some(folder));
         let start = own.len().saturating_sub(LAST_OF_DOWNLOAD);
-        return Failure::Download {
+        return BuildrootFailure::Download {
             package,
             sources: entry.map_or(Vec::new(), |e| e.downloads.clone()),
             folder: entry.map_or(String::new(), |e| e.dl_dir.clone()),
-            lines: owned(&own[start..]),
+            lines: to_owned_lines(&own[start..]),
         };
     }
     let start = own.len().saturating_sub(TAIL);
-    Failure::Step { package, step: step.to_owned(), lines: owned(&own[start..]) }
+    BuildrootFailure::Step { package, step: step.to_owned(), lines: to_owned_lines(&own[start..]) }
 }
 
-fn owned(lines: &[&str]) -> Vec<String> {
+fn to_owned_lines(lines: &[&str]) -> Vec<String> {
     lines.iter().map(|line| strip_colours(line)).collect()
 }
 
 /// `make: *** [package/pkg-generic.mk:273: /o/build/zlib-1.3.1/.stamp_built] Error 2`: the
 /// package's directory and the step.
-fn stamp(line: &str) -> Option<(&str, &str)> {
+fn parse_stamp(line: &str) -> Option<(&str, &str)> {
     if !line.contains("*** [") {
         return None;
     }
@@ -100,7 +100,7 @@ fn stamp(line: &str) -> Option<(&str, &str)> {
 }
 
 /// `>>> zlib 1.3.1 Building`: name and version.
-fn headline(line: &str) -> Option<(&str, &str)> {
+fn parse_headline(line: &str) -> Option<(&str, &str)> {
     let (_, rest) = line.split_once(">>> ")?;
     let mut words = rest.split_whitespace();
     let name = words.next()?;
@@ -110,7 +110,7 @@ fn headline(line: &str) -> Option<(&str, &str)> {
     Some((name, if has_version { version } else { "" }))
 }
 
-fn belongs(folder: &str, name: &str, version: &str) -> bool {
+fn is_package_dir(folder: &str, name: &str, version: &str) -> bool {
     folder == name || folder.strip_prefix(name) == Some(&format!("-{version}"))
 }
 
@@ -126,7 +126,7 @@ pub fn strip_colours(line: &str) -> String {
     out
 }
 
-impl std::fmt::Display for Failure {
+impl std::fmt::Display for BuildrootFailure {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         let list =
             |lines: &[String]| lines.iter().map(|line| format!("\n  | {line}")).collect::<String>();
@@ -149,7 +149,12 @@ impl std::fmt::Display for Failure {
                 list(lines)
             ),
             Self::Step { package, step, lines } => {
-                write!(f, "{package} could not be {}; its last lines:{}", said(step), list(lines))
+                write!(
+                    f,
+                    "{package} could not be {}; its last lines:{}",
+                    describe_step(step),
+                    list(lines)
+                )
             }
             Self::Other { lines } => write!(f, "make failed; its last lines:{}", list(lines)),
         }
@@ -172,7 +177,7 @@ pub fn offline_help(folder: &str) -> String {
     )
 }
 
-fn said(step: &str) -> String {
+fn describe_step(step: &str) -> String {
     match step.split_once('_') {
         Some((place @ ("target" | "staging" | "host" | "images"), "installed")) => {
             format!("installed ({place})")

@@ -8,12 +8,12 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::make::{Setup, Site};
-use crate::rootfs::{Package, Role};
+use super::make::{BuildrootSetup, BuildrootSite};
+use crate::rootfs::{BasePackage, PackageRole};
 
 /// One entry: a package for the target or the host, or a filesystem image.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Entry {
+pub struct InfoEntry {
     /// `target`, `host` or `rootfs`.
     #[serde(rename = "type")]
     pub kind: String,
@@ -37,7 +37,7 @@ pub struct Entry {
     pub dl_dir: String,
     /// What it downloads.
     #[serde(default)]
-    pub downloads: Vec<Download>,
+    pub downloads: Vec<InfoDownload>,
     /// Hash files, relative to the tree or absolute.
     #[serde(default)]
     pub hashes: Vec<Utf8PathBuf>,
@@ -60,7 +60,7 @@ pub struct Entry {
 
 /// One download.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Download {
+pub struct InfoDownload {
     /// File name.
     pub source: String,
     /// The URIs, each with Buildroot's method as a prefix (`https+https://…`).
@@ -70,14 +70,14 @@ pub struct Download {
 /// Everything that a configuration builds, by name; host packages begin with `host-`.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
-pub struct Info(pub BTreeMap<String, Entry>);
+pub struct BuildrootInfo(pub BTreeMap<String, InfoEntry>);
 
-impl Info {
+impl BuildrootInfo {
     /// Asks Buildroot, with its check of dependencies that are used but not selected: five seconds.
     ///
     /// # Errors
     /// When the configuration or a package is broken.
-    pub fn ask(setup: &Setup, site: &Site) -> Result<Self> {
+    pub fn read(setup: &BuildrootSetup, site: &BuildrootSite) -> Result<Self> {
         let text = setup
             .fetching(site)
             .env("BR_FORCE_CHECK_DEPENDENCIES", "YES")
@@ -99,7 +99,7 @@ impl Info {
     }
 
     /// Packages, without filesystem images.
-    pub fn packages(&self) -> impl Iterator<Item = (&str, &Entry)> {
+    pub fn packages(&self) -> impl Iterator<Item = (&str, &InfoEntry)> {
         self.0.iter().filter(|(_, e)| !e.stamp_dir.is_empty()).map(|(n, e)| (n.as_str(), e))
     }
 
@@ -117,7 +117,7 @@ impl Info {
     pub fn without_hash(&self, tree: &Utf8Path) -> Result<Vec<(String, String, Vec<Utf8PathBuf>)>> {
         let mut found = Vec::new();
         for (name, entry) in self.packages() {
-            let sums = hashes(tree, entry)?;
+            let sums = read_hashes(tree, entry)?;
             for download in entry.downloads.iter().filter(|d| !sums.contains_key(&d.source)) {
                 found.push((name.to_owned(), download.source.clone(), entry.hashes.clone()));
             }
@@ -126,7 +126,7 @@ impl Info {
     }
 
     /// Sources that are not in the directory of downloads: package and source.
-    pub fn missing(&self, downloads: &Utf8Path) -> Vec<(&str, &Entry, &Download)> {
+    pub fn missing(&self, downloads: &Utf8Path) -> Vec<(&str, &InfoEntry, &InfoDownload)> {
         self.packages()
             .flat_map(|(name, e)| e.downloads.iter().map(move |d| (name, e, d)))
             .filter(|(_, e, d)| !downloads.join(&e.dl_dir).join(&d.source).is_file())
@@ -156,23 +156,23 @@ impl Info {
     ///
     /// # Errors
     /// When a hash file or Buildroot's list of files cannot be read.
-    pub fn contents(&self, setup: &Setup, arch: &str) -> Result<Vec<Package>> {
+    pub fn contents(&self, setup: &BuildrootSetup, arch: &str) -> Result<Vec<BasePackage>> {
         let installed = installed_bytes(&setup.output)?;
-        let counts = |e: &Entry| e.kind == "target" && !e.is_virtual && !e.downloads.is_empty();
+        let counts = |e: &InfoEntry| e.kind == "target" && !e.is_virtual && !e.downloads.is_empty();
         let mut list = Vec::new();
         for (name, entry) in self.packages().filter(|(_, e)| counts(e)) {
-            let sums = hashes(&setup.tree, entry)?;
+            let sums = read_hashes(&setup.tree, entry)?;
             let main = entry.downloads.first();
             let sha256 = main.and_then(|d| sums.get(&d.source)).cloned().unwrap_or_default();
-            let size = |d: &Download| {
+            let size = |d: &InfoDownload| {
                 let path = setup.downloads.join(&entry.dl_dir).join(&d.source);
                 fs::metadata(path).map_or(0, |m| m.len())
             };
-            list.push(Package {
+            list.push(BasePackage {
                 name: name.to_owned(),
                 version: entry.version.clone(),
                 arch: arch.to_owned(),
-                role: if entry.install_target { Role::Root } else { Role::Extra },
+                role: if entry.install_target { PackageRole::Root } else { PackageRole::Extra },
                 source: name.to_owned(),
                 source_version: entry.version.clone(),
                 archive: None,
@@ -220,7 +220,7 @@ impl Info {
 }
 
 /// SHA-256 by file name, from an entry's hash files (`sha256  <hex>  <file>`).
-fn hashes(tree: &Utf8Path, entry: &Entry) -> Result<HashMap<String, String>> {
+fn read_hashes(tree: &Utf8Path, entry: &InfoEntry) -> Result<HashMap<String, String>> {
     let mut sums = HashMap::new();
     for file in &entry.hashes {
         let path = tree.join(file);

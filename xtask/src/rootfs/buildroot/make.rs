@@ -34,7 +34,7 @@ const KEPT: [&str; 18] = [
 
 /// The directories for one product and board.
 #[derive(Debug, Clone)]
-pub struct Setup {
+pub struct BuildrootSetup {
     /// The Buildroot tree.
     pub tree: Utf8PathBuf,
     /// Our BR2_EXTERNAL tree.
@@ -49,7 +49,7 @@ pub struct Setup {
 
 /// The machine's sources of downloads and compiled objects; they do not change any result.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
-pub struct Site {
+pub struct BuildrootSite {
     /// A mirror that is tried first (`BR2_PRIMARY_SITE`).
     pub mirror: Option<String>,
     /// Use only the mirror.
@@ -63,7 +63,7 @@ pub const MIRROR: &str = "SLIPWAY_BUILDROOT_MIRROR";
 /// ccache's remote storage, such as `redis://cache.local` or `http://cache.local:8080`.
 pub const REMOTE_CCACHE: &str = "SLIPWAY_CCACHE_REMOTE";
 
-impl Site {
+impl BuildrootSite {
     /// The settings of this machine's environment.
     pub fn of_machine(offline: bool) -> Self {
         let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
@@ -71,7 +71,7 @@ impl Site {
     }
 }
 
-impl Setup {
+impl BuildrootSetup {
     /// The layout in the cache; `name` is the output directory's.
     ///
     /// # Errors
@@ -148,7 +148,7 @@ impl Setup {
     }
 
     /// `make` that may download: uses the machine's mirror, and gives up quickly.
-    pub fn fetching(&self, site: &Site) -> Tool {
+    pub fn fetching(&self, site: &BuildrootSite) -> Tool {
         let mut tool = self.make();
         if let Some(remote) = &site.remote_ccache {
             tool = tool.env("CCACHE_REMOTE_STORAGE", remote);

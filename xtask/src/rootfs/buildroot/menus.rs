@@ -9,14 +9,14 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::check;
-use super::expr::Values;
-use super::make::Setup;
+use super::expr::KconfigValues;
+use super::make::BuildrootSetup;
 use crate::artifact::write_atomically;
-use crate::plan::fragment::{self, Defconfig, Value};
+use crate::plan::fragment::{self, Defconfig, SymbolValue};
 
 /// One change that is not in the fragments yet.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Change {
+pub struct MenuChange {
     /// The symbol.
     pub symbol: String,
     /// The line to write; `None` when the symbol has its default value again.
@@ -25,7 +25,7 @@ pub struct Change {
 
 /// What to do about a change.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-pub struct Advice {
+pub struct ChangeAdvice {
     /// The line to write or to remove.
     pub line: String,
     /// `add`, `replace` or `remove`.
@@ -35,30 +35,34 @@ pub struct Advice {
 }
 
 /// The changes from one minimal defconfig (`savedefconfig`) to another.
-pub fn changes(base: &str, edited: &str) -> Vec<Change> {
+pub fn diff_defconfigs(base: &str, edited: &str) -> Vec<MenuChange> {
     let read = |text: &str| -> BTreeMap<String, String> {
-        let (requests, _) = fragment::parse(Utf8Path::new("defconfig"), text);
+        let (requests, _) = fragment::parse_fragment(Utf8Path::new("defconfig"), text);
         requests.into_iter().map(|r| (r.symbol.clone(), r.line())).collect()
     };
     let (base, edited) = (read(base), read(edited));
-    let mut found: Vec<Change> = edited
+    let mut found: Vec<MenuChange> = edited
         .iter()
         .filter(|(symbol, line)| base.get(*symbol) != Some(line))
-        .map(|(symbol, line)| Change { symbol: symbol.clone(), line: Some(line.clone()) })
+        .map(|(symbol, line)| MenuChange { symbol: symbol.clone(), line: Some(line.clone()) })
         .collect();
     let gone = base.keys().filter(|symbol| !edited.contains_key(*symbol));
-    found.extend(gone.map(|symbol| Change { symbol: symbol.clone(), line: None }));
+    found.extend(gone.map(|symbol| MenuChange { symbol: symbol.clone(), line: None }));
     found
 }
 
 /// The lines that apply changes on top of the fragments, for a menu that is opened again.
-pub fn lines(changes: &[Change]) -> String {
+pub fn changes_as_lines(changes: &[MenuChange]) -> String {
     changes.iter().filter_map(|c| c.line.clone()).map(|line| line + "\n").collect()
 }
 
 /// The place for each change: the line that already requests the symbol, else the fragment with the
 /// most similar symbols. Omits changes that are in the fragments already.
-pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec<Advice> {
+pub fn advise_changes(
+    changes: &[MenuChange],
+    defconfig: &Defconfig,
+    values: &KconfigValues,
+) -> Vec<ChangeAdvice> {
     let mut advice = Vec::new();
     for change in changes {
         let own = defconfig.get(&change.symbol);
@@ -66,17 +70,17 @@ pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec
         match (&change.line, own, at) {
             (Some(line), Some(request), _) if request.line() == *line => {}
             (Some(line), _, Some(place)) => {
-                advice.push(Advice { line: line.clone(), action: "replace", place });
+                advice.push(ChangeAdvice { line: line.clone(), action: "replace", place });
             }
             // A fragment may set it through a symbol that selects it.
             (Some(line), None, _) if is_met(line, values) => {}
-            (Some(line), _, None) => advice.push(Advice {
+            (Some(line), _, None) => advice.push(ChangeAdvice {
                 line: line.clone(),
                 action: "add",
                 place: nearest_fragment(&change.symbol, defconfig),
             }),
             (None, Some(request), Some(place)) => {
-                advice.push(Advice { line: request.line(), action: "remove", place });
+                advice.push(ChangeAdvice { line: request.line(), action: "remove", place });
             }
             (None, ..) => {}
         }
@@ -84,12 +88,12 @@ pub fn advise(changes: &[Change], defconfig: &Defconfig, values: &Values) -> Vec
     advice
 }
 
-fn is_met(line: &str, values: &Values) -> bool {
-    let (requests, _) = fragment::parse(Utf8Path::new("line"), line);
+fn is_met(line: &str, values: &KconfigValues) -> bool {
+    let (requests, _) = fragment::parse_fragment(Utf8Path::new("line"), line);
     requests.iter().all(|r| match &r.value {
-        Value::Yes => values.is_set(&r.symbol),
-        Value::No => !values.is_set(&r.symbol),
-        Value::Text(text) | Value::Number(text) => values.get(&r.symbol) == text,
+        SymbolValue::Yes => values.is_set(&r.symbol),
+        SymbolValue::No => !values.is_set(&r.symbol),
+        SymbolValue::Text(text) | SymbolValue::Number(text) => values.get(&r.symbol) == text,
     })
 }
 
@@ -121,7 +125,7 @@ pub fn from_diffconfig(text: &str) -> Vec<String> {
 }
 
 /// The file of pending changes.
-pub fn store(setup: &Setup, menu: &str) -> Utf8PathBuf {
+pub fn pending_changes_path(setup: &BuildrootSetup, menu: &str) -> Utf8PathBuf {
     setup.output.join(format!("slipway-{menu}.changes.json"))
 }
 
@@ -129,7 +133,7 @@ pub fn store(setup: &Setup, menu: &str) -> Utf8PathBuf {
 ///
 /// # Errors
 /// When the file exists and cannot be read.
-pub fn waiting<T: serde::de::DeserializeOwned + Default>(path: &Utf8Path) -> Result<T> {
+pub fn read_pending<T: serde::de::DeserializeOwned + Default>(path: &Utf8Path) -> Result<T> {
     if !path.is_file() {
         return Ok(T::default());
     }
@@ -141,7 +145,7 @@ pub fn waiting<T: serde::de::DeserializeOwned + Default>(path: &Utf8Path) -> Res
 ///
 /// # Errors
 /// When they cannot be written.
-pub fn keep(path: &Utf8Path, changes: &impl Serialize) -> Result<()> {
+pub fn save_pending(path: &Utf8Path, changes: &impl Serialize) -> Result<()> {
     let json = serde_json::to_vec_pretty(changes).context("describing changes")?;
     write_atomically(path, |out| Ok(out.write_all(&json)?))
 }
@@ -151,31 +155,31 @@ pub fn keep(path: &Utf8Path, changes: &impl Serialize) -> Result<()> {
 ///
 /// # Errors
 /// When the configuration is broken or the menu fails.
-pub fn edit(
-    setup: &Setup,
+pub fn edit_menu(
+    setup: &BuildrootSetup,
     defconfig: &Defconfig,
     title: &str,
-    edit: impl FnOnce(&Setup) -> Result<()>,
-) -> Result<Vec<Change>> {
-    let path = store(setup, "buildroot");
-    let before: Vec<Change> = waiting(&path)?;
-    check::check(setup, defconfig, title)?.require()?;
-    let base = minimal(setup)?;
+    edit: impl FnOnce(&BuildrootSetup) -> Result<()>,
+) -> Result<Vec<MenuChange>> {
+    let path = pending_changes_path(setup, "buildroot");
+    let before: Vec<MenuChange> = read_pending(&path)?;
+    check::check_defconfig(setup, defconfig, title)?.require()?;
+    let base = minimal_defconfig(setup)?;
     if !before.is_empty() {
         let file = setup.output.join("slipway_menu_defconfig");
-        let text = format!("{base}{}", lines(&before));
+        let text = format!("{base}{}", changes_as_lines(&before));
         fs::write(&file, text).with_context(|| format!("writing {file}"))?;
         let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={file}")).arg("defconfig");
         make.run().context("restoring the pending changes")?;
     }
     edit(setup)?;
-    let found = changes(&base, &minimal(setup)?);
-    keep(&path, &found)?;
+    let found = diff_defconfigs(&base, &minimal_defconfig(setup)?);
+    save_pending(&path, &found)?;
     Ok(found)
 }
 
 /// The minimal defconfig of the current `.config`: about ten seconds.
-fn minimal(setup: &Setup) -> Result<String> {
+fn minimal_defconfig(setup: &BuildrootSetup) -> Result<String> {
     let path = setup.output.join("slipway_minimal_defconfig");
     let make = setup.make().arg("-s").arg(format!("BR2_DEFCONFIG={path}")).arg("savedefconfig");
     make.run().context("creating the minimal defconfig with Kconfig")?;
@@ -187,7 +191,7 @@ mod tests {
     use super::*;
 
     fn defconfig() -> Defconfig {
-        let (merged, findings) = fragment::merge([
+        let (merged, findings) = fragment::merge_fragments([
             (Utf8Path::new("board.fragment"), "BR2_LINUX_KERNEL_DEFCONFIG=\"x\"\n"),
             (Utf8Path::new("product.fragment"), "BR2_PACKAGE_PYTHON3=y\nBR2_JLEVEL=2\n"),
         ]);
@@ -197,11 +201,11 @@ mod tests {
 
     #[test]
     fn changes_become_lines_with_the_file_where_each_belongs() {
-        let found = changes(
+        let found = diff_defconfigs(
             "BR2_PACKAGE_PYTHON3=y\nBR2_JLEVEL=2\n",
             "BR2_JLEVEL=3\nBR2_PACKAGE_PYTHON3_SSL=y\nBR2_LINUX_KERNEL_DTB_KEEP_DIRNAME=y\n",
         );
-        let shown: Vec<String> = advise(&found, &defconfig(), &Values::default())
+        let shown: Vec<String> = advise_changes(&found, &defconfig(), &KconfigValues::default())
             .into_iter()
             .map(|a| format!("{} {} {}", a.action, a.line, a.place))
             .collect();
@@ -218,7 +222,7 @@ mod tests {
 
     #[test]
     fn what_the_fragments_say_by_now_is_left_out() {
-        let change = |symbol: &str, line: Option<&str>| Change {
+        let change = |symbol: &str, line: Option<&str>| MenuChange {
             symbol: symbol.to_owned(),
             line: line.map(str::to_owned),
         };
@@ -227,9 +231,9 @@ mod tests {
             change("BR2_CCACHE", Some("BR2_CCACHE=y")),
             change("BR2_X", None),
         ];
-        let values = Values::parse("BR2_CCACHE=y\n");
-        assert!(advise(&done, &defconfig(), &values).is_empty());
-        assert_eq!(lines(&done), "BR2_JLEVEL=2\nBR2_CCACHE=y\n");
+        let values = KconfigValues::parse("BR2_CCACHE=y\n");
+        assert!(advise_changes(&done, &defconfig(), &values).is_empty());
+        assert_eq!(changes_as_lines(&done), "BR2_JLEVEL=2\nBR2_CCACHE=y\n");
     }
 
     #[test]

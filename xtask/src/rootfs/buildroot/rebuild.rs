@@ -9,10 +9,10 @@ use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
-use super::expr::Values;
-use super::info::Info;
-use super::make::Setup;
-use super::tree::Tree;
+use super::expr::KconfigValues;
+use super::info::BuildrootInfo;
+use super::make::BuildrootSetup;
+use super::tree::BuildrootTree;
 use crate::artifact::{hash_bytes, hash_file, write_atomically};
 
 /// The file in the output directory that describes what is being built there.
@@ -21,7 +21,7 @@ const STATE: &str = "slipway-state.json";
 /// Everything that determines the content of an output directory.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub struct State {
+pub struct OutputState {
     /// The tree's commit and changes.
     pub tree: String,
     /// `.config`: each symbol that is set.
@@ -36,7 +36,7 @@ pub struct State {
 
 /// What to do before the next make.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub enum Rebuild {
+pub enum RebuildAction {
     /// Nothing: make continues.
     Nothing,
     /// Targets of make, `<package>-dirclean` or `<package>-reconfigure`, with the reasons.
@@ -72,13 +72,18 @@ const HARMLESS: [&str; 19] = [
     "BR2_WGET",
 ];
 
-impl State {
+impl OutputState {
     /// The description of what is about to be built.
     ///
     /// # Errors
     /// When a file cannot be read.
-    pub fn of(setup: &Setup, tree: &Tree, config: &str, info: &Info) -> Result<Self> {
-        let config = Values::parse(config).0;
+    pub fn describe(
+        setup: &BuildrootSetup,
+        tree: &BuildrootTree,
+        config: &str,
+        info: &BuildrootInfo,
+    ) -> Result<Self> {
+        let config = KconfigValues::parse(config).0;
         let mut files: BTreeMap<String, BTreeMap<Utf8PathBuf, String>> = BTreeMap::new();
         let mut named = BTreeSet::new();
         let external = setup.external.as_str();
@@ -94,7 +99,7 @@ impl State {
             }
         }
         let mut list = BTreeMap::new();
-        for path in below(&setup.external)?.into_iter().filter(|path| !named.contains(path)) {
+        for path in list_files(&setup.external)?.into_iter().filter(|path| !named.contains(path)) {
             let hash = hash_file(&path)?.1;
             let inside = path.strip_prefix(&setup.external).unwrap_or(&path).to_owned();
             list.insert(inside, hash);
@@ -148,12 +153,12 @@ impl State {
 }
 
 /// All files and links below a directory, sorted.
-pub fn below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+pub fn list_files(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
     for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
         let entry = entry.with_context(|| format!("listing {folder}"))?;
         if entry.path().is_dir() {
-            found.extend(below(entry.path())?);
+            found.extend(list_files(entry.path())?);
         } else {
             found.push(entry.into_path());
         }
@@ -164,17 +169,17 @@ pub fn below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
 
 /// Why a package must be cleaned, and how.
 #[derive(Default)]
-struct Plan {
+struct CleanPlan {
     clean: BTreeMap<String, BTreeSet<String>>,
     reconfigure: BTreeMap<String, BTreeSet<String>>,
     everything: Option<String>,
 }
 
 /// Compares what was built with what is requested.
-pub fn compare(old: &State, new: &State, info: &Info) -> Rebuild {
-    let mut plan = Plan::default();
+pub fn compare_states(old: &OutputState, new: &OutputState, info: &BuildrootInfo) -> RebuildAction {
+    let mut plan = CleanPlan::default();
     if old.tree != new.tree {
-        return Rebuild::Everything("the Buildroot tree changed".to_owned());
+        return RebuildAction::Everything("the Buildroot tree changed".to_owned());
     }
     for name in old.dependencies.keys().filter(|name| !new.dependencies.contains_key(*name)) {
         plan.clean(name, "no longer configured".to_owned());
@@ -207,16 +212,22 @@ pub fn compare(old: &State, new: &State, info: &Info) -> Rebuild {
     plan.finish(info)
 }
 
-impl Plan {
+impl CleanPlan {
     fn clean(&mut self, package: &str, why: String) {
         self.clean.entry(package.to_owned()).or_default().insert(why);
     }
 
-    fn symbol(&mut self, symbol: &str, why: &str, info: &Info, added: &dyn Fn(&str) -> bool) {
+    fn symbol(
+        &mut self,
+        symbol: &str,
+        why: &str,
+        info: &BuildrootInfo,
+        added: &dyn Fn(&str) -> bool,
+    ) {
         if HARMLESS.iter().any(|h| symbol.starts_with(h)) {
             return;
         }
-        match owner(symbol, info) {
+        match owning_package(symbol, info) {
             Some(package) if added(&package) => {}
             Some(package) => self.clean(&package, why.to_owned()),
             // A symbol of a package that is not built, or one that summarises others; its effect on
@@ -228,9 +239,9 @@ impl Plan {
         }
     }
 
-    fn file(&mut self, symbol: &str, path: &Utf8Path, info: &Info) {
+    fn file(&mut self, symbol: &str, path: &Utf8Path, info: &BuildrootInfo) {
         let why = format!("{path} changed");
-        match owner(symbol, info) {
+        match owning_package(symbol, info) {
             Some(package) if KCONFIG.contains(&package.as_str()) => {
                 self.reconfigure.entry(package).or_default().insert(why);
             }
@@ -242,7 +253,7 @@ impl Plan {
         }
     }
 
-    fn external(&mut self, path: &Utf8Path, info: &Info, added: &dyn Fn(&str) -> bool) {
+    fn external(&mut self, path: &Utf8Path, info: &BuildrootInfo, added: &dyn Fn(&str) -> bool) {
         let why = format!("external/{path} changed");
         let parts: Vec<&str> = path.components().map(|c| c.as_str()).collect();
         match parts.as_slice() {
@@ -266,14 +277,14 @@ impl Plan {
         }
     }
 
-    fn finish(self, info: &Info) -> Rebuild {
+    fn finish(self, info: &BuildrootInfo) -> RebuildAction {
         if let Some(why) = self.everything {
-            return Rebuild::Everything(why);
+            return RebuildAction::Everything(why);
         }
         let toolchain = self.clean.iter().find(|(name, _)| is_toolchain(name));
         if let Some((name, why)) = toolchain {
             let why: Vec<&str> = why.iter().map(String::as_str).collect();
-            return Rebuild::Everything(format!("{name}: {}", why.join(", ")));
+            return RebuildAction::Everything(format!("{name}: {}", why.join(", ")));
         }
         let mut targets: BTreeMap<String, BTreeSet<String>> = BTreeMap::new();
         for (name, why) in &self.clean {
@@ -283,7 +294,7 @@ impl Plan {
         // packages that need a changed package are outdated.
         for (name, why) in self.clean.iter().chain(&self.reconfigure) {
             for dependent in info.dependents([name.as_str()]).into_iter().filter(|d| d != name) {
-                let why = format!("needs {name}, which is rebuilt ({})", first(why));
+                let why = format!("needs {name}, which is rebuilt ({})", first_reason(why));
                 targets.entry(format!("{dependent}-dirclean")).or_default().insert(why);
             }
         }
@@ -292,11 +303,11 @@ impl Plan {
                 targets.insert(format!("{name}-reconfigure"), why.clone());
             }
         }
-        if targets.is_empty() { Rebuild::Nothing } else { Rebuild::Targets(targets) }
+        if targets.is_empty() { RebuildAction::Nothing } else { RebuildAction::Targets(targets) }
     }
 }
 
-fn first(why: &BTreeSet<String>) -> &str {
+fn first_reason(why: &BTreeSet<String>) -> &str {
     why.first().map_or("", String::as_str)
 }
 
@@ -309,7 +320,7 @@ fn is_toolchain(package: &str) -> bool {
 }
 
 /// The package of a symbol: the longest package name that the symbol begins with.
-fn owner(symbol: &str, info: &Info) -> Option<String> {
+fn owning_package(symbol: &str, info: &BuildrootInfo) -> Option<String> {
     let upper = |name: &str| name.to_uppercase().replace(['-', '.'], "_");
     let matches = |rest: &str, name: &str| {
         let own = upper(name);

@@ -6,21 +6,21 @@ use std::collections::{BTreeMap, BTreeSet};
 use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::expr::Expr;
+use super::expr::KconfigExpr;
 
 /// The file of retired symbols.
 const LEGACY: &str = "Config.in.legacy";
 
 /// A place in the tree, as `package/busybox/Config.in:3`.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct At {
+pub struct KconfigPlace {
     /// File, relative to the tree if it is in the tree.
     pub file: Utf8PathBuf,
     /// Line, counted from 1.
     pub line: usize,
 }
 
-impl std::fmt::Display for At {
+impl std::fmt::Display for KconfigPlace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.file, self.line)
     }
@@ -28,28 +28,28 @@ impl std::fmt::Display for At {
 
 /// An expression with its place.
 #[derive(Debug, Clone)]
-pub struct Condition {
+pub struct KconfigCondition {
     /// The expression.
-    pub expr: Expr,
+    pub expr: KconfigExpr,
     /// Its place.
-    pub at: At,
+    pub at: KconfigPlace,
 }
 
 /// One `config` entry; a symbol may have several.
 #[derive(Debug, Clone)]
-pub struct Entry {
+pub struct KconfigEntry {
     /// Its first line.
-    pub at: At,
+    pub at: KconfigPlace,
     /// `bool`, `string`, `int` or `hex`; empty where another entry defines it.
     pub kind: String,
     /// The text that menuconfig shows; without one the symbol cannot be set.
     pub prompt: Option<String>,
     /// The conditions of its own lines and of the menus and `if`s around it.
-    pub depends: Vec<Condition>,
+    pub depends: Vec<KconfigCondition>,
     /// The condition of the prompt itself.
-    pub visible: Option<Condition>,
+    pub visible: Option<KconfigCondition>,
     /// Symbols that it selects, each with its condition.
-    pub selects: Vec<(String, Option<Expr>)>,
+    pub selects: Vec<(String, Option<KconfigExpr>)>,
     /// `range a b`
     pub range: Option<(String, String)>,
     /// Its choice.
@@ -60,9 +60,9 @@ pub struct Entry {
 
 /// A choice.
 #[derive(Debug, Clone)]
-pub struct Choice {
+pub struct KconfigChoice {
     /// Its first line.
-    pub at: At,
+    pub at: KconfigPlace,
     /// Its prompt.
     pub prompt: String,
     /// Its members, in order.
@@ -71,18 +71,18 @@ pub struct Choice {
 
 /// All symbols.
 #[derive(Debug, Default)]
-pub struct Symbols {
+pub struct KconfigSymbols {
     /// Entries by symbol.
-    pub entries: BTreeMap<String, Vec<Entry>>,
+    pub entries: BTreeMap<String, Vec<KconfigEntry>>,
     /// All choices.
-    pub choices: Vec<Choice>,
+    pub choices: Vec<KconfigChoice>,
     /// The symbols that select a symbol, with condition and place.
-    pub selectors: BTreeMap<String, Vec<(String, Option<Expr>, At)>>,
+    pub selectors: BTreeMap<String, Vec<(String, Option<KconfigExpr>, KconfigPlace)>>,
 }
 
 /// The directories for `source` statements.
 #[derive(Debug)]
-pub struct Paths<'a> {
+pub struct KconfigPaths<'a> {
     /// The Buildroot tree.
     pub tree: &'a Utf8Path,
     /// The output directory, where Buildroot writes the list of external trees.
@@ -93,9 +93,9 @@ pub struct Paths<'a> {
 
 #[derive(Default)]
 struct Reader {
-    symbols: Symbols,
+    symbols: KconfigSymbols,
     /// Conditions of the `if`s, menus and choices around the current line.
-    around: Vec<Vec<Condition>>,
+    around: Vec<Vec<KconfigCondition>>,
     blocks: Vec<Block>,
     read: BTreeSet<Utf8PathBuf>,
     current: Current,
@@ -113,17 +113,17 @@ enum Block {
 enum Current {
     #[default]
     Nothing,
-    Entry(String, Box<Entry>),
+    Entry(String, Box<KconfigEntry>),
     Menu,
     Choice(usize),
 }
 
-impl Symbols {
+impl KconfigSymbols {
     /// Reads a tree, with the external tree that the output directory refers to. Takes about 0.1 s.
     ///
     /// # Errors
     /// When a file cannot be read.
-    pub fn read(paths: &Paths<'_>) -> Result<Self> {
+    pub fn read(paths: &KconfigPaths<'_>) -> Result<Self> {
         let mut reader = Reader::default();
         reader.file(paths, &paths.tree.join("Config.in"))?;
         reader.flush();
@@ -139,30 +139,30 @@ impl Symbols {
         Ok(symbols)
     }
 
-    fn all(&self) -> impl Iterator<Item = (&str, &Entry)> {
+    fn all(&self) -> impl Iterator<Item = (&str, &KconfigEntry)> {
         self.entries.iter().flat_map(|(name, list)| list.iter().map(move |e| (name.as_str(), e)))
     }
 
     /// A symbol's entries; empty when the tree does not define it.
-    pub fn of(&self, symbol: &str) -> &[Entry] {
+    pub fn entries_of(&self, symbol: &str) -> &[KconfigEntry] {
         self.entries.get(symbol).map_or(&[], Vec::as_slice)
     }
 
     /// `bool`, `string`, `int` or `hex`.
     pub fn kind(&self, symbol: &str) -> Option<&str> {
-        self.of(symbol).iter().map(|e| e.kind.as_str()).find(|kind| !kind.is_empty())
+        self.entries_of(symbol).iter().map(|e| e.kind.as_str()).find(|kind| !kind.is_empty())
     }
 
     /// The entry in the list of retired symbols, if any.
-    pub fn retired(&self, symbol: &str) -> Option<&Entry> {
-        let entries = self.of(symbol);
+    pub fn retired(&self, symbol: &str) -> Option<&KconfigEntry> {
+        let entries = self.entries_of(symbol);
         let all = entries.iter().all(|e| e.at.file.file_name() == Some(LEGACY));
         entries.first().filter(|_| all)
     }
 }
 
 impl Reader {
-    fn file(&mut self, paths: &Paths<'_>, path: &Utf8Path) -> Result<()> {
+    fn file(&mut self, paths: &KconfigPaths<'_>, path: &Utf8Path) -> Result<()> {
         let bytes = std::fs::read(path).with_context(|| format!("reading {path}"))?;
         let text = String::from_utf8_lossy(&bytes);
         let shown = path.strip_prefix(paths.tree).unwrap_or(path).to_owned();
@@ -203,13 +203,13 @@ impl Reader {
                 }
                 continue;
             }
-            let at = At { file: shown.clone(), line: index + 1 };
+            let at = KconfigPlace { file: shown.clone(), line: index + 1 };
             self.line(paths, strip_comment(trimmed), at)?;
         }
         Ok(())
     }
 
-    fn line(&mut self, paths: &Paths<'_>, line: &str, at: At) -> Result<()> {
+    fn line(&mut self, paths: &KconfigPaths<'_>, line: &str, at: KconfigPlace) -> Result<()> {
         let (word, rest) = line.split_once(char::is_whitespace).unwrap_or((line, ""));
         let rest = rest.trim();
         match word {
@@ -223,7 +223,7 @@ impl Reader {
                 if let Some(choice) = choice.and_then(|c| self.symbols.choices.get_mut(c)) {
                     choice.members.push(rest.to_owned());
                 }
-                let entry = Entry {
+                let entry = KconfigEntry {
                     at,
                     kind: String::new(),
                     prompt: None,
@@ -238,7 +238,7 @@ impl Reader {
             }
             "choice" => {
                 self.flush();
-                let choice = Choice { at, prompt: String::new(), members: Vec::new() };
+                let choice = KconfigChoice { at, prompt: String::new(), members: Vec::new() };
                 self.symbols.choices.push(choice);
                 let index = self.symbols.choices.len() - 1;
                 self.open(Block::Choice(index), Vec::new());
@@ -251,7 +251,7 @@ impl Reader {
             }
             "if" => {
                 self.flush();
-                let condition = Expr::parse(rest).map(|expr| Condition { expr, at });
+                let condition = KconfigExpr::parse(rest).map(|expr| KconfigCondition { expr, at });
                 self.open(Block::If, condition.into_iter().collect());
             }
             "endif" | "endmenu" | "endchoice" => {
@@ -261,7 +261,7 @@ impl Reader {
             }
             "source" => {
                 self.flush();
-                let path = Utf8PathBuf::from(expand(rest.trim_matches('"'), paths));
+                let path = Utf8PathBuf::from(expand_variables(rest.trim_matches('"'), paths));
                 let path = paths.tree.join(path);
                 if self.read.insert(path.clone()) {
                     self.file(paths, &path).with_context(|| format!("following {at}"))?;
@@ -274,17 +274,17 @@ impl Reader {
         Ok(())
     }
 
-    fn open(&mut self, block: Block, conditions: Vec<Condition>) {
+    fn open(&mut self, block: Block, conditions: Vec<KconfigCondition>) {
         self.blocks.push(block);
         self.around.push(conditions);
     }
 
-    fn attribute(&mut self, word: &str, rest: &str, at: At) {
+    fn attribute(&mut self, word: &str, rest: &str, at: KconfigPlace) {
         let depends = (word == "depends")
             .then(|| rest.strip_prefix("on").map(str::trim))
             .flatten()
-            .and_then(Expr::parse)
-            .map(|expr| Condition { expr, at: at.clone() });
+            .and_then(KconfigExpr::parse)
+            .map(|expr| KconfigCondition { expr, at: at.clone() });
         match &mut self.current {
             Current::Nothing => {}
             Current::Menu => {
@@ -296,7 +296,7 @@ impl Reader {
                 if let Some(around) = self.around.last_mut() {
                     around.extend(depends);
                 }
-                if let (Some((text, _)), "prompt" | "bool") = (quoted(rest), word)
+                if let (Some((text, _)), "prompt" | "bool") = (parse_quoted(rest), word)
                     && let Some(choice) = self.symbols.choices.get_mut(*index)
                 {
                     choice.prompt = text;
@@ -307,17 +307,18 @@ impl Reader {
                     if word != "prompt" {
                         entry.kind = word.to_owned();
                     }
-                    if let Some((text, after)) = quoted(rest) {
+                    if let Some((text, after)) = parse_quoted(rest) {
                         entry.prompt = Some(text);
-                        let condition = after.trim().strip_prefix("if ").and_then(Expr::parse);
-                        entry.visible = condition.map(|expr| Condition { expr, at });
+                        let condition =
+                            after.trim().strip_prefix("if ").and_then(KconfigExpr::parse);
+                        entry.visible = condition.map(|expr| KconfigCondition { expr, at });
                     }
                 }
                 "def_bool" => entry.kind = "bool".to_owned(),
                 "depends" => entry.depends.extend(depends),
                 "select" => {
                     let (name, condition) = rest.split_once(" if ").unwrap_or((rest, ""));
-                    entry.selects.push((name.trim().to_owned(), Expr::parse(condition)));
+                    entry.selects.push((name.trim().to_owned(), KconfigExpr::parse(condition)));
                 }
                 "range" => {
                     let mut ends = rest.split_whitespace().map(str::to_owned);
@@ -343,7 +344,7 @@ fn indentation(line: &str) -> usize {
 }
 
 /// The text between the first quotes, and what follows.
-fn quoted(text: &str) -> Option<(String, &str)> {
+fn parse_quoted(text: &str) -> Option<(String, &str)> {
     let mark = text.chars().next().filter(|c| ['"', '\''].contains(c))?;
     let rest = text.get(1..)?;
     let end = rest.find(mark)?;
@@ -366,7 +367,7 @@ fn strip_comment(line: &str) -> &str {
 
 /// Variables in a `source` statement: Buildroot sets the output directory's and the external
 /// tree's.
-fn expand(path: &str, paths: &Paths<'_>) -> String {
+fn expand_variables(path: &str, paths: &KconfigPaths<'_>) -> String {
     let Some(rest) = path.strip_prefix('$') else { return path.to_owned() };
     let (variable, rest) = rest.split_once('/').unwrap_or((rest, ""));
     let variable = variable.trim_matches(['(', ')', '{', '}']);

@@ -12,7 +12,7 @@ use crate::progress::{say, warn};
 
 /// A tree that can be built.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Tree {
+pub struct BuildrootTree {
     /// Its path.
     pub path: Utf8PathBuf,
     /// The commit that is checked out.
@@ -23,7 +23,7 @@ pub struct Tree {
 
 /// Which tree to use.
 #[derive(Debug, Clone, Default)]
-pub struct Choice {
+pub struct TreeChoice {
     /// A local checkout instead of the pinned one.
     pub own: Option<Utf8PathBuf>,
     /// Accept local changes.
@@ -41,18 +41,22 @@ pub fn pinned_path(cache: &Utf8Path, release: &str) -> Utf8PathBuf {
 ///
 /// # Errors
 /// No git, no network, a tag that is not the pinned commit, local changes.
-pub fn obtain(plan: &BuildrootPlan, cache: &Utf8Path, choice: &Choice) -> Result<Tree> {
+pub fn obtain_tree(
+    plan: &BuildrootPlan,
+    cache: &Utf8Path,
+    choice: &TreeChoice,
+) -> Result<BuildrootTree> {
     if let Some(own) = &choice.own {
         let path = own
             .canonicalize_utf8()
             .with_context(|| format!("looking for the Buildroot tree {own}"))?;
-        return inspect(&path, choice.allow_changes);
+        return inspect_checkout(&path, choice.allow_changes);
     }
     let path = pinned_path(cache, &plan.release);
     if !path.join("Makefile").is_file() {
-        clone(plan, &path, choice.offline)?;
+        clone_tag(plan, &path, choice.offline)?;
     }
-    let tree = inspect(&path, false)?;
+    let tree = inspect_checkout(&path, false)?;
     if tree.commit != plan.commit {
         bail!(
             "the tree {path} is at commit {}, but the product pins {} as {}\n\
@@ -68,7 +72,7 @@ pub fn obtain(plan: &BuildrootPlan, cache: &Utf8Path, choice: &Choice) -> Result
 }
 
 /// Clones the tag beside its final place, checks the commit, and renames.
-fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
+fn clone_tag(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
     let BuildrootPlan { url, release, commit, .. } = plan;
     if offline {
         bail!(
@@ -86,14 +90,14 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
     if path.join("Makefile").is_file() {
         return Ok(());
     }
-    let partial = crate::artifact::partial(path);
+    let partial = crate::artifact::partial_path(path);
     for leftover in [&partial, path] {
         if leftover.exists() {
             fs::remove_dir_all(leftover).with_context(|| format!("clearing {leftover}"))?;
         }
     }
     say("base", format!("cloning Buildroot {release} from {url}"));
-    git::anywhere()
+    git::git_without_repository()
         .args(["-c", "advice.detachedHead=false", "clone", "--quiet", "--depth", "1"])
         .args(["--branch", release, "--", url])
         .arg(&partial)
@@ -107,7 +111,7 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
             )
         })?;
     let tag = format!("refs/tags/{release}^{{commit}}");
-    let found = git::at(&partial).args(["rev-parse", "--verify", &tag]).read()?;
+    let found = git::git_in(&partial).args(["rev-parse", "--verify", &tag]).read()?;
     if found.trim() != commit {
         let found = found.trim().to_owned();
         fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
@@ -120,21 +124,21 @@ fn clone(plan: &BuildrootPlan, path: &Utf8Path, offline: bool) -> Result<()> {
 }
 
 /// Reads commit and changes of a checkout.
-fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
+fn inspect_checkout(path: &Utf8Path, allow_changes: bool) -> Result<BuildrootTree> {
     if !path.join("Makefile").is_file() || !path.join("package/Config.in").is_file() {
         bail!("{path} is not a Buildroot tree (no Makefile or no package/Config.in)");
     }
-    let top = git::at(path).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
+    let top = git::git_in(path).args(["rev-parse", "--show-toplevel"]).read().unwrap_or_default();
     if top.trim() != path {
         bail!(
             "{path} is not a git checkout of Buildroot, so its content cannot be identified\n\
              help: use a clone, or run `git init` and commit the files"
         );
     }
-    let commit = git::at(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
-    let status = git::at(path).args(["status", "--porcelain"]).read()?;
+    let commit = git::git_in(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
+    let status = git::git_in(path).args(["status", "--porcelain"]).read()?;
     if status.trim().is_empty() {
-        return Ok(Tree { path: path.to_owned(), commit, changes: String::new() });
+        return Ok(BuildrootTree { path: path.to_owned(), commit, changes: String::new() });
     }
     let lines: Vec<&str> = status.lines().collect();
     if !allow_changes {
@@ -146,16 +150,16 @@ fn inspect(path: &Utf8Path, allow_changes: bool) -> Result<Tree> {
         );
     }
     warn(format!("the Buildroot tree {path} has {} changed files", lines.len()));
-    let mut text = git::at(path)
+    let mut text = git::git_in(path)
         .args(["diff", "--no-ext-diff", "--no-textconv", "--binary", "HEAD"])
         .read_bytes()?;
     let list = ["ls-files", "-z", "--others", "--exclude-standard"];
-    let others = git::at(path).args(list).read()?;
+    let others = git::git_in(path).args(list).read()?;
     for name in others.split('\0').filter(|name| !name.is_empty()) {
         let content = fs::read(path.join(name)).with_context(|| format!("reading {name}"))?;
         text.extend_from_slice(name.as_bytes());
         text.extend_from_slice(&content);
     }
     let changes = crate::artifact::hash_bytes(&text);
-    Ok(Tree { path: path.to_owned(), commit, changes })
+    Ok(BuildrootTree { path: path.to_owned(), commit, changes })
 }

@@ -9,7 +9,7 @@ use crate::exec::Tool;
 
 /// The address behind `mirror+file:/a/list` (apt-transport-mirror(1)): the preferred mirror of the
 /// list. Any other address is returned unchanged; `None` for one that cannot be resolved.
-pub(super) fn resolve(uri: &str) -> Option<String> {
+pub(super) fn resolve_mirror(uri: &str) -> Option<String> {
     let Some(list) = uri.strip_prefix("mirror+file:") else {
         let plain = uri.starts_with("http:") || uri.starts_with("https:");
         return plain.then(|| uri.to_owned());
@@ -17,12 +17,12 @@ pub(super) fn resolve(uri: &str) -> Option<String> {
     // apt appends a slash to every address.
     let list = list.trim_end_matches('/');
     let list = list.strip_prefix("//").unwrap_or(list);
-    preferred(&fs::read_to_string(list).ok()?)
+    preferred_mirror(&fs::read_to_string(list).ok()?)
 }
 
 /// The first mirror of the lowest `priority:`; mirrors without a priority come after all that have
 /// one.
-fn preferred(list: &str) -> Option<String> {
+fn preferred_mirror(list: &str) -> Option<String> {
     let mirror = |line: &str| {
         let mut words = line.split_whitespace();
         let uri =
@@ -36,7 +36,7 @@ fn preferred(list: &str) -> Option<String> {
 
 /// The logins of apt_auth.conf(5).
 #[derive(Clone, Default)]
-pub(super) struct Logins(Vec<Login>);
+pub(super) struct AptLogins(Vec<Login>);
 
 #[derive(Clone, Default)]
 struct Login {
@@ -50,13 +50,13 @@ struct Login {
     password: String,
 }
 
-impl Logins {
+impl AptLogins {
     /// The logins of the machine's apt that this user can read.
     pub fn of_the_machine() -> Self {
         let asked = ["shell", "FILE", "Dir::Etc::netrc/f", "FOLDER", "Dir::Etc::netrcparts/d"];
-        let said = Tool::new("apt-config").args(asked).read().unwrap_or_default();
+        let output = Tool::new("apt-config").args(asked).read().unwrap_or_default();
         let value = |name: &str| {
-            let line = said.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
+            let line = output.lines().find_map(|line| line.strip_prefix(name)?.strip_prefix('='));
             line.map(|value| Utf8PathBuf::from(value.trim_matches('\'')))
         };
         let mut files: Vec<Utf8PathBuf> = value("FILE").into_iter().collect();
@@ -71,7 +71,7 @@ impl Logins {
         parts.sort();
         files.append(&mut parts);
         let texts = files.iter().filter_map(|file| fs::read_to_string(file).ok());
-        Self(texts.flat_map(|text| parse(&text)).collect())
+        Self(texts.flat_map(|text| parse_logins(&text)).collect())
     }
 
     /// The address with its login; an address that contains a login is unchanged.
@@ -88,11 +88,11 @@ impl Logins {
             // A password is not sent unencrypted unless the configuration allows it explicitly.
             given.map_or(scheme == "https", |given| given == scheme)
                 && host_fits
-                && below(&login.path, path)
+                && is_path_below(&login.path, path)
         };
         match self.0.iter().find(fits) {
             Some(Login { login, password, .. }) => {
-                format!("{scheme}://{}:{}@{rest}", encoded(login), encoded(password))
+                format!("{scheme}://{}:{}@{rest}", percent_encode(login), percent_encode(password))
             }
             None => uri.to_owned(),
         }
@@ -100,14 +100,14 @@ impl Logins {
 }
 
 /// Whether a path begins with another, whole names only unless the other path ends with a slash.
-fn below(beginning: &str, path: &str) -> bool {
+fn is_path_below(beginning: &str, path: &str) -> bool {
     let Some(rest) = path.strip_prefix(beginning.trim_end_matches('/')) else { return false };
     rest.is_empty() || rest.starts_with('/')
 }
 
 /// The words of a file: `machine NAME`, `login WORD`, `password WORD`, in any order after a
 /// machine.
-fn parse(text: &str) -> Vec<Login> {
+fn parse_logins(text: &str) -> Vec<Login> {
     let lines = text.lines().filter(|line| !line.trim_start().starts_with('#'));
     let mut words = lines.flat_map(str::split_whitespace);
     let mut logins: Vec<Login> = Vec::new();
@@ -133,7 +133,7 @@ fn parse(text: &str) -> Vec<Login> {
 }
 
 /// RFC 3986, section 2.1: all but unreserved characters.
-fn encoded(text: &str) -> String {
+fn percent_encode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     for byte in text.bytes() {
         if byte.is_ascii_alphanumeric() || b"-._~".contains(&byte) {
@@ -167,17 +167,17 @@ mod tests {
         let list = Utf8PathBuf::try_from(folder.path().join("debian.list")).expect("UTF-8");
         fs::write(&list, "# ours\nfile:/srv/debian\nhttps://b.example/debian\n").expect("written");
         for uri in [format!("mirror+file:{list}/"), format!("mirror+file://{list}")] {
-            assert_eq!(resolve(&uri).as_deref(), Some("https://b.example/debian"), "{uri}");
+            assert_eq!(resolve_mirror(&uri).as_deref(), Some("https://b.example/debian"), "{uri}");
         }
         assert_eq!(
-            resolve("http://a.example/debian/").as_deref(),
+            resolve_mirror("http://a.example/debian/").as_deref(),
             Some("http://a.example/debian/")
         );
-        assert_eq!(resolve("mirror+file:/no/such/list/"), None);
-        assert_eq!(resolve("cdrom:[Debian]/"), None);
+        assert_eq!(resolve_mirror("mirror+file:/no/such/list/"), None);
+        assert_eq!(resolve_mirror("cdrom:[Debian]/"), None);
         let ranked = "http://c.example/ priority:2\nhttp://a.example/\thttp\nhttp://d.example/ arch:arm64 priority:1\n";
-        assert_eq!(preferred(ranked).as_deref(), Some("http://d.example/"));
-        assert_eq!(preferred("# nothing\n"), None);
+        assert_eq!(preferred_mirror(ranked).as_deref(), Some("http://d.example/"));
+        assert_eq!(preferred_mirror("# nothing\n"), None);
     }
 
     #[test]
@@ -187,7 +187,7 @@ mod tests {
             machine http://127.0.0.1:8099/debian\n  login me password \"#1\"\n\
             machine b.example/private/ password two login one\n\
             machine c.example\n";
-        let logins = Logins(parse(text));
+        let logins = AptLogins(parse_logins(text));
         for (uri, expected) in [
             ("https://a.example/debian", "https://robot:p%40ss%2Fword@a.example/debian"),
             ("https://a.example:8443/debian", "https://robot:p%40ss%2Fword@a.example:8443/debian"),

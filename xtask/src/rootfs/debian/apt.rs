@@ -6,8 +6,8 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::access::{self, Logins};
-use super::sources::SourceMirror;
+use super::access::{self, AptLogins};
+use super::sources::AptSourceMirror;
 use crate::exec::Tool;
 
 /// Overrides the archive's address (`…/debian`).
@@ -22,7 +22,7 @@ const KEYRING: &str = "/usr/share/keyrings/debian-archive-keyring.gpg";
 
 /// This machine's sources of packages. Never written into a lock or an image.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Mirrors {
+pub struct AptMirrors {
     /// The archive; also for `-updates` and `-backports`. No trailing slash; may contain a login.
     pub archive: String,
     /// The security archive. No trailing slash.
@@ -30,10 +30,10 @@ pub struct Mirrors {
     /// The keys that must have signed both.
     pub keyring: Utf8PathBuf,
     /// Additional archives, each with its own key.
-    pub sources: Vec<SourceMirror>,
+    pub sources: Vec<AptSourceMirror>,
 }
 
-impl Mirrors {
+impl AptMirrors {
     /// The archives from the environment, else those of the machine's own apt.
     ///
     /// # Errors
@@ -70,16 +70,16 @@ impl Mirrors {
                  help: sudo apt-get install debian-archive-keyring"
             );
         }
-        let logins = Logins::of_the_machine();
+        let logins = AptLogins::of_the_machine();
         let way = |uri: String| logins.with_login(uri.trim_end_matches('/'));
         let (archive, security) = (way(archive), way(security));
         Ok(Self { archive, security, keyring, sources: Vec::new() })
     }
 
     /// The same with a product's additional archives.
-    pub fn with_sources(self, mut sources: Vec<SourceMirror>) -> Self {
+    pub fn with_sources(self, mut sources: Vec<AptSourceMirror>) -> Self {
         if !sources.is_empty() {
-            let logins = Logins::of_the_machine();
+            let logins = AptLogins::of_the_machine();
             for source in &mut sources {
                 source.address = logins.with_login(&source.address);
             }
@@ -88,7 +88,7 @@ impl Mirrors {
     }
 
     /// An additional archive by its name.
-    pub(super) fn source(&self, name: &str) -> Result<&SourceMirror> {
+    pub(super) fn source(&self, name: &str) -> Result<&AptSourceMirror> {
         self.sources.iter().find(|source| source.name == name).with_context(|| {
             format!(
                 "the package lock refers to the source {name}, but the product does not define it\n\
@@ -120,7 +120,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
         if created_by != "Packages" {
             continue;
         }
-        let Some(uri) = access::resolve(uri) else { continue };
+        let Some(uri) = access::resolve_mirror(uri) else { continue };
         let named = |suite: String| unknown && !codename.is_empty() && release == suite;
         if (origin, label) == ("Debian", "Debian") || named(codename.clone()) {
             archive.get_or_insert(uri);
@@ -135,7 +135,7 @@ fn host_mirrors(listing: &str, os_release: &str) -> (Option<String>, Option<Stri
 
 /// One archive that a private apt may use.
 #[derive(Debug, Clone)]
-pub(super) struct Source {
+pub(super) struct AptArchive {
     /// Address without a trailing slash.
     pub uri: String,
     /// Suite, as in `bookworm-updates`.
@@ -154,7 +154,7 @@ impl PrivateApt {
     pub fn new(
         dir: &Utf8Path,
         arch: &str,
-        sources: &[Source],
+        sources: &[AptArchive],
         components: &[String],
         keyring: &Utf8Path,
     ) -> Result<Self> {
@@ -173,13 +173,13 @@ impl PrivateApt {
             access::write_private(&path, &text).with_context(|| format!("writing {path}"))
         };
         let mut lines = String::new();
-        for Source { uri, suite } in sources {
+        for AptArchive { uri, suite } in sources {
             let components = components.join(" ");
             lines.push_str(&format!("deb [signed-by={keyring}] {uri} {suite} {components}\n"));
         }
         write("etc/apt/sources.list", lines)?;
         write("status", String::new())?;
-        write("apt.conf", configuration(&dir, arch, &host_acquire_settings()))?;
+        write("apt.conf", apt_configuration(&dir, arch, &host_acquire_settings()))?;
         Ok(Self { config: dir.join("apt.conf"), log: dir.join("apt.log") })
     }
 
@@ -202,15 +202,15 @@ impl PrivateApt {
     /// # Errors
     /// When a mirror is unreachable or a signature is invalid.
     pub fn update(&self) -> Result<()> {
-        let mut said = Vec::new();
+        let mut output = Vec::new();
         let result = self
             .tool("apt-get")
             // Without this apt exits with 0 and old or no indexes when a mirror is unreachable.
             .args(["-q", "-o", "APT::Update::Error-Mode=any", "update"])
             .log(&self.log)
-            .run_lines(|line| said.push(line.to_owned()));
+            .run_lines(|line| output.push(line.to_owned()));
         result.with_context(|| {
-            let reasons = reasons(&said);
+            let reasons = fetch_failures(&output);
             let more = if reasons.is_empty() { "" } else { ": " };
             format!("fetching the package indexes{more}{}", reasons.join("; "))
         })
@@ -225,12 +225,12 @@ impl PrivateApt {
     /// output when it is not quiet: which packages conflict or lack a dependency, and what provides
     /// a virtual package.
     pub fn reasons_against(&self, packages: &[&str]) -> Vec<String> {
-        let mut said = Vec::new();
+        let mut output = Vec::new();
         let tool = self.tool("apt-get").args(["-q", "--simulate", "install", "--"]).args(packages);
         // apt is expected to fail here.
-        match tool.run_lines(|line| said.push(line.to_owned())) {
+        match tool.run_lines(|line| output.push(line.to_owned())) {
             Ok(()) => Vec::new(),
-            Err(_) => against(&said),
+            Err(_) => conflict_paragraphs(&output),
         }
     }
 
@@ -246,9 +246,9 @@ impl PrivateApt {
 
 /// What apt could not fetch, each with the reason in the next line, which may be far from apt's
 /// last lines. A local archive has each index in one form only, which is not a failure.
-fn reasons(said: &[String]) -> Vec<String> {
+fn fetch_failures(output: &[String]) -> Vec<String> {
     let mut found = Vec::new();
-    for (line, next) in said.iter().zip(said.iter().skip(1)) {
+    for (line, next) in output.iter().zip(output.iter().skip(1)) {
         let Some((_, what)) = line.strip_prefix("Err:").and_then(|rest| rest.split_once(' '))
         else {
             continue;
@@ -262,14 +262,14 @@ fn reasons(said: &[String]) -> Vec<String> {
 }
 
 /// The paragraphs of apt's output that explain the conflict.
-fn against(said: &[String]) -> Vec<String> {
+fn conflict_paragraphs(output: &[String]) -> Vec<String> {
     const BEGIN: [&str; 2] =
         ["The following packages have unmet dependencies", "is a virtual package"];
     /// More lines would not help.
     const MOST: usize = 12;
     let mut found = Vec::new();
     let mut inside = false;
-    for line in said {
+    for line in output {
         if BEGIN.iter().any(|begin| line.contains(begin)) {
             inside = true;
             if line.contains(BEGIN[1]) {
@@ -285,7 +285,7 @@ fn against(said: &[String]) -> Vec<String> {
     found
 }
 
-fn configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
+fn apt_configuration(dir: &Utf8Path, arch: &str, acquire: &str) -> String {
     format!(
         r#"// `Dir` is set before apt looks for its other files, so nothing in /etc/apt is read.
 Dir "{dir}/";
@@ -317,23 +317,23 @@ fn host_acquire_settings() -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::{host_mirrors, reasons};
+    use super::{fetch_failures, host_mirrors};
 
     const OS: &str = "ID=debian\nVERSION_CODENAME=bookworm\n";
 
     /// The output of apt 2.6.
     #[test]
     fn what_is_in_the_way_is_found_in_what_apt_says() {
-        let said = "Reading package lists...\nThe following information may help to resolve the situation:\n\
+        let output = "Reading package lists...\nThe following information may help to resolve the situation:\n\
                     \n\
                     The following packages have unmet dependencies:\n\
                     \x20chrony : Conflicts: time-daemon\n\
                     \x20systemd-timesyncd : Conflicts: time-daemon\n\
                     E: Unable to correct problems\n\
                     Package awk is a virtual package provided by:\n  mawk 1.3.4\n  gawk 1:5.2\nYou should pick one.\n";
-        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        let output: Vec<String> = output.lines().map(str::to_owned).collect();
         assert_eq!(
-            super::against(&said),
+            super::conflict_paragraphs(&output),
             [
                 "chrony : Conflicts: time-daemon",
                 "systemd-timesyncd : Conflicts: time-daemon",
@@ -368,7 +368,7 @@ mod tests {
 
     #[test]
     fn what_cannot_be_fetched_is_told_with_its_reason() {
-        let said = "Ign:1 http://a.example/debian bookworm InRelease\n\
+        let output = "Ign:1 http://a.example/debian bookworm InRelease\n\
             Err:2 http://a.example/debian bookworm Release\n\
             \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
             Err:3 copy:/cache/kept ./ Packages\n\
@@ -376,10 +376,10 @@ mod tests {
             Err:2 http://a.example/debian bookworm Release\n\
             \u{20} 404  Not Found [IP: 127.0.0.1 80]\n\
             Reading package lists...";
-        let said: Vec<String> = said.lines().map(str::to_owned).collect();
+        let output: Vec<String> = output.lines().map(str::to_owned).collect();
         let expected =
             ["http://a.example/debian bookworm Release: 404  Not Found [IP: 127.0.0.1 80]"];
-        assert_eq!(reasons(&said), expected);
-        assert!(reasons(&["Reading package lists...".to_owned()]).is_empty());
+        assert_eq!(fetch_failures(&output), expected);
+        assert!(fetch_failures(&["Reading package lists...".to_owned()]).is_empty());
     }
 }

@@ -23,7 +23,7 @@ const REGISTER: &str = concat!(
 
 /// A complete program for arm64 that exits with 0: an ELF header, one program header, and
 /// `mov x0, #0; mov x8, #93; svc #0`.
-fn probe() -> Vec<u8> {
+fn probe_program() -> Vec<u8> {
     let mut elf = Vec::with_capacity(132);
     elf.extend(*b"\x7fELF\x02\x01\x01\0\0\0\0\0\0\0\0\0");
     elf.extend([2, 0, 0xb7, 0, 1, 0, 0, 0]);
@@ -48,7 +48,7 @@ fn probe() -> Vec<u8> {
 ///
 /// # Errors
 /// When they do not run and this process cannot change that; names the command that does.
-pub fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
+pub fn ensure_runs(arch: &str, work: &Utf8Path) -> Result<()> {
     let native = match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -60,27 +60,28 @@ pub fn ensure(arch: &str, work: &Utf8Path) -> Result<()> {
     if arch != "arm64" {
         bail!("packages for {arch} cannot be configured on {native}: only arm64 is supported");
     }
-    if runs(work)? {
+    if runs_probe(work)? {
         return check_fixed();
     }
     let help = "help: sudo apt-get install qemu-user-static binfmt-support";
-    let Some(qemu) = exec::find("qemu-aarch64-static").or_else(|| exec::find("qemu-aarch64"))
+    let Some(qemu) =
+        exec::find_program("qemu-aarch64-static").or_else(|| exec::find_program("qemu-aarch64"))
     else {
         bail!("this machine cannot run arm64 programs: qemu-user-static is missing\n{help}");
     };
     if !rustix::process::geteuid().is_root() {
         bail!("this machine cannot run arm64 programs: qemu is not registered\n{help}");
     }
-    register(&qemu, work).with_context(|| format!("registering {qemu} for arm64\n{help}"))?;
-    if !runs(work)? {
+    register_qemu(&qemu, work).with_context(|| format!("registering {qemu} for arm64\n{help}"))?;
+    if !runs_probe(work)? {
         bail!("{qemu} is registered, but arm64 programs still do not run\n{help}");
     }
     Ok(())
 }
 
-fn runs(work: &Utf8Path) -> Result<bool> {
+fn runs_probe(work: &Utf8Path) -> Result<bool> {
     let path = work.join("probe-arm64");
-    fs::write(&path, probe()).with_context(|| format!("writing {path}"))?;
+    fs::write(&path, probe_program()).with_context(|| format!("writing {path}"))?;
     fs::set_permissions(&path, fs::Permissions::from_mode(0o755))
         .with_context(|| format!("writing {path}"))?;
     let ran = Tool::new(&path).run().is_ok();
@@ -102,7 +103,7 @@ fn check_fixed() -> Result<()> {
     )
 }
 
-fn register(qemu: &Utf8Path, work: &Utf8Path) -> Result<()> {
+fn register_qemu(qemu: &Utf8Path, work: &Utf8Path) -> Result<()> {
     let line = format!("{REGISTER}:{qemu}:POF");
     let standard = Utf8PathBuf::from(BINFMT);
     if standard.join("register").exists() {

@@ -13,15 +13,15 @@ use serde::{Deserialize, Serialize};
 
 use super::download::LockedDeb;
 use super::prune::{self, PruneRules};
-use super::scratch::Scratch;
+use super::scratch::ScratchDirectory;
 use super::{DebianSpec, binfmt, inventory, repo, unpack};
 use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
-use crate::progress::{Step, Unit};
+use crate::progress::{ProgressStep, ProgressUnit};
 use crate::rootfs::kernel::{self, ModuleRules};
-use crate::rootfs::parts::{collect, compress_kernel, files_below, take};
-use crate::rootfs::tree::{Data, Entry, Kind, Origin, Tree};
-use crate::rootfs::{BaseSystem, InitrdParts, Role};
+use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches, files_below};
+use crate::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
+use crate::rootfs::{BaseSystem, InitrdParts, PackageRole};
 
 /// Options of dpkg: many small files that the rules remove anyway are not unpacked at all.
 const DPKG_OPTIONS: [&str; 7] = [
@@ -58,7 +58,7 @@ chmod 755 "$root/usr/local/sbin/dpkg"
 /// The boot files of a board, as patterns over the unpacked packages.
 #[derive(Debug, Clone, PartialEq, Eq, Default, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct BoardWants {
+pub struct BoardFilePatterns {
     /// Patterns of device trees (`broadcom/bcm2837-*.dtb`); each must match.
     pub dtbs: Vec<String>,
     /// Patterns of firmware files in the unpacked packages; each must match. `lib` is `usr/lib`.
@@ -71,7 +71,7 @@ pub struct BoardWants {
 
 /// One build.
 #[derive(Debug)]
-pub struct BuildRequest<'a> {
+pub struct DebianRequest<'a> {
     /// The fetched packages, roles `root` and `extra`.
     pub debs: &'a [LockedDeb],
     /// The latest modification time of a file (seconds since 1970).
@@ -79,8 +79,8 @@ pub struct BuildRequest<'a> {
     /// What to remove.
     pub prune: &'a PruneRules,
     /// What to keep for the board.
-    pub board: &'a BoardWants,
-    /// The installed root from [`install`]; boards share it.
+    pub board: &'a BoardFilePatterns,
+    /// The installed root from [`install_packages`]; boards share it.
     pub root: &'a Utf8Path,
 }
 
@@ -88,21 +88,21 @@ pub struct BuildRequest<'a> {
 ///
 /// # Errors
 /// When a package cannot be unpacked or a board's pattern matches nothing.
-pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
+pub fn build_base_system(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSystem> {
     fs::create_dir_all(out_dir).with_context(|| format!("creating {out_dir}"))?;
-    let scratch = Scratch::new()?;
+    let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
     let extras = work.join("extras");
-    for deb in request.debs.iter().filter(|d| d.package.role == Role::Extra) {
-        unpack::deb(&deb.file.path, &extras)
-            .with_context(|| format!("unpacking {}", deb.package.shown()))?;
+    for deb in request.debs.iter().filter(|d| d.package.role == PackageRole::Extra) {
+        unpack::unpack_deb(&deb.file.path, &extras)
+            .with_context(|| format!("unpacking {}", deb.package.name_and_version()))?;
     }
     unpack::merge_usr(&extras)?;
-    let kernel = kernel::find(&extras)?;
+    let kernel = kernel::find_kernel(&extras)?;
     kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
         .context("selecting kernel modules")?;
 
-    let mut tree = Tree::from_tar(request.root)?;
+    let mut tree = RootTree::from_tar(request.root)?;
     ensure!(
         tree.get(STAND_IN).is_none(),
         "mmdebstrap did not call dpkg through its PATH: /{STAND_IN} is still in the base\n\
@@ -115,8 +115,8 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
     add_firmware(&mut tree, &extras)?;
     // The file lists of packages are only pruned if a rule says so.
-    prune::apply(&mut tree, request.prune)?;
-    prune::normalise(&mut tree, request.epoch)?;
+    prune::prune_tree(&mut tree, request.prune)?;
+    prune::normalise_dates(&mut tree, request.epoch)?;
     let rootfs = out_dir.join("rootfs.tar");
     write_atomically(&rootfs, |out| tree.write(request.epoch, out))?;
 
@@ -124,34 +124,34 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
     let help = "add the package that contains them to the extra packages";
-    let dtbs = collect(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
+    let dtbs = copy_matches(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
     let firmware_dir = out_dir.join("firmware");
-    let firmware = collect(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
+    let firmware = copy_matches(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
     let bootloader = match &board.bootloader {
         Some(path) => Some(
-            take(&extras.join(path), &out_dir.join("u-boot.bin"))
+            copy_file(&extras.join(path), &out_dir.join("u-boot.bin"))
                 .context("help: is the package with this bootloader among the extra packages?")?,
         ),
         None => None,
     };
     Ok(BaseSystem {
         engine: "debian".to_owned(),
-        rootfs: Artifact::of(rootfs)?,
+        rootfs: Artifact::from_file(rootfs)?,
         rootfs_bytes: tree.file_bytes(),
         kernel: image,
         kernel_unpacked_bytes: unpacked,
-        kernel_config: take(&kernel.config, &out_dir.join("kernel.config"))?,
+        kernel_config: copy_file(&kernel.config, &out_dir.join("kernel.config"))?,
         kernel_release: kernel.release,
         dtbs,
         initrd_parts: InitrdParts {
-            busybox: take(&busybox(&extras)?, &out_dir.join("busybox"))?,
-            modules: Artifact::of(modules)?,
+            busybox: copy_file(&find_busybox(&extras)?, &out_dir.join("busybox"))?,
+            modules: Artifact::from_file(modules)?,
         },
         firmware,
         bootloader,
-        python: inventory::python(&tree, request.debs)?,
-        packages: inventory::packages(&tree, request.debs)?,
-        glibc: inventory::glibc(request.debs)?,
+        python: inventory::find_python(&tree, request.debs)?,
+        packages: inventory::list_packages(&tree, request.debs)?,
+        glibc: inventory::glibc_version(request.debs)?,
     })
 }
 
@@ -159,21 +159,22 @@ pub fn build(request: &BuildRequest<'_>, out_dir: &Utf8Path) -> Result<BaseSyste
 /// result depends only on the packages and the epoch, so all boards of a product share it.
 ///
 /// As root `mmdebstrap` works in mode `root`, for a user in mode `unshare` (user namespaces with
-/// subordinate ids); both give the same bytes after [`build`].
+/// subordinate ids); both give the same bytes after [`build_base_system`].
 ///
 /// # Errors
 /// When programs of the architecture cannot run on this machine, or a package's script fails.
-pub fn install(
+pub fn install_packages(
     spec: &DebianSpec,
     debs: &[LockedDeb],
     epoch: u64,
     log: &Utf8Path,
     out: &Utf8Path,
 ) -> Result<()> {
-    let scratch = Scratch::new()?;
+    let scratch = ScratchDirectory::new()?;
     let work = scratch.path();
-    binfmt::ensure(&spec.arch, work)?;
-    let root: Vec<&LockedDeb> = debs.iter().filter(|d| d.package.role == Role::Root).collect();
+    binfmt::ensure_runs(&spec.arch, work)?;
+    let root: Vec<&LockedDeb> =
+        debs.iter().filter(|d| d.package.role == PackageRole::Root).collect();
     let archive = work.join("archive");
     plain_archive(&root, &archive)?;
     let names: Vec<&str> = root.iter().map(|d| d.package.name.as_str()).collect();
@@ -218,12 +219,17 @@ pub fn install(
         .current_dir(work)
         .log(log);
     // Each package is unpacked once and configured once.
-    let step = Step::new("base", "installing packages", 2 * names.len() as u64, Unit::Items);
+    let step = ProgressStep::new(
+        "base",
+        "installing packages",
+        2 * names.len() as u64,
+        ProgressUnit::Items,
+    );
     // `usr-is-merged` is listed twice: the hook for merged directories installs an empty one first.
     let mut done = BTreeSet::new();
     tool.run_lines(|line| {
-        let doing = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
-        if let Some(verb) = doing {
+        let context = ["Unpacking ", "Setting up "].into_iter().find(|p| line.starts_with(p));
+        if let Some(verb) = context {
             let package = line[verb.len()..].split([' ', ':']).next().unwrap_or_default();
             step.advance(u64::from(done.insert((verb, package.to_owned()))));
             step.note(format!("{}{package}", verb.to_lowercase()));
@@ -241,8 +247,9 @@ fn can_mount() -> bool {
 /// decompression takes ten times as long.
 fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    readable(folder, 0o755)?;
-    let step = Step::new("base", "reading packages", debs.len() as u64, Unit::Items);
+    make_readable(folder, 0o755)?;
+    let step =
+        ProgressStep::new("base", "reading packages", debs.len() as u64, ProgressUnit::Items);
     let next = AtomicUsize::new(0);
     let stanzas: Mutex<Vec<(usize, Result<String>)>> = Mutex::new(Vec::new());
     let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
@@ -266,12 +273,12 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     }
     let path = folder.join("Packages");
     fs::write(&path, text).with_context(|| format!("writing {path}"))?;
-    readable(&path, 0o644)
+    make_readable(&path, 0o644)
 }
 
 /// Regardless of the umask: the root of a user namespace is another user, who must be able to read
 /// this.
-fn readable(path: &Utf8Path, mode: u32) -> Result<()> {
+fn make_readable(path: &Utf8Path, mode: u32) -> Result<()> {
     fs::set_permissions(path, fs::Permissions::from_mode(mode))
         .with_context(|| format!("setting the mode of {path}"))
 }
@@ -296,22 +303,26 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
         }
         Ok(())
     })
-    .with_context(|| format!("rewriting {}", deb.package.shown()))?;
-    readable(&path, 0o644)?;
-    let made = Artifact::of(path)?;
-    repo::stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
+    .with_context(|| format!("rewriting {}", deb.package.name_and_version()))?;
+    make_readable(&path, 0o644)?;
+    let made = Artifact::from_file(path)?;
+    repo::index_stanza(&made.path, &format!("./{name}"), made.size, &made.sha256)
 }
 
 /// Adds the kept modules to the root, and returns them as a separate tree.
-fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result<Tree> {
+fn folder_tree(root: &mut RootTree, extras: &Utf8Path, modules: &Utf8Path) -> Result<RootTree> {
     let release = modules.file_name().unwrap_or_default().to_owned();
-    let mut alone = Tree::with_root(Origin::Base);
+    let mut alone = RootTree::with_root(EntryOrigin::Base);
     for path in files_below(modules)? {
         let relative = path.strip_prefix(modules).with_context(|| format!("placing {path}"))?;
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         // `extras` is removed at the end; both trees are written before that.
         debug_assert!(path.starts_with(extras));
-        let entry = Entry::new(0o644, Kind::File(Data::Path(path.clone(), size)), Origin::Base);
+        let entry = RootEntry::new(
+            0o644,
+            RootEntryKind::File(FileData::Path(path.clone(), size)),
+            EntryOrigin::Base,
+        );
         alone.insert(relative.as_str(), entry.clone())?;
         root.insert(&format!("usr/lib/modules/{release}/{relative}"), entry)?;
     }
@@ -319,7 +330,7 @@ fn folder_tree(root: &mut Tree, extras: &Utf8Path, modules: &Utf8Path) -> Result
 }
 
 /// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not contain.
-fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
+fn add_firmware(root: &mut RootTree, extras: &Utf8Path) -> Result<()> {
     let folder = extras.join("usr/lib/firmware");
     if !folder.is_dir() {
         return Ok(());
@@ -329,14 +340,14 @@ fn add_firmware(root: &mut Tree, extras: &Utf8Path) -> Result<()> {
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         let target = format!("usr/lib/firmware/{relative}");
         if root.get(&target).is_none() {
-            let kind = Kind::File(Data::Path(path, size));
-            root.insert(&target, Entry::new(0o644, kind, Origin::Base))?;
+            let kind = RootEntryKind::File(FileData::Path(path, size));
+            root.insert(&target, RootEntry::new(0o644, kind, EntryOrigin::Base))?;
         }
     }
     Ok(())
 }
 
-fn busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
+fn find_busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
     let path = extras.join("usr/bin/busybox");
     ensure!(
         path.is_file(),

@@ -6,15 +6,17 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use super::apt::{Mirrors, PrivateApt};
-use super::download::{self, Policy, Replaced};
-use super::lock::{LockedPackage, PackagesLock, finish, lock_unpacked, stanzas, target_apt};
-use super::sources::Offers;
+use super::apt::{AptMirrors, PrivateApt};
+use super::download::{self, LockPolicy, ReplacedPackage};
+use super::lock::{
+    LockedPackage, PackagesLock, finish_lock, lock_unpacked, split_stanzas, target_apt,
+};
+use super::sources::AllowedPackages;
 use super::{DebianSpec, host, unpack};
-use crate::artifact::{hash_bytes, partial};
-use crate::fetch::Fetcher;
+use crate::artifact::{hash_bytes, partial_path};
+use crate::fetch::Downloader;
 use crate::progress::say;
-use crate::rootfs::Role;
+use crate::rootfs::PackageRole;
 
 /// The compiler that Debian updates in a stable release, since its browsers need it.
 const COMPILER: &str = "rustc-web";
@@ -40,7 +42,7 @@ const TARGET: &str = "arm64";
 
 /// An unpacked compiler.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Compiler {
+pub struct UnpackedCompiler {
     /// Its `rustc`, a script that sets the library path.
     pub rustc: Utf8PathBuf,
     /// Version of the package.
@@ -48,7 +50,7 @@ pub struct Compiler {
 }
 
 /// The request of the lock: independent of products.
-fn request() -> DebianSpec {
+fn compiler_spec() -> DebianSpec {
     DebianSpec {
         suite: host::SUITE.to_owned(),
         components: vec!["main".to_owned()],
@@ -63,9 +65,9 @@ fn request() -> DebianSpec {
 ///
 /// # Errors
 /// When a mirror is unreachable or has no such compiler.
-pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+pub fn lock_compiler(mirrors: &AptMirrors, cache: &Utf8Path) -> Result<PackagesLock> {
     say("lock", format!("{}'s Rust compiler for {TARGET}: querying the mirrors", host::SUITE));
-    let spec = request();
+    let spec = compiler_spec();
     let mut package = Vec::new();
     for arch in host::HOSTS {
         let apt =
@@ -75,21 +77,21 @@ pub fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
         let mut names: Vec<String> = LOADED.map(str::to_owned).to_vec();
         names.extend([COMPILER.to_owned(), LIBRARY.to_owned()]);
         // The names of these two contain versions.
-        let library = dependency(&apt, LIBRARY, "libstd-rust-")?;
-        names.push(dependency(&apt, &library, "libllvm")?);
+        let library = find_dependency(&apt, LIBRARY, "libstd-rust-")?;
+        names.push(find_dependency(&apt, &library, "libllvm")?);
         names.push(library);
         package.extend(
-            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &AllowedPackages::default(), PackageRole::Host)
                 .with_context(|| format!("resolving a Rust compiler for {arch} machines"))?,
         );
     }
-    finish(&spec, 0, package)
+    finish_lock(&spec, 0, package)
 }
 
 /// The dependency of a package whose name has this prefix.
-fn dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
+fn find_dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
     let text = apt.cache(["show", "--no-all-versions", package])?;
-    let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
+    let depends = split_stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
     let found = depends.as_deref().unwrap_or_default().split(',').find_map(|item| {
         item.split_whitespace().next().filter(|name| name.starts_with(start)).map(str::to_owned)
     });
@@ -97,15 +99,15 @@ fn dependency(apt: &PrivateApt, package: &str, start: &str) -> Result<String> {
 }
 
 /// The packages of the lock for this machine.
-fn wanted(lock: &PackagesLock) -> Vec<LockedPackage> {
-    let own = host::architecture();
+fn packages_for_host(lock: &PackagesLock) -> Vec<LockedPackage> {
+    let own = host::host_architecture();
     let here = |p: &&LockedPackage| p.arch == own || (p.arch == TARGET && p.name == LIBRARY);
-    lock.of_role(Role::Host).filter(here).cloned().collect()
+    lock.of_role(PackageRole::Host).filter(here).cloned().collect()
 }
 
 /// A hash of a machine's packages in the lock: the identity of the compiler.
-pub fn identity(lock: &PackagesLock) -> String {
-    let hashes: String = wanted(lock).iter().map(|p| p.sha256.as_str()).collect();
+pub fn compiler_identity(lock: &PackagesLock) -> String {
+    let hashes: String = packages_for_host(lock).iter().map(|p| p.sha256.as_str()).collect();
     hash_bytes(hashes.as_bytes())
 }
 
@@ -114,23 +116,31 @@ pub fn identity(lock: &PackagesLock) -> String {
 ///
 /// # Errors
 /// When a file cannot be fetched, or has vanished and `policy` forbids a replacement.
-pub fn fetch(
+pub fn fetch_compiler(
     lock: &PackagesLock,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
-    policy: Policy,
+    downloader: &Downloader,
+    mirrors: Option<&AptMirrors>,
+    policy: LockPolicy,
     cache: &Utf8Path,
-) -> Result<Option<(PackagesLock, Vec<Replaced>)>> {
-    if download::fetch(&wanted(lock), fetcher, mirrors, Policy::Replace)?.gone.is_empty() {
+) -> Result<Option<(PackagesLock, Vec<ReplacedPackage>)>> {
+    if download::fetch_packages(&packages_for_host(lock), downloader, mirrors, LockPolicy::Replace)?
+        .gone
+        .is_empty()
+    {
         return Ok(None);
     }
     let mirrors = mirrors.context("no mirror to resolve vanished packages")?;
-    if policy == Policy::Locked {
-        download::fetch(&wanted(lock), fetcher, Some(mirrors), policy)?;
+    if policy == LockPolicy::Locked {
+        download::fetch_packages(&packages_for_host(lock), downloader, Some(mirrors), policy)?;
     }
-    let new = self::lock(mirrors, cache)?;
-    download::fetch(&wanted(&new), fetcher, Some(mirrors), Policy::Locked)?;
-    let replaced = download::differences(lock, &new);
+    let new = self::lock_compiler(mirrors, cache)?;
+    download::fetch_packages(
+        &packages_for_host(&new),
+        downloader,
+        Some(mirrors),
+        LockPolicy::Locked,
+    )?;
+    let replaced = download::lock_differences(lock, &new);
     Ok(Some((new, replaced)))
 }
 
@@ -138,30 +148,34 @@ pub fn fetch(
 ///
 /// # Errors
 /// When the lock has none for this machine, or a package is damaged.
-pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Result<Compiler> {
-    let packages = wanted(lock);
+pub fn unpack_compiler(
+    lock: &PackagesLock,
+    downloader: &Downloader,
+    cache: &Utf8Path,
+) -> Result<UnpackedCompiler> {
+    let packages = packages_for_host(lock);
     let Some(version) = packages.iter().find(|p| p.name == COMPILER).map(|p| p.version.clone())
     else {
         bail!(
             "the lock has no Rust compiler for {} machines\n\
              help: add the target to your own compiler: rustup target add \
              aarch64-unknown-linux-gnu",
-            host::architecture()
+            host::host_architecture()
         );
     };
-    let dir = cache.join(format!("tools/rustc-{}", &identity(lock)[..16]));
+    let dir = cache.join(format!("tools/rustc-{}", &compiler_identity(lock)[..16]));
     fs::create_dir_all(cache.join("tools")).with_context(|| format!("creating {cache}/tools"))?;
     let lock_path = cache.join("tools/.lock");
     let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
     let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
     let rustc = dir.join("rustc");
     if !dir.is_dir() {
-        let made = partial(&dir);
+        let made = partial_path(&dir);
         if made.exists() {
             fs::remove_dir_all(&made).with_context(|| format!("removing {made}"))?;
         }
         for package in &packages {
-            unpack::deb(&fetcher.path_of(&package.sha256), &made)?;
+            unpack::unpack_deb(&downloader.path_of(&package.sha256), &made)?;
         }
         let triplet = format!("{}-linux-gnu", std::env::consts::ARCH);
         let script = format!(
@@ -175,5 +189,5 @@ pub fn unpacked(lock: &PackagesLock, fetcher: &Fetcher, cache: &Utf8Path) -> Res
         fs::set_permissions(&path, fs::Permissions::from_mode(0o755))?;
         fs::rename(&made, &dir).with_context(|| format!("renaming {made}"))?;
     }
-    Ok(Compiler { rustc, version })
+    Ok(UnpackedCompiler { rustc, version })
 }

@@ -6,16 +6,16 @@ use std::fs;
 use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 
-use super::apt::{Mirrors, PrivateApt, Source};
-use super::download::{self, Policy};
+use super::apt::{AptArchive, AptMirrors, PrivateApt};
+use super::download::{self, LockPolicy};
 use super::lock::{LockedPackage, PackagesLock, lock_unpacked};
-use super::sources::Offers;
+use super::sources::AllowedPackages;
 use super::unpack;
 use crate::artifact::hash_bytes;
 use crate::exec;
 use crate::ext4::Mke2fs;
-use crate::fetch::Fetcher;
-use crate::rootfs::Role;
+use crate::fetch::Downloader;
+use crate::rootfs::PackageRole;
 
 /// Architectures (with Debian's names) that a build can run on.
 pub(super) const HOSTS: [&str; 2] = ["amd64", "arm64"];
@@ -32,10 +32,13 @@ const FROM_BACKPORTS: [&str; 4] = ["e2fsprogs", "libcom-err2", "libext2fs2", "li
 const FROM_SUITE: [&str; 4] = ["libarchive13", "libicu72", "libnettle8", "libxml2"];
 
 /// Locks the host tools for every architecture that may build.
-pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPackage>> {
+pub(super) fn lock_host_tools(
+    mirrors: &AptMirrors,
+    cache: &Utf8Path,
+) -> Result<Vec<LockedPackage>> {
     let mut locked = Vec::new();
     for arch in HOSTS {
-        let source = |uri: &str, suite: String| Source { uri: uri.to_owned(), suite };
+        let source = |uri: &str, suite: String| AptArchive { uri: uri.to_owned(), suite };
         let sources = [
             source(&mirrors.archive, SUITE.to_owned()),
             source(&mirrors.archive, format!("{SUITE}-updates")),
@@ -51,7 +54,7 @@ pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPack
             .chain(FROM_SUITE.map(str::to_owned))
             .collect();
         locked.extend(
-            lock_unpacked(&apt, &names, mirrors, &Offers::default(), Role::Host)
+            lock_unpacked(&apt, &names, mirrors, &AllowedPackages::default(), PackageRole::Host)
                 .with_context(|| format!("resolving e2fsprogs for {arch} machines"))?,
         );
     }
@@ -60,16 +63,16 @@ pub(super) fn lock(mirrors: &Mirrors, cache: &Utf8Path) -> Result<Vec<LockedPack
 
 /// The architecture of the host tools that this machine needs; `None` when its own `mke2fs` is
 /// sufficient.
-pub(super) fn wanted() -> Option<&'static str> {
-    let own = exec::find("mke2fs").map(|program| Mke2fs { program, libraries: Vec::new() });
+pub(super) fn needed_architecture() -> Option<&'static str> {
+    let own = exec::find_program("mke2fs").map(|program| Mke2fs { program, libraries: Vec::new() });
     if own.is_some_and(|own| own.version().is_ok()) {
         return None;
     }
-    Some(architecture())
+    Some(host_architecture())
 }
 
 /// Debian's name for this machine's architecture.
-pub(super) fn architecture() -> &'static str {
+pub(super) fn host_architecture() -> &'static str {
     match std::env::consts::ARCH {
         "x86_64" => "amd64",
         "aarch64" => "arm64",
@@ -84,16 +87,17 @@ pub(super) fn architecture() -> &'static str {
 /// fetched.
 pub fn host_e2fs(
     lock: &PackagesLock,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
+    downloader: &Downloader,
+    mirrors: Option<&AptMirrors>,
     cache: &Utf8Path,
 ) -> Result<Mke2fs> {
-    let Some(arch) = wanted() else {
-        let program = exec::find("mke2fs").context("this machine's mke2fs no longer exists")?;
+    let Some(arch) = needed_architecture() else {
+        let program =
+            exec::find_program("mke2fs").context("this machine's mke2fs no longer exists")?;
         return Ok(Mke2fs { program, libraries: Vec::new() });
     };
     let packages: Vec<LockedPackage> =
-        lock.of_role(Role::Host).filter(|p| p.arch == arch).cloned().collect();
+        lock.of_role(PackageRole::Host).filter(|p| p.arch == arch).cloned().collect();
     if packages.is_empty() {
         bail!(
             "this machine's e2fsprogs is older than 1.47.1, and the package lock has none for {arch}\n\
@@ -108,13 +112,13 @@ pub fn host_e2fs(
     let waiting = fs::File::create(&lock_path).and_then(|file| file.lock().map(|()| file));
     let _held = waiting.with_context(|| format!("locking {lock_path}"))?;
     if !dir.is_dir() {
-        let debs = download::fetch(&packages, fetcher, mirrors, Policy::Locked)?;
-        let partial = crate::artifact::partial(&dir);
+        let debs = download::fetch_packages(&packages, downloader, mirrors, LockPolicy::Locked)?;
+        let partial = crate::artifact::partial_path(&dir);
         if partial.exists() {
             fs::remove_dir_all(&partial).with_context(|| format!("removing {partial}"))?;
         }
         for deb in &debs.debs {
-            unpack::deb(&deb.file.path, &partial)?;
+            unpack::unpack_deb(&deb.file.path, &partial)?;
         }
         fs::rename(&partial, &dir).with_context(|| format!("renaming {partial}"))?;
     }
@@ -146,12 +150,12 @@ pub fn host_e2fs(
 pub fn unpack_locked(
     lock: &PackagesLock,
     name: &str,
-    fetcher: &Fetcher,
-    mirrors: Option<&Mirrors>,
+    downloader: &Downloader,
+    mirrors: Option<&AptMirrors>,
     dir: &Utf8Path,
 ) -> Result<()> {
-    let package = lock.of_role(Role::Extra).find(|p| p.name == name).cloned();
+    let package = lock.of_role(PackageRole::Extra).find(|p| p.name == name).cloned();
     let package = package.with_context(|| format!("the package lock has no {name}"))?;
-    let fetched = download::fetch(&[package], fetcher, mirrors, Policy::Locked)?;
-    fetched.debs.iter().try_for_each(|deb| unpack::deb(&deb.file.path, dir))
+    let fetched = download::fetch_packages(&[package], downloader, mirrors, LockPolicy::Locked)?;
+    fetched.debs.iter().try_for_each(|deb| unpack::unpack_deb(&deb.file.path, dir))
 }

@@ -5,21 +5,21 @@ use std::collections::{BTreeMap, BTreeSet, HashMap};
 use anyhow::{Context, Result};
 
 use super::download::LockedDeb;
-use super::lock::{Archive, stanzas};
+use super::lock::{ArchiveName, split_stanzas};
 use crate::exec::Tool;
-use crate::rootfs::tree::{Entry, Tree};
-use crate::rootfs::{Distribution, Package, Python, Role};
+use crate::rootfs::tree::{RootEntry, RootTree};
+use crate::rootfs::{BasePackage, PackageRole, PythonDistribution, RootPython};
 
 /// The directory in which Debian's `python3-*` packages install distributions.
 const DISTRIBUTIONS: &str = "usr/lib/python3/dist-packages/";
 
 /// All packages of the build, sorted by name.
-pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> {
+pub(super) fn list_packages(tree: &RootTree, debs: &[LockedDeb]) -> Result<Vec<BasePackage>> {
     let owned = owned_bytes(tree)?;
     let mut all = Vec::with_capacity(debs.len());
     for LockedDeb { package, file } in debs {
         let control = Tool::new("dpkg-deb").arg("--field").arg(&file.path).read()?;
-        let mut fields = stanzas(&control).pop().unwrap_or_default();
+        let mut fields = split_stanzas(&control).pop().unwrap_or_default();
         let name = package.name.clone();
         let source = fields.remove("Source").unwrap_or_else(|| name.clone());
         // `linux-signed-arm64 (6.1.192+2)`: with an explicit source version.
@@ -30,25 +30,25 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
             None => (source, package.version.clone()),
         };
         let copyright = match package.role {
-            Role::Root => tree.bytes(&format!("usr/share/doc/{name}/copyright"))?,
+            PackageRole::Root => tree.bytes(&format!("usr/share/doc/{name}/copyright"))?,
             _ => None,
         };
-        all.push(Package {
+        all.push(BasePackage {
             version: package.version.clone(),
             arch: package.arch.clone(),
             role: package.role,
             source,
             source_version,
             archive: match &package.archive {
-                Archive::Source(name) => Some(name.clone()),
-                Archive::Debian | Archive::Security => None,
+                ArchiveName::Source(name) => Some(name.clone()),
+                ArchiveName::Debian | ArchiveName::Security => None,
             },
             section: fields.remove("Section").unwrap_or_default(),
             installed_bytes: owned.get(&name).copied().unwrap_or(0),
             download_bytes: file.size,
             sha256: file.sha256.clone(),
             homepage: fields.remove("Homepage"),
-            licences: licences(&String::from_utf8_lossy(&copyright.unwrap_or_default())),
+            licences: parse_licences(&String::from_utf8_lossy(&copyright.unwrap_or_default())),
             essential: fields.remove("Essential").as_deref() == Some("yes"),
             cpe: None,
             needs: Vec::new(),
@@ -60,7 +60,7 @@ pub(super) fn packages(tree: &Tree, debs: &[LockedDeb]) -> Result<Vec<Package>> 
 }
 
 /// Bytes in the pruned root by package, according to dpkg's lists of files.
-fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
+fn owned_bytes(tree: &RootTree) -> Result<HashMap<String, u64>> {
     let lists = tree
         .iter()
         .map(|(path, _)| path)
@@ -75,7 +75,7 @@ fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
         for line in text.lines() {
             // dpkg lists `/lib/x`, the merged root contains `usr/lib/x`.
             let entry = tree.get(line).or_else(|| tree.get(&format!("usr{line}")));
-            sum += entry.map_or(0, Entry::size);
+            sum += entry.map_or(0, RootEntry::size);
         }
         owned.insert(name, sum);
     }
@@ -83,7 +83,7 @@ fn owned_bytes(tree: &Tree) -> Result<HashMap<String, u64>> {
 }
 
 /// The short names on the `License:` lines of a machine-readable copyright file.
-fn licences(copyright: &str) -> Vec<String> {
+fn parse_licences(copyright: &str) -> Vec<String> {
     if !copyright.lines().take(5).any(|l| l.starts_with("Format:")) {
         return Vec::new();
     }
@@ -94,14 +94,14 @@ fn licences(copyright: &str) -> Vec<String> {
 }
 
 /// The version that a locked package has, without epoch and Debian's revision.
-fn upstream<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
+fn upstream_version<'a>(debs: &'a [LockedDeb], name: &str) -> Option<&'a str> {
     let version = &debs.iter().find(|d| d.package.name == name)?.package.version;
     let version = version.split_once(':').map_or(version.as_str(), |(_, rest)| rest);
     Some(version.rsplit_once('-').map_or(version, |(upstream, _)| upstream))
 }
 
 /// The interpreter that `python3` in the root points to.
-pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
+pub(super) fn find_python(tree: &RootTree, debs: &[LockedDeb]) -> Result<RootPython> {
     let help = "help: add python3 to the product's packages";
     let short = tree
         .iter()
@@ -109,8 +109,8 @@ pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
         .find(|minor| minor.bytes().all(|b| b.is_ascii_digit()))
         .map(|minor| format!("3.{minor}"))
         .with_context(|| format!("the root has no Python\n{help}"))?;
-    let version = upstream(debs, &format!("python{short}"))
-        .or_else(|| upstream(debs, &format!("python{short}-minimal")))
+    let version = upstream_version(debs, &format!("python{short}"))
+        .or_else(|| upstream_version(debs, &format!("python{short}-minimal")))
         .with_context(|| format!("the lock has no package python{short}\n{help}"))?
         .to_owned();
     let metadata = tree.iter().map(|(path, _)| path).filter(|path| {
@@ -127,11 +127,12 @@ pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
         let head: BTreeMap<&str, &str> =
             text.lines().take_while(|l| !l.is_empty()).filter_map(|l| l.split_once(": ")).collect();
         if let (Some(name), Some(version)) = (head.get("Name"), head.get("Version")) {
-            distributions.push(Distribution { name: (*name).into(), version: (*version).into() });
+            distributions
+                .push(PythonDistribution { name: (*name).into(), version: (*version).into() });
         }
     }
     distributions.sort();
-    Ok(Python {
+    Ok(RootPython {
         site_packages: format!("/usr/local/lib/python{short}/dist-packages"),
         scripts: "/usr/local/bin".to_owned(),
         version,
@@ -141,6 +142,6 @@ pub(super) fn python(tree: &Tree, debs: &[LockedDeb]) -> Result<Python> {
 }
 
 /// Version of the C library.
-pub(super) fn glibc(debs: &[LockedDeb]) -> Result<String> {
-    upstream(debs, "libc6").map(str::to_owned).context("the lock has no libc6")
+pub(super) fn glibc_version(debs: &[LockedDeb]) -> Result<String> {
+    upstream_version(debs, "libc6").map(str::to_owned).context("the lock has no libc6")
 }

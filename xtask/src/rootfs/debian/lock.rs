@@ -9,14 +9,14 @@ use camino::Utf8Path;
 use serde::{Deserialize, Serialize};
 use toml::Spanned;
 
-use super::apt::{Mirrors, PrivateApt, Source};
+use super::apt::{AptArchive, AptMirrors, PrivateApt};
 use super::download::LockedDeb;
-use super::sources::Offers;
+use super::sources::AllowedPackages;
 use super::{DebianSpec, host, repo};
 use crate::artifact::write_atomically;
-use crate::config::reader::{Findings, in_entry, written_lock};
+use crate::config::reader::{ConfigFindings, in_entry, written_lock};
 use crate::progress;
-use crate::rootfs::Role;
+use crate::rootfs::PackageRole;
 
 /// The format of the lock file. Any other number is rejected.
 const VERSION: u32 = 1;
@@ -58,7 +58,7 @@ struct Written {
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct LockedPackage {
     /// Installed, unpacked for the image, or unpacked for the build machine.
-    pub role: Role,
+    pub role: PackageRole,
     /// Binary package name.
     pub name: String,
     /// Architecture (`arm64`, `all`).
@@ -66,7 +66,7 @@ pub struct LockedPackage {
     /// Version, with its epoch.
     pub version: String,
     /// The archive that contains it.
-    pub archive: Archive,
+    pub archive: ArchiveName,
     /// Path below the archive's address.
     pub filename: String,
     /// Length in bytes.
@@ -80,7 +80,7 @@ impl LockedPackage {
     ///
     /// # Errors
     /// When they do not include its source.
-    pub fn url(&self, mirrors: &Mirrors) -> Result<String> {
+    pub fn url(&self, mirrors: &AptMirrors) -> Result<String> {
         // apt itself escapes these two characters in pool paths; some mirrors require it.
         let path = self.filename.replace('+', "%2b").replace('~', "%7e");
         Ok(format!("{}/{path}", self.archive.address(mirrors)?))
@@ -88,24 +88,24 @@ impl LockedPackage {
 
     /// Rejects invalid package entries.
     pub(super) fn check(&self) -> Result<()> {
-        self.wrong().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
+        self.find_problem().map_or(Ok(()), |(_, why)| Err(anyhow!(why)))
     }
 
     /// What cannot be true of a package of an archive: the key, and a sentence.
-    fn wrong(&self) -> Option<(&'static str, String)> {
+    fn find_problem(&self) -> Option<(&'static str, String)> {
         let Self { name, filename, sha256, archive, .. } = self;
         if sha256.len() != 64 || !sha256.bytes().all(|b| matches!(b, b'0'..=b'9' | b'a'..=b'f')) {
             let why = format!("'{sha256}' is not a SHA-256 in lower-case hexadecimal");
             return Some(("sha256", format!("package {name}: {why}")));
         }
         let (fits, what) = match archive {
-            Archive::Debian | Archive::Security => {
+            ArchiveName::Debian | ArchiveName::Security => {
                 let whole = |part: &str| part != "..";
                 let fits = filename.starts_with("pool/") && filename.split('/').all(whole);
                 (fits, "is not a path below pool/")
             }
             // Not every archive uses the name `pool`.
-            Archive::Source(_) => {
+            ArchiveName::Source(_) => {
                 let plain = |b: u8| b.is_ascii_alphanumeric() || b"-._~+/%:".contains(&b);
                 let whole = |part: &str| !matches!(part, "" | "." | "..") && !part.ends_with(':');
                 let fits = filename.bytes().all(plain) && filename.split('/').all(whole);
@@ -116,12 +116,12 @@ impl LockedPackage {
     }
 
     /// `name version` as messages show it.
-    pub fn shown(&self) -> String {
+    pub fn name_and_version(&self) -> String {
         format!("{} {}", self.name, self.version)
     }
 
     /// The pool directory: all binaries of one source share it.
-    pub(super) fn pool(&self) -> (&Archive, &str) {
+    pub(super) fn pool(&self) -> (&ArchiveName, &str) {
         (&self.archive, self.filename.rsplit_once('/').map_or("", |(folder, _)| folder))
     }
 }
@@ -129,7 +129,7 @@ impl LockedPackage {
 /// One of Debian's archives, or an additional one. In a lock it is written as its name.
 #[derive(Debug, Clone, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(from = "String", into = "String")]
-pub enum Archive {
+pub enum ArchiveName {
     /// A release, its `-updates` and its `-backports`: one pool.
     Debian,
     /// A release's `-security`.
@@ -139,7 +139,7 @@ pub enum Archive {
 }
 
 /// The key of a package for the comparison of two locks: its role, name and architecture.
-pub(super) type PackageKey<'a> = (Role, &'a str, &'a str);
+pub(super) type PackageKey<'a> = (PackageRole, &'a str, &'a str);
 
 impl PackagesLock {
     /// The packages by their keys.
@@ -159,13 +159,16 @@ impl PackagesLock {
             (Some(old), Some(new)) => {
                 let moved = match old.archive == new.archive {
                     true => String::new(),
-                    false => format!(", now from {}", new.archive.shown()),
+                    false => format!(", now from {}", new.archive.display_name()),
                 };
                 Some(format!("{} {} -> {}{moved}", key.1, old.version, new.version))
             }
-            (None, Some(new)) => {
-                Some(format!("{} {} added, from {}", key.1, new.version, new.archive.shown()))
-            }
+            (None, Some(new)) => Some(format!(
+                "{} {} added, from {}",
+                key.1,
+                new.version,
+                new.archive.display_name()
+            )),
             (Some(old), None) => Some(format!("{} {} removed", key.1, old.version)),
             (None, None) => None,
         };
@@ -173,9 +176,9 @@ impl PackagesLock {
     }
 }
 
-impl Archive {
+impl ArchiveName {
     /// Its name in messages.
-    fn shown(&self) -> &str {
+    fn display_name(&self) -> &str {
         match self {
             Self::Debian => "Debian",
             Self::Security => "Debian's security archive",
@@ -183,7 +186,7 @@ impl Archive {
         }
     }
 
-    fn address<'m>(&self, mirrors: &'m Mirrors) -> Result<&'m str> {
+    fn address<'m>(&self, mirrors: &'m AptMirrors) -> Result<&'m str> {
         Ok(match self {
             Self::Debian => &mirrors.archive,
             Self::Security => &mirrors.security,
@@ -192,7 +195,7 @@ impl Archive {
     }
 }
 
-impl From<String> for Archive {
+impl From<String> for ArchiveName {
     fn from(name: String) -> Self {
         match name.as_str() {
             "debian" => Self::Debian,
@@ -202,12 +205,12 @@ impl From<String> for Archive {
     }
 }
 
-impl From<Archive> for String {
-    fn from(archive: Archive) -> Self {
+impl From<ArchiveName> for String {
+    fn from(archive: ArchiveName) -> Self {
         match archive {
-            Archive::Debian => "debian".to_owned(),
-            Archive::Security => "security".to_owned(),
-            Archive::Source(name) => name,
+            ArchiveName::Debian => "debian".to_owned(),
+            ArchiveName::Security => "security".to_owned(),
+            ArchiveName::Source(name) => name,
         }
     }
 }
@@ -243,10 +246,10 @@ impl PackagesLock {
             let mut find = |key: &str, message: String| {
                 wrong.push(in_entry(text, path, &entry.span(), key, message));
             };
-            if let Some((key, message)) = package.wrong() {
+            if let Some((key, message)) = package.find_problem() {
                 find(key, message);
             }
-            if let Archive::Source(source) = archive
+            if let ArchiveName::Source(source) = archive
                 && !request.sources.iter().any(|known| known.name == *source)
             {
                 let message = format!(
@@ -258,7 +261,7 @@ impl PackagesLock {
                 find("name", format!("package {name} ({arch}) is listed twice"));
             }
         }
-        Findings(wrong).check()?;
+        ConfigFindings(wrong).check()?;
         let package = entries.into_iter().map(Spanned::into_inner).collect();
         Ok(Self { version, epoch, request, package })
     }
@@ -282,7 +285,7 @@ impl PackagesLock {
     }
 
     /// The packages of one role.
-    pub fn of_role(&self, role: Role) -> impl Iterator<Item = &LockedPackage> {
+    pub fn of_role(&self, role: PackageRole) -> impl Iterator<Item = &LockedPackage> {
         self.package.iter().filter(move |p| p.role == role)
     }
 
@@ -333,17 +336,21 @@ impl PackagesLock {
 /// # Errors
 /// When a mirror is unreachable, a signature is invalid, or apt finds no solution (with apt's
 /// message).
-pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<PackagesLock> {
+pub fn lock_packages(
+    spec: &DebianSpec,
+    mirrors: &AptMirrors,
+    cache: &Utf8Path,
+) -> Result<PackagesLock> {
     progress::say("lock", format!("{} {}: querying the mirrors", spec.suite, spec.arch));
-    let offers = Offers::ask(spec, mirrors, cache)?;
+    let offers = AllowedPackages::read(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
     offers.bring_in(&apt)?;
     apt.pin(offers.pins())?;
-    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, &[], &offers));
+    let solved = apt.update().and_then(|()| solve_request(&apt, spec, mirrors, &[], &offers));
     // The next product to lock may have no sources.
     apt.pin("")?;
     let mut package = solved?;
-    package.extend(host::lock(mirrors, cache)?);
+    package.extend(host::lock_host_tools(mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
     let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
         Ok(text) if !text.trim().is_empty() => {
@@ -351,11 +358,11 @@ pub fn lock(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Pa
         }
         _ => now().context("the system clock is set before 1970")?.as_secs(),
     };
-    finish(spec, epoch, package)
+    finish_lock(spec, epoch, package)
 }
 
 /// Sorts and completes a lock.
-pub(super) fn finish(
+pub(super) fn finish_lock(
     spec: &DebianSpec,
     epoch: u64,
     mut package: Vec<LockedPackage>,
@@ -375,14 +382,14 @@ pub(super) fn finish(
 /// The private apt for the target, with the three suites that every image uses.
 pub(super) fn target_apt(
     spec: &DebianSpec,
-    mirrors: &Mirrors,
+    mirrors: &AptMirrors,
     cache: &Utf8Path,
 ) -> Result<PrivateApt> {
     let suite = &spec.suite;
     let sources = [
-        Source { uri: mirrors.archive.clone(), suite: suite.clone() },
-        Source { uri: mirrors.archive.clone(), suite: format!("{suite}-updates") },
-        Source { uri: mirrors.security.clone(), suite: format!("{suite}-security") },
+        AptArchive { uri: mirrors.archive.clone(), suite: suite.clone() },
+        AptArchive { uri: mirrors.archive.clone(), suite: format!("{suite}-updates") },
+        AptArchive { uri: mirrors.security.clone(), suite: format!("{suite}-security") },
     ];
     let dir = cache.join(format!("apt/{suite}-{}", spec.arch));
     PrivateApt::new(&dir, &spec.arch, &sources, &spec.components, &mirrors.keyring)
@@ -390,12 +397,12 @@ pub(super) fn target_apt(
 
 /// What apt would install and unpack, with roles. `kept` lists the packages in the local archive of
 /// an old lock.
-fn solve(
+fn solve_request(
     apt: &PrivateApt,
     spec: &DebianSpec,
-    mirrors: &Mirrors,
+    mirrors: &AptMirrors,
     kept: &[LockedDeb],
-    offers: &Offers,
+    offers: &AllowedPackages,
 ) -> Result<Vec<LockedPackage>> {
     let mut wanted = vec![ESSENTIAL];
     wanted.extend(spec.packages.iter().map(String::as_str));
@@ -403,12 +410,12 @@ fn solve(
         ["-qq", "--print-uris", "install", "--"].into_iter().chain(wanted.iter().copied());
     let root = apt.get(install).map_err(|error| {
         let reasons = apt.reasons_against(&wanted);
-        let doing = format!("resolving the packages of {} for {}", spec.suite, spec.arch);
+        let context = format!("resolving the packages of {} for {}", spec.suite, spec.arch);
         if reasons.is_empty() {
-            return error.context(doing);
+            return error.context(context);
         }
         anyhow!(
-            "{doing}: apt cannot install them together\n  - {}\n\
+            "{context}: apt cannot install them together\n  - {}\n\
              help: change `packages` in the product's file or the board's: list only one of the \
              packages that \
              conflict, and instead of a virtual package one that provides it",
@@ -420,7 +427,7 @@ fn solve(
         line.starts_with(repo::URI_PREFIX) && kept.iter().any(|d| hash == Some(&d.file.sha256))
     };
     let (local, remote): (Vec<&str>, Vec<&str>) = root.lines().partition(is_kept);
-    let mut locked = locked_from_uris(apt, &remote.join("\n"), mirrors, offers, Role::Root)?;
+    let mut locked = locked_from_uris(apt, &remote.join("\n"), mirrors, offers, PackageRole::Root)?;
     for hash in local.into_iter().filter_map(repo::hash_in) {
         locked.extend(kept.iter().find(|d| d.file.sha256 == hash).map(|d| d.package.clone()));
     }
@@ -430,13 +437,13 @@ fn solve(
     };
     let mut wanted = Vec::new();
     for name in &spec.extra {
-        let mut extras = kept.iter().map(|d| &d.package).filter(|p| p.role == Role::Extra);
+        let mut extras = kept.iter().map(|d| &d.package).filter(|p| p.role == PackageRole::Extra);
         match extras.find(|p| same(&p.name, name)) {
             Some(package) => locked.push(package.clone()),
             None => wanted.push(name.clone()),
         }
     }
-    locked.extend(lock_unpacked(apt, &wanted, mirrors, offers, Role::Extra)?);
+    locked.extend(lock_unpacked(apt, &wanted, mirrors, offers, PackageRole::Extra)?);
     Ok(locked)
 }
 
@@ -444,9 +451,9 @@ fn solve(
 pub(super) fn lock_unpacked(
     apt: &PrivateApt,
     names: &[String],
-    mirrors: &Mirrors,
-    offers: &Offers,
-    role: Role,
+    mirrors: &AptMirrors,
+    offers: &AllowedPackages,
+    role: PackageRole,
 ) -> Result<Vec<LockedPackage>> {
     if names.is_empty() {
         return Ok(Vec::new());
@@ -469,7 +476,7 @@ fn kernel_behind(apt: &PrivateApt, name: &str) -> Result<Option<String>> {
     let text = apt
         .cache(["show", "--no-all-versions", name])
         .with_context(|| format!("looking up {name}"))?;
-    let depends = stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
+    let depends = split_stanzas(&text).into_iter().find_map(|s| s.get("Depends").cloned());
     Ok(depends.and_then(|depends| {
         let names = depends.split(',').filter_map(|item| item.split_whitespace().next());
         names.into_iter().find(|item| item.starts_with(KERNEL)).map(str::to_owned)
@@ -480,20 +487,20 @@ fn kernel_behind(apt: &PrivateApt, name: &str) -> Result<Option<String>> {
 fn locked_from_uris(
     apt: &PrivateApt,
     text: &str,
-    mirrors: &Mirrors,
-    offers: &Offers,
-    role: Role,
+    mirrors: &AptMirrors,
+    offers: &AllowedPackages,
+    role: PackageRole,
 ) -> Result<Vec<LockedPackage>> {
     let (mut found, mut offered) = (Vec::new(), Vec::new());
     for line in text.lines().filter(|line| line.starts_with('\'')) {
-        let doing = || format!("parsing apt's output: {line}");
+        let context = || format!("parsing apt's output: {line}");
         if line.starts_with(repo::URI_PREFIX) {
-            let hash = repo::hash_in(line).with_context(doing)?;
+            let hash = repo::hash_in(line).with_context(context)?;
             let package = offers.with_hash(hash);
             offered.push(package.with_context(|| format!("apt selected an unknown file {hash}"))?);
             continue;
         }
-        let package = parse_uri_line(line, mirrors, role).with_context(doing)?;
+        let package = parse_uri_line(line, mirrors, role).with_context(context)?;
         match offers.instead_of(&package) {
             Some(package) => offered.push(package),
             None => found.push(package),
@@ -507,7 +514,7 @@ fn locked_from_uris(
     let queries: Vec<String> = found.iter().map(|p| format!("{}={}", p.name, p.version)).collect();
     let shown = apt.cache(["show"].map(str::to_owned).into_iter().chain(queries))?;
     let mut hashes: HashMap<String, String> = HashMap::new();
-    for mut stanza in stanzas(&shown) {
+    for mut stanza in split_stanzas(&shown) {
         if let (Some(file), Some(hash)) = (stanza.remove("Filename"), stanza.remove("SHA256")) {
             hashes.insert(file, hash);
         }
@@ -521,20 +528,20 @@ fn locked_from_uris(
     Ok(found)
 }
 
-fn parse_uri_line(line: &str, mirrors: &Mirrors, role: Role) -> Result<LockedPackage> {
+fn parse_uri_line(line: &str, mirrors: &AptMirrors, role: PackageRole) -> Result<LockedPackage> {
     let mut fields = line.split_whitespace();
     let (Some(uri), Some(file), Some(size)) = (fields.next(), fields.next(), fields.next()) else {
         bail!("expected an address, a file name and a size");
     };
     let uri = uri.trim_matches('\'');
-    let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(unescape);
+    let below = |mirror: &str| uri.strip_prefix(mirror)?.strip_prefix('/').map(percent_decode);
     // The security archive first: its address often begins with the archive's address.
     let (archive, filename) = match (below(&mirrors.security), below(&mirrors.archive)) {
-        (Some(path), _) => (Archive::Security, path),
-        (None, Some(path)) => (Archive::Debian, path),
+        (Some(path), _) => (ArchiveName::Security, path),
+        (None, Some(path)) => (ArchiveName::Debian, path),
         (None, None) => bail!("the address does not belong to any of the mirrors"),
     };
-    let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(unescape).collect();
+    let parts: Vec<String> = file.trim_end_matches(".deb").split('_').map(percent_decode).collect();
     let [name, version, arch] = parts.as_slice() else {
         bail!("'{file}' is not NAME_VERSION_ARCH.deb")
     };
@@ -551,7 +558,7 @@ fn parse_uri_line(line: &str, mirrors: &Mirrors, role: Role) -> Result<LockedPac
 }
 
 /// Decodes `%xx`.
-fn unescape(text: &str) -> String {
+fn percent_decode(text: &str) -> String {
     let mut out = String::with_capacity(text.len());
     let mut rest = text;
     while let Some((before, after)) = rest.split_once('%') {
@@ -572,7 +579,7 @@ fn unescape(text: &str) -> String {
 }
 
 /// Splits deb822 text into its stanzas; continuation lines belong to the previous field.
-pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
+pub(super) fn split_stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
     let mut all = Vec::new();
     for block in text.split("\n\n") {
         let mut fields: BTreeMap<String, String> = BTreeMap::new();
@@ -598,15 +605,15 @@ pub(super) fn stanzas(text: &str) -> Vec<BTreeMap<String, String>> {
 /// Resolves the request with these packages available, in exactly these versions if possible.
 pub(super) fn solve_with_kept(
     spec: &DebianSpec,
-    mirrors: &Mirrors,
+    mirrors: &AptMirrors,
     cache: &Utf8Path,
     kept: &[LockedDeb],
 ) -> Result<Vec<LockedPackage>> {
-    let offers = Offers::ask(spec, mirrors, cache)?;
+    let offers = AllowedPackages::read(spec, mirrors, cache)?;
     let apt = target_apt(spec, mirrors, cache)?;
     offers.bring_in(&apt)?;
     let local = cache.join("apt/kept");
-    repo::write(&local, &kept.iter().collect::<Vec<_>>())?;
+    repo::write_archive(&local, &kept.iter().collect::<Vec<_>>())?;
     let local = local.canonicalize_utf8().context("resolving the local archive")?;
     apt.add_local(&local)?;
     // Above 1000: preferred even when the archive has a newer version.
@@ -615,7 +622,7 @@ pub(super) fn solve_with_kept(
         text + &format!("Package: {name}\nPin: version {version}\nPin-Priority: 1001\n\n")
     });
     apt.pin(&pins)?;
-    let solved = apt.update().and_then(|()| solve(&apt, spec, mirrors, kept, &offers));
+    let solved = apt.update().and_then(|()| solve_request(&apt, spec, mirrors, kept, &offers));
     apt.pin("")?;
     solved
 }
@@ -624,9 +631,9 @@ pub(super) fn solve_with_kept(
 mod tests {
     use super::*;
 
-    fn lock(packages: &[(&str, &str, Archive)]) -> PackagesLock {
-        let package = |(name, version, archive): &(&str, &str, Archive)| LockedPackage {
-            role: Role::Root,
+    fn lock(packages: &[(&str, &str, ArchiveName)]) -> PackagesLock {
+        let package = |(name, version, archive): &(&str, &str, ArchiveName)| LockedPackage {
+            role: PackageRole::Root,
             name: (*name).to_owned(),
             arch: "arm64".to_owned(),
             version: (*version).to_owned(),
@@ -653,16 +660,16 @@ mod tests {
 
     #[test]
     fn each_package_that_changes_moves_comes_or_goes_is_told() {
-        let acme = || Archive::Source("acme".to_owned());
+        let acme = || ArchiveName::Source("acme".to_owned());
         let old = lock(&[
-            ("bash", "5", Archive::Debian),
-            ("curl", "7", Archive::Debian),
-            ("less", "590", Archive::Debian),
-            ("vim", "9", Archive::Debian),
+            ("bash", "5", ArchiveName::Debian),
+            ("curl", "7", ArchiveName::Debian),
+            ("less", "590", ArchiveName::Debian),
+            ("vim", "9", ArchiveName::Debian),
         ]);
         let new = lock(&[
-            ("bash", "5", Archive::Debian),
-            ("curl", "8", Archive::Debian),
+            ("bash", "5", ArchiveName::Debian),
+            ("curl", "8", ArchiveName::Debian),
             ("less", "590", acme()),
             ("motor", "1", acme()),
         ]);

@@ -20,14 +20,14 @@ mod unpack;
 
 use serde::{Deserialize, Serialize};
 
-pub use apt::Mirrors;
-pub use binfmt::ensure as can_run;
-pub use build::{BoardWants, BuildRequest, build, install};
-pub use download::{Fetched, LockedDeb, Policy, Replaced, fetch_lock};
+pub use apt::AptMirrors;
+pub use binfmt::ensure_runs as can_run;
+pub use build::{BoardFilePatterns, DebianRequest, build_base_system, install_packages};
+pub use download::{DownloadedPackages, LockPolicy, LockedDeb, ReplacedPackage, fetch_lock};
 pub use host::{host_e2fs, unpack_locked};
-pub use lock::{Archive, LockedPackage, PackagesLock, lock};
+pub use lock::{ArchiveName, LockedPackage, PackagesLock, lock_packages};
 pub use prune::PruneRules;
-pub use sources::{SourceMirror, SourceSpec};
+pub use sources::{AptSourceMirror, AptSourceSpec};
 
 /// What to install, from the product and the board.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,5 +48,5 @@ pub struct DebianSpec {
     /// Additional archives, and what may come from them. A lock without any has the same text as
     /// before sources existed.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub sources: Vec<SourceSpec>,
+    pub sources: Vec<AptSourceSpec>,
 }

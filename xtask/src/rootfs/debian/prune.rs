@@ -4,7 +4,7 @@ use anyhow::{Context, Result, bail};
 use serde::{Deserialize, Serialize};
 
 use crate::rootfs::glob;
-use crate::rootfs::tree::{Data, Entry, Kind, Name, Tree};
+use crate::rootfs::tree::{FileData, RootEntry, RootEntryKind, RootPath, RootTree};
 
 /// Seconds of a day, the unit of /etc/shadow.
 const DAY: u64 = 86_400;
@@ -13,7 +13,7 @@ const DAY: u64 = 86_400;
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
 pub struct PruneRules {
-    /// Patterns of paths to remove (see [`glob::compile`]).
+    /// Patterns of paths to remove (see [`glob::compile_globs`]).
     pub drop: Vec<String>,
     /// Patterns of paths to keep although `drop` matches.
     pub keep: Vec<String>,
@@ -32,10 +32,10 @@ impl PruneRules {
 
 /// Applies the rules; a hard link to a removed file becomes the file, directories of kept files are
 /// kept.
-pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()> {
-    let (drop, keep) = (glob::compile(&rules.drop)?, glob::compile(&rules.keep)?);
+pub(in crate::rootfs) fn prune_tree(tree: &mut RootTree, rules: &PruneRules) -> Result<()> {
+    let (drop, keep) = (glob::compile_globs(&rules.drop)?, glob::compile_globs(&rules.keep)?);
     let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
-    let doomed: Vec<Name> =
+    let doomed: Vec<RootPath> =
         tree.entries.keys().filter(|name| drops(name.path())).cloned().collect();
     let parents: std::collections::BTreeSet<String> = tree
         .entries
@@ -53,12 +53,13 @@ pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()
         }
     }
     // The first remaining link to a removed file gets its content, the others link to that.
-    let mut heirs: std::collections::BTreeMap<Name, Name> = std::collections::BTreeMap::new();
+    let mut heirs: std::collections::BTreeMap<RootPath, RootPath> =
+        std::collections::BTreeMap::new();
     for (name, entry) in &mut tree.entries {
-        let Kind::Hardlink(target) = &entry.kind else { continue };
+        let RootEntryKind::Hardlink(target) = &entry.kind else { continue };
         let Some(file) = removed.get(target) else { continue };
         match heirs.get(target) {
-            Some(heir) => entry.kind = Kind::Hardlink(heir.clone()),
+            Some(heir) => entry.kind = RootEntryKind::Hardlink(heir.clone()),
             None => {
                 heirs.insert(target.clone(), name.clone());
                 *entry = file.clone();
@@ -69,7 +70,7 @@ pub(in crate::rootfs) fn apply(tree: &mut Tree, rules: &PruneRules) -> Result<()
 }
 
 /// Replaces the build's date in files by the epoch.
-pub(in crate::rootfs) fn normalise(tree: &mut Tree, epoch: u64) -> Result<()> {
+pub(in crate::rootfs) fn normalise_dates(tree: &mut RootTree, epoch: u64) -> Result<()> {
     if let Some(shadow) = tree.bytes("etc/shadow")? {
         let text = String::from_utf8(shadow).context("/etc/shadow is not UTF-8")?;
         set_bytes(tree, "etc/shadow", shadow_of_day(&text, epoch / DAY).into_bytes());
@@ -99,17 +100,18 @@ fn shadow_of_day(text: &str, day: u64) -> String {
 /// tar. With SOURCE_DATE_EPOCH Debian's scripts create `.pyc` files with the source's hash instead,
 /// which Python verifies by reading the source; this check is switched off, since the root cannot
 /// change.
-fn rewrite_bytecode(tree: &mut Tree) -> Result<()> {
+fn rewrite_bytecode(tree: &mut RootTree) -> Result<()> {
     let compiled: Vec<String> = tree
         .entries
         .keys()
-        .map(Name::path)
+        .map(RootPath::path)
         .filter(|path| path.ends_with(".pyc") && path.contains("/__pycache__/"))
         .map(str::to_owned)
         .collect();
     for path in compiled {
         let Some(source) = source_of(&path) else { continue };
-        let Some(Entry { mtime: Some(mtime), kind: Kind::File(data), .. }) = tree.get(&source)
+        let Some(RootEntry { mtime: Some(mtime), kind: RootEntryKind::File(data), .. }) =
+            tree.get(&source)
         else {
             continue;
         };
@@ -146,9 +148,9 @@ fn source_of(compiled: &str) -> Option<String> {
     Some(format!("{folder}/{}.py", file.split(".cpython-").next()?))
 }
 
-fn set_bytes(tree: &mut Tree, path: &str, bytes: Vec<u8>) {
-    if let Some(entry) = tree.entries.get_mut(&Name::new(path)) {
-        entry.kind = Kind::File(Data::Bytes(bytes));
+fn set_bytes(tree: &mut RootTree, path: &str, bytes: Vec<u8>) {
+    if let Some(entry) = tree.entries.get_mut(&RootPath::new(path)) {
+        entry.kind = RootEntryKind::File(FileData::Bytes(bytes));
     }
 }
 
@@ -159,8 +161,8 @@ mod tests {
     #[test]
     fn the_standard_rules_read_and_keep_copyright() {
         let rules = PruneRules::standard().expect("the table is well-formed");
-        let drop = crate::rootfs::glob::compile(&rules.drop).expect("well-formed");
-        let keep = crate::rootfs::glob::compile(&rules.keep).expect("well-formed");
+        let drop = crate::rootfs::glob::compile_globs(&rules.drop).expect("well-formed");
+        let keep = crate::rootfs::glob::compile_globs(&rules.keep).expect("well-formed");
         let drops = |path: &str| drop.is_match(path) && !keep.is_match(path);
         assert!(drops("usr/share/doc/bash/README") && drops("etc/ssh/ssh_host_rsa_key"));
         assert!(!drops("usr/share/doc/bash/copyright") && !drops("usr/bin/bash"));

@@ -27,7 +27,7 @@ pub(super) fn hash_in(line: &str) -> Option<&str> {
 }
 
 /// Replaces the archive.
-pub(super) fn write(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
+pub(super) fn write_archive(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
     if folder.exists() {
         fs::remove_dir_all(folder).with_context(|| format!("removing {folder}"))?;
     }
@@ -39,14 +39,19 @@ pub(super) fn write(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
         let target = deb.file.path.canonicalize_utf8();
         let target = target.with_context(|| format!("resolving {}", deb.file.path))?;
         symlink(&target, &link).with_context(|| format!("linking {link}"))?;
-        index.push_str(&stanza(&target, &format!("./{hash}.deb"), deb.file.size, hash)?);
+        index.push_str(&index_stanza(&target, &format!("./{hash}.deb"), deb.file.size, hash)?);
     }
     let path = folder.join("Packages");
     fs::write(&path, index).with_context(|| format!("writing {path}"))
 }
 
 /// One stanza of an index: the package's own control data, and its path.
-pub(super) fn stanza(deb: &Utf8Path, filename: &str, size: u64, sha256: &str) -> Result<String> {
+pub(super) fn index_stanza(
+    deb: &Utf8Path,
+    filename: &str,
+    size: u64,
+    sha256: &str,
+) -> Result<String> {
     let control = Tool::new("dpkg-deb").arg("--field").arg(deb).read()?;
     let control = control.trim_end();
     Ok(format!("{control}\nFilename: {filename}\nSize: {size}\nSHA256: {sha256}\n\n"))

@@ -18,14 +18,14 @@ const UNFINISHED: &str = ".slipway-base-";
 /// A directory under the system's temporary directory: inside a user namespace, a home directory
 /// that only its owner may enter is inaccessible. It is removed when the value is dropped.
 #[derive(Debug)]
-pub(super) struct Scratch {
+pub(super) struct ScratchDirectory {
     path: Utf8PathBuf,
     /// The lock of the directory. Every program that is started inherits it: an `mmdebstrap` that
     /// outlives us (when we are killed) still holds it.
     _lock: File,
 }
 
-impl Scratch {
+impl ScratchDirectory {
     /// Creates a directory, and removes those of killed processes.
     ///
     /// # Errors
@@ -37,18 +37,18 @@ impl Scratch {
     }
 
     fn below(temporary: &Utf8Path) -> Result<Self> {
-        sweep(temporary);
-        let doing = || format!("making a directory in {temporary}");
+        remove_stale_dirs(temporary);
+        let context = || format!("making a directory in {temporary}");
         let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
-        let folder = folder.with_context(doing)?;
+        let folder = folder.with_context(context)?;
         // Regardless of the umask: root in a user namespace must be able to read it.
-        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(doing)?;
-        let lock = File::open(folder.path()).with_context(doing)?;
-        lock.lock().with_context(doing)?;
-        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(doing)?;
+        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(context)?;
+        let lock = File::open(folder.path()).with_context(context)?;
+        lock.lock().with_context(context)?;
+        rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(context)?;
         let name = folder.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let path = temporary.join(name.trim_start_matches('.'));
-        fs::rename(folder.path(), &path).with_context(doing)?;
+        fs::rename(folder.path(), &path).with_context(context)?;
         // The directory has another name now.
         drop(folder.keep());
         Ok(Self { path, _lock: lock })
@@ -59,14 +59,14 @@ impl Scratch {
     }
 }
 
-impl Drop for Scratch {
+impl Drop for ScratchDirectory {
     fn drop(&mut self) {
-        remove(&self.path);
+        remove_dir(&self.path);
     }
 }
 
 /// Removes the directories of killed builds of this user.
-fn sweep(temporary: &Utf8Path) {
+fn remove_stale_dirs(temporary: &Utf8Path) {
     let Ok(entries) = temporary.read_dir_utf8() else { return };
     for entry in entries.flatten().filter(|entry| entry.file_name().starts_with(PREFIX)) {
         let path = entry.path();
@@ -75,14 +75,14 @@ fn sweep(temporary: &Utf8Path) {
             about.is_dir() && about.uid() == rustix::process::geteuid().as_raw()
         });
         if ours && File::open(path).is_ok_and(|folder| folder.try_lock().is_ok()) {
-            remove(path);
+            remove_dir(path);
         }
     }
 }
 
 /// Removes a directory, and warns if it cannot, because it is large. Filesystems mounted below it
 /// are not touched.
-fn remove(path: &Utf8Path) {
+fn remove_dir(path: &Utf8Path) {
     let words = ["-rf", "--one-file-system", "--", path.as_str()];
     let whole = Tool::new("rm").args(words).run().or_else(|error| {
         if rustix::process::geteuid().is_root() {
@@ -119,11 +119,11 @@ mod tests {
         };
         let others = ["slipway-base-file", "slipway-base-link", "slipway-other", "target"];
 
-        let used = Scratch::below(folder).unwrap();
+        let used = ScratchDirectory::below(folder).unwrap();
         fs::write(used.path().join("file"), "").unwrap();
         assert_eq!(fs::metadata(used.path()).unwrap().permissions().mode() & 0o777, 0o755);
         assert!(!folder.join("slipway-base-left").exists(), "the lock is free");
-        let second = Scratch::below(folder).unwrap();
+        let second = ScratchDirectory::below(folder).unwrap();
         assert!(used.path().join("file").exists(), "it is in use");
         drop((used, second));
         assert_eq!(names(), others);

@@ -11,10 +11,10 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::DebianSpec;
-use super::apt::{Mirrors, PrivateApt, Source};
-use super::lock::{Archive, LockedPackage, stanzas};
-use crate::plan::keyring::{BadKey, keyring};
-use crate::rootfs::{Role, glob};
+use super::apt::{AptArchive, AptMirrors, PrivateApt};
+use super::lock::{ArchiveName, LockedPackage, split_stanzas};
+use crate::plan::keyring::{KeyringError, decode_keyring};
+use crate::rootfs::{PackageRole, glob};
 
 /// Prefix of the variable that overrides a source's address, followed by the source's name in
 /// capitals with `_` for `-`.
@@ -45,7 +45,7 @@ const FIELDS: [&str; 17] = [
 /// An additional archive in a product and a lock: without an address, which depends on the machine.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case", deny_unknown_fields)]
-pub struct SourceSpec {
+pub struct AptSourceSpec {
     /// Its name in the lock.
     pub name: String,
     /// Its suite.
@@ -58,7 +58,7 @@ pub struct SourceSpec {
 
 /// The address of an additional archive for this machine, and the key that must have signed it.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct SourceMirror {
+pub struct AptSourceMirror {
     /// Its name, as in the lock.
     pub name: String,
     /// Its address. No trailing slash.
@@ -67,34 +67,34 @@ pub struct SourceMirror {
     pub key: Utf8PathBuf,
 }
 
-impl SourceMirror {
+impl AptSourceMirror {
     /// A source with the address from the environment, else from the product.
     pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Self {
-        let set = std::env::var(variable(name)).ok().filter(|value| !value.is_empty());
+        let set = std::env::var(address_variable(name)).ok().filter(|value| !value.is_empty());
         let address = set.as_deref().unwrap_or(address).trim_end_matches('/').to_owned();
         Self { name: name.to_owned(), address, key }
     }
 }
 
 /// The variable that overrides a source's address.
-fn variable(name: &str) -> String {
+fn address_variable(name: &str) -> String {
     MIRROR_VARIABLES.to_owned() + &name.to_uppercase().replace('-', "_")
 }
 
 /// The allowed packages of additional archives.
 #[derive(Debug, Default)]
-pub(super) struct Offers {
+pub(super) struct AllowedPackages {
     /// The local archive that lists them; `None` where a product has no sources.
     local: Option<Utf8PathBuf>,
     packages: Vec<LockedPackage>,
 }
 
-impl Offers {
+impl AllowedPackages {
     /// Reads all sources of a request. Only indexes are downloaded.
     ///
     /// # Errors
     /// When one is unreachable, is signed by another key, or lacks a listed package.
-    pub fn ask(spec: &DebianSpec, mirrors: &Mirrors, cache: &Utf8Path) -> Result<Self> {
+    pub fn read(spec: &DebianSpec, mirrors: &AptMirrors, cache: &Utf8Path) -> Result<Self> {
         let mut offers = Self::default();
         if spec.sources.is_empty() {
             return Ok(offers);
@@ -104,7 +104,7 @@ impl Offers {
         for source in &spec.sources {
             let mirror = mirrors.source(&source.name)?;
             let text = read_index(spec, source, mirror, cache)?;
-            for (package, stanza) in listed(source, &text)? {
+            for (package, stanza) in list_allowed_packages(source, &text)? {
                 // The same version in two sources: prefer the one that the product lists first.
                 let id = (package.name.clone(), package.version.clone(), package.arch.clone());
                 if seen.insert(id) {
@@ -154,21 +154,21 @@ impl Offers {
 /// The verified index of a source.
 fn read_index(
     spec: &DebianSpec,
-    source: &SourceSpec,
-    mirror: &SourceMirror,
+    source: &AptSourceSpec,
+    mirror: &AptSourceMirror,
     cache: &Utf8Path,
 ) -> Result<String> {
-    let SourceMirror { name, address, key } = mirror;
+    let AptSourceMirror { name, address, key } = mirror;
     let file = fs::read(key).with_context(|| {
         format!(
             "reading {key}, the key of the source {name}\n\
              help: create the file with the archive's OpenPGP public key"
         )
     })?;
-    let keyring = match keyring(&file) {
+    let keyring = match decode_keyring(&file) {
         Ok(keyring) => keyring,
-        Err(BadKey::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
-        Err(BadKey::NoKey(why)) => {
+        Err(KeyringError::Secret) => bail!("{key}, the key of the source {name}, is a secret key"),
+        Err(KeyringError::NoKey(why)) => {
             bail!("{key}, the key of the source {name}, is not a public key: {why}")
         }
     };
@@ -179,13 +179,13 @@ fn read_index(
     // Always in binary form: apt detects the form by the file's name.
     let path = dir.join("key.gpg");
     fs::write(&path, keyring).with_context(|| format!("writing {path}"))?;
-    let archive = [Source { uri: address.clone(), suite: source.suite.clone() }];
+    let archive = [AptArchive { uri: address.clone(), suite: source.suite.clone() }];
     let apt = PrivateApt::new(&dir, &spec.arch, &archive, &source.components, &path)?;
     apt.update().with_context(|| {
         format!(
             "reading the source {name}\n\
              help: {} selects a mirror; the archive must be signed by the key {key}",
-            variable(name)
+            address_variable(name)
         )
     })?;
     let mut text = String::new();
@@ -198,11 +198,14 @@ fn read_index(
 }
 
 /// The packages of an index that may come from the source, each with its stanza for the local archive.
-fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String)>> {
-    let SourceSpec { name, packages: patterns, .. } = source;
-    let wanted = glob::compile(patterns)?;
+fn list_allowed_packages(
+    source: &AptSourceSpec,
+    index: &str,
+) -> Result<Vec<(LockedPackage, String)>> {
+    let AptSourceSpec { name, packages: patterns, .. } = source;
+    let wanted = glob::compile_globs(patterns)?;
     let mut found = Vec::new();
-    for mut stanza in stanzas(index) {
+    for mut stanza in split_stanzas(index) {
         let Some(package) = stanza.get("Package").filter(|p| wanted.is_match(p)).cloned() else {
             continue;
         };
@@ -215,11 +218,11 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
         let filename = filename.strip_prefix("./").unwrap_or(&filename).to_owned();
         let get = |field: &str| stanza.get(field).cloned().unwrap_or_default();
         let package = LockedPackage {
-            role: Role::Extra,
+            role: PackageRole::Extra,
             name: package,
             arch: get("Architecture"),
             version: get("Version"),
-            archive: Archive::Source(name.clone()),
+            archive: ArchiveName::Source(name.clone()),
             filename,
             size: size.parse().with_context(|| format!("'{size}' is not a size"))?,
             sha256,
@@ -237,7 +240,7 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
     }
     let mut missing = Vec::new();
     for pattern in patterns {
-        let one = glob::compile(std::slice::from_ref(pattern))?;
+        let one = glob::compile_globs(std::slice::from_ref(pattern))?;
         if !found.iter().any(|(package, _)| one.is_match(&package.name)) {
             missing.push(pattern.as_str());
         }
@@ -257,8 +260,8 @@ fn listed(source: &SourceSpec, index: &str) -> Result<Vec<(LockedPackage, String
 mod tests {
     use super::*;
 
-    fn source(packages: &[&str]) -> SourceSpec {
-        SourceSpec {
+    fn source(packages: &[&str]) -> AptSourceSpec {
+        AptSourceSpec {
             name: "acme-one".into(),
             suite: "stable".into(),
             components: vec!["main".into()],
@@ -279,7 +282,7 @@ mod tests {
         let index = stanza("kernel-1", "Depends: a,\n b\npackage: libc6\nTag: x\n")
             + &stanza("libc6", "")
             + &stanza("kernel", "");
-        let found = listed(&source(&["kernel-*"]), &index).expect("found");
+        let found = list_allowed_packages(&source(&["kernel-*"]), &index).expect("found");
         let [(package, text)] = found.as_slice() else { panic!("{found:?}") };
         assert_eq!((package.name.as_str(), package.size), ("kernel-1", 5));
         assert!(text.contains("Depends: a,\n b\n") && !text.contains("libc6"), "{text}");
@@ -287,7 +290,8 @@ mod tests {
 
     #[test]
     fn what_the_source_lacks_is_named_at_once() {
-        let error = listed(&source(&["kernel", "none", "not-*"]), &stanza("kernel", ""));
+        let error =
+            list_allowed_packages(&source(&["kernel", "none", "not-*"]), &stanza("kernel", ""));
         let error = error.expect_err("two are missing").to_string();
         assert!(error.contains("acme-one (stable main) has no package none, not-*"), "{error}");
     }
@@ -297,13 +301,16 @@ mod tests {
         for path in ["../x.deb", "/etc/x.deb", "http://other/x.deb", "pool//x.deb", "pool/a b.deb"]
         {
             let index = stanza("kernel", "").replace("pool/kernel.deb", path);
-            let error = format!("{:#}", listed(&source(&["kernel"]), &index).expect_err(path));
+            let error = format!(
+                "{:#}",
+                list_allowed_packages(&source(&["kernel"]), &index).expect_err(path)
+            );
             assert!(error.contains("is not a path in an archive"), "{error}");
         }
     }
 
     #[test]
     fn each_source_has_a_variable_of_its_own() {
-        assert_eq!(variable("acme-one"), [MIRROR_VARIABLES, "ACME_ONE"].concat());
+        assert_eq!(address_variable("acme-one"), [MIRROR_VARIABLES, "ACME_ONE"].concat());
     }
 }

@@ -13,7 +13,7 @@ use crate::exec::Tool;
 const ALIASES: [&str; 3] = ["bin", "lib", "sbin"];
 
 /// Unpacks the files of one package into a directory.
-pub(super) fn deb(package: &Utf8Path, into: &Utf8Path) -> Result<()> {
+pub(super) fn unpack_deb(package: &Utf8Path, into: &Utf8Path) -> Result<()> {
     fs::create_dir_all(into).with_context(|| format!("creating {into}"))?;
     Tool::new("dpkg-deb").arg("--extract").arg(package).arg(into).run()
 }
