@@ -109,7 +109,7 @@ impl Request {
         }
     }
 
-    /// What the lobby is asked for.
+    /// As a request to the lobby.
     fn asked(&self) -> lobby::Request {
         let source = || "-".to_owned();
         match &self.verb {
@@ -349,7 +349,7 @@ fn run(
     let mut child = Command::new(program)
         .arg("--root")
         .arg(prefix)
-        // What it runs as is root; what it may do is what the user may.
+        // The agent runs as root, with only the rights of the user.
         .arg("--as-update")
         .args(request.words())
         .stdin(Stdio::from(input))

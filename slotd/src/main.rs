@@ -38,7 +38,7 @@ fn main() -> ExitCode {
                 Format::Json => writeln!(std::io::stdout(), "{}", json!({ "refused": refusal })),
                 Format::Text => writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()),
             };
-            // The exit code says it too.
+            // The exit code also says that it failed.
             drop(printed);
             ExitCode::from(refusal.matter() as u8)
         }
@@ -49,7 +49,7 @@ fn main() -> ExitCode {
 fn work(root: &Root, caller: &str, request: &Request) -> ExitCode {
     match serde_json::from_str::<Caller>(caller) {
         Ok(caller) => ExitCode::from(detached::work(root, &caller, request)),
-        // As for anything that is mistyped.
+        // As for all invalid arguments.
         Err(_) => ExitCode::from(2),
     }
 }
@@ -64,10 +64,10 @@ fn door(cli: &Cli, serve: bool) -> ExitCode {
     };
     done.map_or_else(
         |refusal| {
-            // Both forms: it is not known yet for whom the answer is.
+            // In both forms: it is not known yet which one the client expects.
             let printed = writeln!(std::io::stdout(), "{}", json!({ "refused": refusal }))
                 .and_then(|()| writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()));
-            // The exit code says it too.
+            // The exit code also says that it failed.
             drop(printed);
             ExitCode::from(refusal.matter() as u8)
         },

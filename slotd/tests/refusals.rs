@@ -404,23 +404,23 @@ fn every_code_is_listed_documented_and_in_use() {
 fn page_of_codes() -> String {
     let mut page = "# Refusal codes
 
-When the agent does not do what it was asked for, it says a code, a sentence and what to do. Codes are for programs and never change their
+When the agent refuses a request, it reports a code, a sentence and what to do. Codes are for programs and never change their
 meaning; `slotd --format json` answers with `{\"refused\": {\"code\": …, \"message\": …, \"help\": …}}`. This page is generated from the agent's own
 list (`SLIPWAY_BLESS=1 cargo test --package slotd --test refusals`).
 
-The exit code of `slotd` says whose matter it is; 0 means done, 2 a mistyped command. [Find out why a robot refused an
+The exit code of `slotd` says which part is responsible; 0 means success, 2 invalid arguments. [Find out why a robot refused an
 update](../guides/why-was-it-refused.md) has the frequent codes with their causes.
 "
     .to_owned();
     let chapters = [
-        (Matter::Robot, "The robot itself fails", "Its disk, its image or its agent is at fault."),
+        (Matter::Robot, "The robot itself fails", "Its disk, its image or its agent is the cause."),
         (
             Matter::Bundle,
             "The bundle is refused",
             "This robot does not accept the bundle or the key set, now or later.",
         ),
         (Matter::State, "Not now", "The robot's state does not allow it at this moment."),
-        (Matter::Source, "The source fails", "What the bundle, backup or seed is read from fails."),
+        (Matter::Source, "The source fails", "The source of the bundle, backup or seed fails."),
     ];
     for (matter, title, meaning) in chapters {
         page +=

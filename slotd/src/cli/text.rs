@@ -26,12 +26,12 @@ pub fn of(verb: &Verb, answer: &Response) -> String {
         Response::Watched(verdict) => watched(verdict.as_ref()),
         Response::Verified(verified) => {
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
-            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
-            let whole = if verified.slot.is_some() { "to its last block" } else { "is whole" };
+            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} equals "));
+            let whole = if verified.slot.is_some() { "in every block" } else { "is complete" };
             format!("{what}{} {whole}, signed by {}", verified.version, keys.join(", "))
         }
         Response::VerifiedApi(checked) => format!(
-            "{} versions of the API with {} wheels are as they were unpacked, {} MiB",
+            "{} versions of the API with {} wheels are unchanged, {} MiB",
             checked.versions,
             checked.wheels,
             checked.size.div_ceil(1 << 20)
@@ -43,7 +43,7 @@ pub fn of(verb: &Verb, answer: &Response) -> String {
         Response::Changed { changed, restarts } => self::changed(verb, changed, *restarts),
         Response::WentBack(back) => match &back.version {
             Some(version) => format!("the API {version} serves again"),
-            None => "the system's own API serves again".to_owned(),
+            None => "the system's built-in API serves again".to_owned(),
         },
         Response::Keys(set) => lines(set.keys.iter().map(|key| {
             let state = if key.revoked { ", revoked" } else { "" };
@@ -53,22 +53,22 @@ pub fn of(verb: &Verb, answer: &Response) -> String {
             let backup = backup.as_ref();
             let backup =
                 backup.map_or(String::new(), |path| format!(" (backup: {})", path.display()));
-            with_restart(&format!("everything on data goes{backup}"), *restarts)
+            with_restart(&format!("everything on data is removed{backup}"), *restarts)
         }
         Response::BackedUp(file) => {
             format!("{} is complete", file.as_deref().unwrap_or("the backup"))
         }
         Response::Restored { restarts, .. } => {
-            with_restart("the backup takes the place of everything on data", *restarts)
+            with_restart("the backup replaces everything on data", *restarts)
         }
         Response::Provisioned(done) => provisioned(done),
         Response::Grown(grown) => {
-            format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11)
+            format!("data has {} MiB, before {} MiB", grown.to >> 11, grown.from >> 11)
         }
         Response::Prepared(done) => format!("data is prepared: {}", json!(done)),
         Response::Seeded(seeded) => match seeded.taken.as_slice() {
-            [] => "the flasher left nothing to take over".to_owned(),
-            names => format!("taken over from the flasher: {}", names.join(", ")),
+            [] => "the flasher left no settings".to_owned(),
+            names => format!("applied from the flasher: {}", names.join(", ")),
         },
         Response::Job(job) => job
             .as_ref()
@@ -94,7 +94,7 @@ fn changed(verb: &Verb, changed: &Changed, restarts: bool) -> String {
     let then = match (changed.restart.is_some(), restarts) {
         (true, true) => "; restarting",
         (true, false) => "; it runs after the next restart",
-        (false, _) => " runs on",
+        (false, _) => " keeps running",
     };
     format!("{what} {}{then}", changed.slot)
 }
@@ -162,7 +162,7 @@ fn seconds(millis: u64) -> f64 {
 
 fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
     format!(
-        "{} is in slot {}: {:.1} MiB written, {:.1} MiB were there; {:.1} s, and {:.1} s reading back\n{}",
+        "{} is in slot {}: {:.1} MiB written, {:.1} MiB were present; {:.1} s, and {:.1} s reading back\n{}",
         done.version,
         done.slot,
         mib(done.written),
@@ -179,7 +179,7 @@ fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
 
 fn installed_api(done: &InstalledApi) -> String {
     format!(
-        "the API {} serves, before it {}: {:.1} MiB written, {} of {} wheels were there; {:.1} s, and {:.1} s without an answer",
+        "the API {} serves, previously {}: {:.1} MiB written, {} of {} wheels were present; {:.1} s, and {:.1} s without an answer",
         done.version,
         done.before.as_deref().unwrap_or("the system's own"),
         mib(done.written),
@@ -205,7 +205,7 @@ fn provisioned(done: &Provisioned) -> String {
             )
         }
         Outcome::Unchanged => format!("/data/system has the {} files of {package}", done.files),
-        Outcome::NoResources => format!("{package} has no resources: /data/system stays as it is"),
+        Outcome::NoResources => format!("{package} has no resources: /data/system stays unchanged"),
         Outcome::NoApi => "this product has no API: nothing to provision".to_owned(),
         Outcome::Current => format!("{package} was provisioned for this base already"),
     };
@@ -238,7 +238,7 @@ fn job(job: &Job) -> String {
     let by = job.by.unit.as_deref().unwrap_or("a process without a unit");
     let command = job.by.command.escape_debug();
     format!(
-        "job {} ({}): {state}\nasked by user id {} in {by}: {command}",
+        "job {} ({}): {state}\nrequested by user id {} in {by}: {command}",
         job.id,
         job.request.verb(),
         job.by.uid

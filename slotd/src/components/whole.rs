@@ -114,7 +114,7 @@ fn kept(place: &Place<'_>, wheel: &Wheel) -> Option<Sums> {
 }
 
 /// Whether a wheel's tree is present and unchanged, by the hash of each file: bit rot on a card changes neither lengths
-/// nor times. A tree without stored hashes, from an older agent, counts as absent and is unpacked again.
+/// nor times. A tree without stored hashes, from an older agent, is treated as absent and is unpacked again.
 pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
     let top = place.wheels().join(&wheel.tree);
     let Some(kept) = kept(place, wheel) else { return false };
@@ -128,7 +128,7 @@ pub(super) fn present(place: &Place<'_>, wheel: &Wheel) -> bool {
 }
 
 /// In versions other than `folder`, replaces damaged files and copies from a backup by links to the wheels of a lock,
-/// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
+/// which are all present and intact. A version that cannot be rebuilt is not changed and does not fail the install;
 /// the event `api-not-healed` says why.
 pub(super) fn relink(place: &Place<'_>, lock: &Lock, folder: &str, events: &Events) {
     let versions = retention::versions(place).unwrap_or_default();

@@ -40,7 +40,7 @@ pub fn backup(root: &Root, out: impl Write) -> Result<()> {
     logged(root, "backed-up", pending::backup(root, out), json!({}))
 }
 
-/// Writes a backup into a file: complete under its name, or not there; and for its owner only from its first byte.
+/// Writes a backup into a file, which is complete or does not exist. Only its owner may read it, from its first byte on.
 ///
 /// # Errors
 /// `no-archive`, `io`.
@@ -57,7 +57,7 @@ pub fn backup_to(root: &Root, file: &str) -> Result<()> {
             .map_err(failed)
     });
     if written.is_err() {
-        // The first failure is the one to tell.
+        // The first failure is reported.
         drop(RealFiles.remove(&partial));
     }
     written
