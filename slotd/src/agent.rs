@@ -27,7 +27,7 @@ use crate::root::RootDir;
 use crate::trust::{self, TrustStore};
 use crate::update;
 
-/// Bytes in which a file system has what identifies it; zero while a slot is written.
+/// The first bytes of a file system, which identify it; zero while a slot is written.
 const FIRST: usize = bundle::BLOCK_SIZE;
 
 /// The robot, opened.
@@ -37,7 +37,7 @@ pub struct Agent {
     events: EventLog,
 }
 
-/// What was found of a bundle, or of a slot that was compared with it.
+/// The result for a verified bundle, or for a slot that was compared with it.
 fn verify_outcome<I: BundleInput>(
     reader: &BundleReader<I>,
     slot: Option<Slot>,
@@ -146,7 +146,7 @@ impl Agent {
     /// Verifies a whole bundle as an install would, and writes nothing.
     ///
     /// # Errors
-    /// Whatever an install would refuse about the bundle.
+    /// The refusals of a bundle, as in an install.
     pub fn verify<I: BundleInput>(
         &self,
         input: I,
@@ -170,8 +170,8 @@ impl Agent {
     /// the indexes are read, and nothing is written.
     ///
     /// # Errors
-    /// `slot-differs`, with the places. Whatever is refused about the bundle, but for its age: an old system
-    /// is what it is. `io`: a partition cannot be read.
+    /// `slot-differs`, with the places. The refusals of a bundle, except those of floor and key epoch: the slot may
+    /// have an old system. `io`: a partition cannot be read.
     pub fn verify_slot<I: BundleInput>(
         &self,
         input: I,
@@ -188,8 +188,8 @@ impl Agent {
         Ok(verify_outcome(&reader, Some(slot), size))
     }
 
-    /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with the hashes that
-    /// were kept of them. Nothing is written, and nothing is installed meanwhile.
+    /// Compares all files of the APIs on `data`, the one that serves and those that are kept, with their stored hashes.
+    /// Nothing is written, and nothing is installed meanwhile.
     ///
     /// # Errors
     /// `api-differs`, with the files. `io`.
@@ -211,10 +211,10 @@ impl Agent {
         update::install(&self.robot(), input, options, progress)
     }
 
-    /// Makes the running slot the committed one, and raises the floor to what its bundle asks.
+    /// Makes the running slot the committed one, and raises the floor to that of its bundle.
     ///
     /// # Errors
-    /// `boot-state`, `io`; `watchdog`, when all but that is done.
+    /// `boot-state`, `io`. `watchdog`: systemd does not take the watchdog over; everything else is done.
     pub fn commit(&self, permit: ChangePermit) -> Result<SlotChange> {
         let running = self.device.running;
         let status = self.flow.status()?;
@@ -223,17 +223,17 @@ impl Agent {
             self.events
                 .add("committed", json!({ "slot": running, "version": self.device.about.version }));
         }
-        // After the commit: a floor that a rolled-back system has set would keep its predecessor out. If the power
-        // goes in between, the running system itself still asks for all of it, and before anything else starts in
-        // its stead (`install`, `boot-other`) it is kept.
+        // After the commit: a floor that was raised by a system which is then rolled back would exclude its predecessor.
+        // If the power fails in between, the running system itself still has these requirements, and `install` and
+        // `boot-other` store them before another system can start.
         let robot = self.robot();
         reserve::with_reserve_released(robot.root, || {
             update::store_requirements(&robot);
             update::remove_damaged(&robot);
         });
-        // Slots and boot state are settled: the next install need not wait for systemd.
+        // Slots and boot state are final: the next install need not wait for systemd.
         drop(permit);
-        // Last: until then the deadline applies, and ends in the slot that is now committed.
+        // Last: until then the deadline applies; when it passes, the slot starts that is now committed.
         watchdog::hand_over(self.device.root())?;
         Ok(SlotChange { slot: running, restart: None })
     }
@@ -251,7 +251,7 @@ impl Agent {
         Ok(SlotChange { slot: status.active, restart })
     }
 
-    /// Goes back to the API that was good before, or to the system's own. Nothing restarts but its services.
+    /// Goes back to the previous good API, or to the built-in one. Only the API's services restart.
     ///
     /// # Errors
     /// As [`components::roll_back`].
@@ -260,8 +260,8 @@ impl Agent {
             .map_err(|refusal| self.refused(refusal))
     }
 
-    /// Tries the other slot, which must be complete; or goes back to the committed one, if the other
-    /// runs in its stead.
+    /// Tries the other slot, which must be complete; or goes back to the committed one, if the other one
+    /// is running instead.
     ///
     /// # Errors
     /// `below-floor`, `incomplete-slot`, `boot-state`, `io`.
@@ -271,7 +271,7 @@ impl Agent {
         allow_downgrade: Option<&str>,
     ) -> Result<SlotChange> {
         let slot = self.device.idle();
-        // Any other doubt about the slots was refused before (`crate::policy`).
+        // All other undecided states of the slots were refused before (`crate::policy`).
         if self.flow.status()?.active != self.device.running {
             return Ok(SlotChange { slot, restart: Some(RestartKind::Committed) });
         }
@@ -285,7 +285,9 @@ impl Agent {
             let known = version.as_ref().map_or("is not known".to_owned(), |v| format!("is {v}"));
             return Err(self.refused(Refusal::new(
                 "below-floor",
-                format!("the version in slot {slot} {known}, this robot asks for {floor} or later"),
+                format!(
+                    "the version in slot {slot} {known}, but this robot requires {floor} or later"
+                ),
                 "install a newer bundle, or override with `--allow-downgrade REASON`",
             )));
         }
@@ -300,7 +302,7 @@ impl Agent {
             if bundle::index::is_zero(&first) {
                 return Err(self.refused(Refusal::new(
                     "incomplete-slot",
-                    format!("slot {slot} holds no complete system: an install into it was interrupted, or never made"),
+                    format!("slot {slot} has no complete system: an install into it was interrupted, or nothing was installed"),
                     "install a bundle into it",
                 )));
             }
@@ -324,7 +326,7 @@ impl Agent {
         TrustStore::read(&self.robot()).keys()
     }
 
-    /// Takes a newer key set that a trusted key has signed.
+    /// Installs a newer key set that a trusted key has signed.
     ///
     /// # Errors
     /// As [`trust::install_key_set`].
@@ -355,11 +357,15 @@ impl Agent {
         if failing.is_empty() {
             return Ok(outcomes);
         }
-        Err(Refusal::new("unhealthy", failing.join("\n"), "see the journal of what fails"))
+        Err(Refusal::new(
+            "unhealthy",
+            failing.join("\n"),
+            "see `journalctl` for the units and programs that fail",
+        ))
     }
 
-    /// Watches over the trial that runs, if one does: commits it when all is well, and else restarts in
-    /// good order shortly before the watchdog would.
+    /// Watches the running trial, if there is one: commits it when all checks pass, otherwise restarts in an
+    /// orderly way shortly before the watchdog would.
     ///
     /// # Errors
     /// `io`, `restart`.
@@ -384,10 +390,10 @@ impl Agent {
         Ok(Some(verdict))
     }
 
-    /// Restarts the robot in good order. Below a test's root nothing is restarted.
+    /// Restarts the robot in an orderly way. With a test's root nothing is restarted.
     ///
     /// # Errors
-    /// `restart`: the init system cannot be asked.
+    /// `restart`: the init system does not accept the request.
     pub fn restart(&self, into: RestartKind) -> Result<bool> {
         if !self.device.root().is_system() {
             return Ok(false);

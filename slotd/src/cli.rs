@@ -30,7 +30,7 @@ pub struct AgentCli {
     pub verb: CliVerb,
 }
 
-const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 mistyped, 3 the bundle is refused, \
+const EXIT_CODES: &str = "Exit codes: 0 done, 1 the robot fails, 2 invalid arguments, 3 the bundle is refused, \
 4 the robot's state does not allow it now, 5 the bundle's source fails.";
 
 /// The forms of an answer.
@@ -47,22 +47,22 @@ pub enum AnswerFormat {
 pub enum CliVerb {
     /// Show which system runs, what is on trial, and what was interrupted
     Status,
-    /// Check a bundle to its last byte, as `install` would, or a slot against it, or the installed API; nothing is
+    /// Check a whole bundle, as `install` would, or compare a slot with it, or check the installed API; nothing is
     /// written
     Verify {
         /// A file, `-` for standard input, or an http(s) address
         #[arg(required_unless_present = "component")]
         source: Option<String>,
-        /// Compare the files of the installed API and of those before it with the hashes that were kept of them
+        /// Compare the files of the installed API and of the older ones on data with their stored hashes
         #[arg(long, value_enum, conflicts_with_all = ["source", "slot"])]
         component: Option<ComponentName>,
         /// Compare this slot with the bundle, block by block; it may be the running one
         #[arg(long, value_enum)]
         slot: Option<SlotName>,
     },
-    /// Write a bundle into the other slot, and restart into it on trial; one of the API only: install that
-    /// beside the running one, change to it, and come back if it is not healthy. It continues when this command
-    /// ends (Ctrl-C, a broken connection): see `job`
+    /// Write a bundle into the other slot, and restart into it on trial. A bundle of the API only is installed
+    /// beside the running API and serves at once; if it is not healthy, the previous API serves again. The install
+    /// continues when this command ends (Ctrl-C, a broken connection): see `job`
     Install {
         /// The bundle, and how to install it
         #[command(flatten)]
@@ -73,9 +73,9 @@ pub enum CliVerb {
     },
     /// Keep the running system
     Commit,
-    /// End a trial; restarts if it runs
+    /// End a trial; restarts if its slot is running
     RollBack {
-        /// Go back to the API before this one, or to the system's own, without a restart of the robot
+        /// Go back to the previous API, or to the built-in one, without a restart of the robot
         #[arg(long, value_enum, conflicts_with = "no_restart")]
         component: Option<ComponentName>,
         /// Do not restart
@@ -102,8 +102,8 @@ pub enum CliVerb {
         #[arg(long)]
         watch: bool,
     },
-    /// Set everything on data back to the first start, with the next restart; what the robot knows of
-    /// bundles (floor, keys, log) stays
+    /// Make a factory reset with the next restart: remove everything on data except the robot's records of
+    /// bundles (floor, keys, log)
     Reset {
         /// Make no backup on data first
         #[arg(long)]
@@ -112,7 +112,7 @@ pub enum CliVerb {
         #[arg(long)]
         no_restart: bool,
     },
-    /// Write everything on data into an archive (tar, zstd), but for logs and what the agent knows
+    /// Write everything on data into an archive (tar, zstd), except logs and the agent's own files
     Backup {
         /// A file, or `-` for standard output
         file: String,
@@ -125,7 +125,7 @@ pub enum CliVerb {
         #[arg(long)]
         no_restart: bool,
     },
-    /// Make /data/system what the API's package has as resources
+    /// Make /data/system equal to the resources of the API's package
     Provision {
         /// Only compare: refused as `drift` where they differ
         #[arg(long, conflicts_with = "boot")]
@@ -159,20 +159,20 @@ pub enum CliVerb {
         #[arg(value_enum)]
         step: StartupStep,
     },
-    /// For the start of the system: take over what the flasher left on the boot partition
+    /// For the start of the system: apply the settings that the flasher left on the boot partition
     #[command(hide = true)]
     Seed,
-    /// For SSH sessions of the user `update`: pass on what was typed (SSH_ORIGINAL_COMMAND)
+    /// For SSH sessions of the user `update`: pass the command (SSH_ORIGINAL_COMMAND) to the agent
     #[command(hide = true)]
     Door {
         /// For systemd: answer the connection that is standard input
         #[arg(long)]
         serve: bool,
     },
-    /// What the board says of itself: model, firmware, card, watchdog, times of this start. Nothing secret is in it, and
-    /// no number of its own, so that it can be sent to whoever knows such boards
+    /// Show what kernel and firmware report about the board: model, firmware, card, watchdog, times of this start.
+    /// The report has no secrets and no serial numbers, so that it can be sent to other people
     Report,
-    /// What was decided and refused, oldest first
+    /// Show decisions and refusals, oldest first
     Log {
         /// Only the last so many events
         #[arg(long, short = 'n', value_name = "NUMBER")]
@@ -289,8 +289,8 @@ pub enum ComponentName {
 /// What the start of the system does with `data`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
 pub enum StartupStep {
-    /// Before it is mounted: the partition takes the rest of the card.
+    /// Before it is mounted: extend the partition over the rest of the card.
     Grow,
-    /// After: what waits is carried out, and data come to the system's version.
+    /// After: carry out a pending change, and migrate the data to the system's version.
     Prepare,
 }

@@ -101,12 +101,12 @@ impl DataState {
     }
 }
 
-/// Where a start says what it has done with `data`.
+/// Where a start records what it has done with `data`.
 pub(crate) fn report_path(root: &RootDir) -> PathBuf {
     root.path("run/slotd/data.json")
 }
 
-/// Why `data` is not fit for this system, as [`crate::startup::prepare`] has found; for the health check.
+/// Why this system cannot use `data`, as recorded by [`crate::startup::prepare`]; for the health check.
 pub(crate) fn unfit_reason(root: &RootDir) -> Option<String> {
     let note: Option<serde_json::Value> = durable::read_json(&report_path(root)).ok().flatten();
     let message = note?.get("refused")?.get("message")?.as_str()?.to_owned();

@@ -109,7 +109,7 @@ impl UpdateRequest {
         }
     }
 
-    /// What the lobby is asked for.
+    /// As a request to the lobby.
     fn to_agent_request(&self) -> lobby::AgentRequest {
         let source = || "-".to_owned();
         match &self.verb {
@@ -353,7 +353,7 @@ fn run(
     let mut child = Command::new(program)
         .arg("--root")
         .arg(prefix)
-        // What it runs as is root; what it may do is what the user may.
+        // The agent runs as root, with only the rights of the user.
         .arg("--as-update")
         .args(request.arguments())
         .stdin(Stdio::from(input))

@@ -1,4 +1,4 @@
-//! The robot as its verbs see it: where its memory is, what its image says, how slots are chosen and opened.
+//! The robot as its verbs see it: its paths, its image's description, how slots are chosen and opened.
 
 use bundle::bootstate::Slot;
 
@@ -10,7 +10,7 @@ use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
 use crate::storage::Storage;
 
-/// Everything of a robot that a change touches.
+/// Everything of a robot that a change needs.
 #[derive(Clone, Copy)]
 pub struct RobotContext<'a> {
     /// The root of the robot's paths.

@@ -40,7 +40,7 @@ fn main() -> ExitCode {
                 }
                 AnswerFormat::Text => writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()),
             };
-            // The exit code says it too.
+            // The exit code also says that it failed.
             drop(printed);
             ExitCode::from(refusal.kind() as u8)
         }
@@ -51,7 +51,7 @@ fn main() -> ExitCode {
 fn run_job(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
     match serde_json::from_str::<Caller>(caller) {
         Ok(caller) => ExitCode::from(detached::run_job(root, &caller, request)),
-        // As for anything that is mistyped.
+        // As for all invalid arguments.
         Err(_) => ExitCode::from(2),
     }
 }
@@ -66,10 +66,10 @@ fn run_door(cli: &AgentCli, serve: bool) -> ExitCode {
     };
     done.map_or_else(
         |refusal| {
-            // Both forms: it is not known yet for whom the answer is.
+            // In both forms: it is not known yet which one the client expects.
             let printed = writeln!(std::io::stdout(), "{}", json!({ "refused": refusal }))
                 .and_then(|()| writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()));
-            // The exit code says it too.
+            // The exit code also says that it failed.
             drop(printed);
             ExitCode::from(refusal.kind() as u8)
         },

@@ -1,5 +1,5 @@
-//! What a start does with `data`, in its order: what waits is carried out, what serves as the API is settled, and the
-//! steps between versions are taken.
+//! What a start does with `data`, in order: carries out a pending change, selects the API that serves, and migrates the
+//! data to the system's version.
 
 use std::process::Command;
 

@@ -1,4 +1,4 @@
-//! Installs whatever a bundle is, a system or an API alone; and keeps what the system that is committed asks for.
+//! Installs a bundle, which has a system or an API alone; and stores the floor and keys of the committed system.
 
 use bundle::component::API;
 use bundle::{BundleInput, BundleReader};

@@ -341,7 +341,7 @@ fn nothing_of_a_hostile_tree_is_taken() {
         ("sparse", hostile(b"site/x", Kind::GNUSparse, "", b"x")),
         ("twice", two(b"site/x", b"site/x")),
         ("case", two(b"site/x", b"site/X")),
-        ("a file as a folder", two(b"site/x", b"site/x/y")),
+        ("a file as a directory", two(b"site/x", b"site/x/y")),
         ("too much", hostile(b"site/x", Kind::Regular, "", &[b'x'; 6000])),
         ("too many", two(b"site/x", b"site/y")),
         ("nothing at all", vec![0; 1024]),
@@ -366,7 +366,7 @@ fn nothing_of_a_hostile_tree_is_taken() {
         draft.lock.wheels[1] = claim;
         draft.tars[1] = tar;
         let (exit, code) = refused(&robot, &draft.bundle());
-        let io = what == "a file as a folder";
+        let io = what == "a file as a directory";
         let expected = if io { (1, "io") } else { (3, "bad-tree") };
         assert_eq!((exit, code.as_str()), expected, "{what}");
         assert_eq!(serves(&robot), "10.0.0", "{what}");

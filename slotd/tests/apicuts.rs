@@ -66,7 +66,7 @@ fn folder(version: &str) -> (String, Snapshot) {
     tree.insert(LOCK_ROLE.into(), format!("644 {}", String::from_utf8(json.clone()).unwrap()));
     let parents: BTreeSet<PathBuf> =
         tree.keys().flat_map(|path| path.ancestors().skip(1)).map(Path::to_owned).collect();
-    tree.extend(parents.into_iter().map(|path| (path, "755 folder".to_owned())));
+    tree.extend(parents.into_iter().map(|path| (path, "755 directory".to_owned())));
     (format!("{version}-{}", &to_hex(&sha256(&json))[..8]), tree)
 }
 
@@ -173,7 +173,7 @@ fn check_started(robot: &Robot, known: &Known, expected: &str, at: &str) {
     };
     let apps = below("apps");
     assert_eq!(known.serves(&apps, at), expected, "{at}");
-    let resources = [("", "755 folder".to_owned()), ("version.txt", format!("644 {expected}"))];
+    let resources = [("", "755 directory".to_owned()), ("version.txt", format!("644 {expected}"))];
     let resources: Snapshot = resources.map(|(path, text)| (path.into(), text)).into();
     assert_eq!(below("system"), resources, "{at}");
     assert_eq!(state(&apps).unwrap_or_default()["trial"], Value::Null, "{at}");
@@ -427,7 +427,7 @@ fn one_more_than_is_kept() {
 #[test]
 fn the_start_that_takes_an_unconfirmed_api_back() {
     let scene = Scene {
-        what: "an unconfirmed API is taken back",
+        what: "an unconfirmed API is rolled back",
         between: ["10.0.0", "10.1.0"],
         versions: &["10.0.0", "10.1.0"],
         then: &|_| "10.0.0".to_owned(),

@@ -96,10 +96,10 @@ const CASES: &[Case] = &[
     ("a million empty files", "bad-archive", |out| {
         (0..MANY).try_for_each(|n| entry(out, &format!("home/{n}"), Kind::Regular, b""))
     }),
-    ("too many folders", "bad-archive", |out| {
+    ("too many directories", "bad-archive", |out| {
         (0..TOO_MANY).try_for_each(|n| entry(out, &format!("home/{n}"), Kind::Directory, b""))
     }),
-    ("a million times one folder", "bad-archive", |out| {
+    ("a million times one directory", "bad-archive", |out| {
         (0..MANY).try_for_each(|_| entry(out, "home", Kind::Directory, b""))
     }),
     ("too many long links", "bad-archive", |out| {

@@ -28,7 +28,7 @@ fn tree(folder: &Path) -> BTreeMap<PathBuf, String> {
             format!("-> {}", fs::read_link(&path).unwrap().display())
         } else if about.is_dir() {
             waiting.extend(fs::read_dir(&path).unwrap().map(|entry| entry.unwrap().path()));
-            format!("{mode:o} folder")
+            format!("{mode:o} directory")
         } else {
             format!("{mode:o} {}", String::from_utf8_lossy(&fs::read(&path).unwrap()))
         };

@@ -153,7 +153,7 @@ fn a_client_of_somebodys_own_gets_no_further() {
 
 #[test]
 fn another_user_is_refused_also_where_the_socket_lets_him() {
-    // Only root can be somebody else.
+    // Only root can become another user.
     if !is_root("another_user_is_refused_also_where_the_socket_lets_him") {
         return;
     }

@@ -69,7 +69,7 @@ struct Nginx {
 }
 
 impl Nginx {
-    /// Serves a bundle once with each certificate: the folder of its authority, and its name.
+    /// Serves a bundle once with each certificate: the directory of its authority, and its name.
     fn start(dir: tempfile::TempDir, bundle: &[u8], certificates: &[(&str, &str)]) -> Self {
         let top = dir.path();
         fs::create_dir(top.join("www")).unwrap();

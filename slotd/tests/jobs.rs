@@ -21,7 +21,7 @@ const FOR_EVER: Duration = Duration::from_secs(120);
 
 const SIZE: u64 = 48 << 20;
 
-/// A robot, and a client that has half of its bundle, in a process group of its own. What comes after is the rest.
+/// A robot, and a client in its own process group that has received half of its bundle; the other half is not sent yet.
 struct Scene {
     robot: Robot,
     new: Vec<u8>,
@@ -48,7 +48,7 @@ impl Scene {
         self.robot.run(&["job"])
     }
 
-    /// Waits until the job's record is so.
+    /// Waits until the job's record meets a condition.
     fn until(&self, what: &str, is: impl Fn(&Value) -> bool) -> Value {
         let started = Instant::now();
         loop {
@@ -97,7 +97,7 @@ impl Scene {
         let job = self.robot.run(&["job"]);
         assert_eq!(job["state"]["done"]["answer"], watched);
         assert_eq!(job["cancellable"], false);
-        // Once it is done, it is answered again and again.
+        // The result of a finished job can be read again.
         assert_eq!(self.robot.run(&["job", "--watch"]), watched);
         assert_eq!(self.robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
         self.client.wait().unwrap();
@@ -110,7 +110,7 @@ fn an_install_goes_on_when_its_client_is_killed() {
     let mut scene = Scene::new();
     scene.client.kill().unwrap();
     scene.client.wait().unwrap();
-    // Nobody else gets in meanwhile.
+    // No other verb is admitted meanwhile.
     let other = write(scene.robot.dir.path(), "other.bundle", &scene.bundle);
     for args in [&["install", &other][..], &["commit"], &["boot-other"], &["provision"]] {
         assert_eq!(scene.robot.refused(args), (4, "busy".to_owned()), "{args:?}");
@@ -142,7 +142,7 @@ fn a_client_that_is_stopped_holds_nothing_up() {
     kill_process(Pid::from_raw(i32::try_from(client.id()).unwrap()).unwrap(), Signal::CONT)
         .unwrap();
     let output = client.wait_with_output().unwrap();
-    // It was told as much as fits; the answer itself waits a few seconds for it.
+    // The pipe has only the progress that fitted; the answer waits a few seconds for the client.
     assert!(output.status.success() || answer(&output)["refused"]["code"] == "io", "{output:?}");
 }
 
@@ -150,7 +150,7 @@ fn a_client_that_is_stopped_holds_nothing_up() {
 fn a_cancelled_install_ends_and_resumes() {
     let mut scene = Scene::new();
     let mut cancel = scene.robot.command(&["job", "--cancel"]).spawn().unwrap();
-    // It looks when it reads; slowly, so that it does not reach the end.
+    // The job checks for the request when it reads. The rest is sent slowly, so that it does not reach the end.
     let rest = scene.bundle[scene.bundle.len() / 2..].to_vec();
     for piece in rest.chunks(64 << 10).take(80) {
         if scene.input.write_all(piece).is_err() {
@@ -217,7 +217,7 @@ fn before_the_first_job_there_is_none_and_a_damaged_record_is_no_obstacle() {
         .output()
         .unwrap();
     let text = String::from_utf8(in_text.stdout).unwrap();
-    assert!(text.starts_with("job 1 (install): done\nasked by user id "), "{text}");
+    assert!(text.starts_with("job 1 (install): done\nrequested by user id "), "{text}");
 }
 
 #[test]

@@ -238,10 +238,10 @@ const CASES: &[Case] = &[
     ("a module of bytecode only", "file .pyc", |l| {
         l.file("site/robotapi.pyc", "");
     }),
-    ("a start that is a folder", "namespace site-packages", |l| {
+    ("a start that is a directory", "namespace site-packages", |l| {
         l.folder("site/robotapi/__init__.py");
     }),
-    ("a module file that is a folder", "", |l| {
+    ("a module file that is a directory", "", |l| {
         l.folder("site/robotapi.py");
     }),
     ("a relative path in a .pth file", "package extra", |l| {
@@ -260,11 +260,11 @@ const CASES: &[Case] = &[
     ("a .pth file on data means nothing", "package site-packages", |l| {
         l.package("src").file("data/robot.pth", "@/src\n").package("site");
     }),
-    ("a .pth file in a folder that a .pth file names", "package src", |l| {
+    ("a .pth file in a directory that a .pth file names", "package src", |l| {
         l.folder("first").file("first/more.pth", "@/wrong\n").package("wrong").package("src");
         l.file("site/a.pth", "@/first\n").file("site/b.pth", "@/src\n");
     }),
-    ("the site folder before what its .pth files name", "package site-packages", |l| {
+    ("the site directory before what its .pth files name", "package site-packages", |l| {
         l.package("src").package("site").file("site/a.pth", "@/src\n");
     }),
     ("several .pth files in the order of their names", "package one", |l| {
@@ -294,14 +294,14 @@ const CASES: &[Case] = &[
         l.zip("lib.zip", &["robotapi/__init__.py"], b"", "").package("site");
         l.first.insert(0, l.path("lib.zip").display().to_string());
     }),
-    ("a folder of an archive, with a comment and bytes before it", "archived lib.zip/in", |l| {
+    ("a directory of an archive, with a comment and bytes before it", "archived lib.zip/in", |l| {
         l.zip("lib.zip", &["in/robotapi.py"], b"#!/bin/sh\n", "a comment");
         l.first.push(l.path("lib.zip/in").display().to_string());
     }),
     ("an archive that a .pth file names", "archived lib.zip", |l| {
         l.zip("lib.zip", &["robotapi.py"], b"", "").file("site/a.pth", "@/lib.zip\n");
     }),
-    ("a namespace in an archive and a folder", "namespace lib.zip site-packages", |l| {
+    ("a namespace in an archive and a directory", "namespace lib.zip site-packages", |l| {
         l.zip("lib.zip", &["robotapi/", "robotapi/x.txt"], b"", "").folder("site/robotapi");
         l.first.insert(0, l.path("lib.zip").display().to_string());
     }),
@@ -359,7 +359,7 @@ const CASES: &[Case] = &[
     ("an editable install with a finder, of something else", "", |l| {
         l.package("src").editable("{'other': '@/src/robotapi'}", "{}");
     }),
-    ("an editable install whose folder is gone", "", |l| {
+    ("an editable install whose directory is gone", "", |l| {
         l.editable("{'robotapi': '@/src/robotapi'}", "{}");
     }),
 ];

@@ -404,11 +404,11 @@ fn every_code_is_listed_documented_and_in_use() {
 fn page_of_codes() -> String {
     let mut page = "# Refusal codes
 
-When the agent does not do what it was asked for, it says a code, a sentence and what to do. Codes are for programs and never change their
+When the agent refuses a request, it reports a code, a sentence and what to do. Codes are for programs and never change their
 meaning; `slotd --format json` answers with `{\"refused\": {\"code\": …, \"message\": …, \"help\": …}}`. This page is generated from the agent's own
 list (`SLIPWAY_BLESS=1 cargo test --package slotd --test refusals`).
 
-The exit code of `slotd` says whose matter it is; 0 means done, 2 a mistyped command. [Find out why a robot refused an
+The exit code of `slotd` says which part is responsible; 0 means success, 2 invalid arguments. [Find out why a robot refused an
 update](../guides/why-was-it-refused.md) has the frequent codes with their causes.
 "
     .to_owned();
@@ -416,7 +416,7 @@ update](../guides/why-was-it-refused.md) has the frequent codes with their cause
         (
             RefusalKind::Robot,
             "The robot itself fails",
-            "Its disk, its image or its agent is at fault.",
+            "Its disk, its image or its agent is the cause.",
         ),
         (
             RefusalKind::Bundle,
@@ -427,7 +427,7 @@ update](../guides/why-was-it-refused.md) has the frequent codes with their cause
         (
             RefusalKind::Source,
             "The source fails",
-            "What the bundle, backup or seed is read from fails.",
+            "The source of the bundle, backup or seed fails.",
         ),
     ];
     for (matter, title, meaning) in chapters {

@@ -388,7 +388,7 @@ fn whatever_is_damaged_on_data_the_robot_updates_and_heals() {
         ("zeros", Some(vec![0; 4096])),
         ("of another form", Some(b"[1, 2]".to_vec())),
         ("too long", Some(vec![b' '; (1 << 20) + 1])),
-        ("a folder", None),
+        ("a directory", None),
     ];
     let mut rounds = 0;
     for file in KEPT.iter().chain(&["slotd/log/events.jsonl"]) {
@@ -404,7 +404,7 @@ fn whatever_is_damaged_on_data_the_robot_updates_and_heals() {
             drop(fs::remove_file(&path));
             match content {
                 Some(content) => robot.file(&format!("data/{file}"), content),
-                None if *damage == "a folder" => {
+                None if *damage == "a directory" => {
                     fs::create_dir_all(path.join("sub")).unwrap();
                 }
                 None => {}

@@ -290,7 +290,7 @@ fn a_wheel_without_resources_changes_nothing_and_says_so() {
     let said =
         Command::new(slotd()).args(["--root", robot.dir.as_str(), "provision"]).output().unwrap();
     let said = String::from_utf8(said.stdout).unwrap();
-    assert_eq!(said, format!("/{SITE}/{API} has no resources: /data/system stays as it is\n"));
+    assert_eq!(said, format!("/{SITE}/{API} has no resources: /data/system stays unchanged\n"));
     // One that has only the other package of that name.
     let mut other = wheel("10.1.0");
     other.files.retain(|path, _| !path.starts_with(&format!("{API}/resources/")));

@@ -27,12 +27,12 @@ pub fn format_answer(verb: &CliVerb, answer: &AgentResponse) -> String {
         AgentResponse::Watched(verdict) => describe_verdict(verdict.as_ref()),
         AgentResponse::Verified(verified) => {
             let keys: Vec<&str> = verified.signed_by.iter().map(|by| by.id.as_str()).collect();
-            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} is "));
-            let whole = if verified.slot.is_some() { "to its last block" } else { "is whole" };
+            let what = verified.slot.map_or(String::new(), |slot| format!("slot {slot} equals "));
+            let whole = if verified.slot.is_some() { "in every block" } else { "is complete" };
             format!("{what}{} {whole}, signed by {}", verified.version, keys.join(", "))
         }
         AgentResponse::VerifiedApi(checked) => format!(
-            "{} versions of the API with {} wheels are as they were unpacked, {} MiB",
+            "{} versions of the API with {} wheels are unchanged, {} MiB",
             checked.versions,
             checked.wheels,
             checked.size.div_ceil(1 << 20)
@@ -46,7 +46,7 @@ pub fn format_answer(verb: &CliVerb, answer: &AgentResponse) -> String {
         }
         AgentResponse::WentBack(back) => match &back.version {
             Some(version) => format!("the API {version} serves again"),
-            None => "the system's own API serves again".to_owned(),
+            None => "the system's built-in API serves again".to_owned(),
         },
         AgentResponse::Keys(set) => join_lines(set.keys.iter().map(|key| {
             let state = if key.revoked { ", revoked" } else { "" };
@@ -56,22 +56,22 @@ pub fn format_answer(verb: &CliVerb, answer: &AgentResponse) -> String {
             let backup = backup.as_ref();
             let backup =
                 backup.map_or(String::new(), |path| format!(" (backup: {})", path.display()));
-            with_restart(&format!("everything on data goes{backup}"), *restarts)
+            with_restart(&format!("everything on data is removed{backup}"), *restarts)
         }
         AgentResponse::BackedUp(file) => {
             format!("{} is complete", file.as_deref().unwrap_or("the backup"))
         }
         AgentResponse::Restored { restarts, .. } => {
-            with_restart("the backup takes the place of everything on data", *restarts)
+            with_restart("the backup replaces everything on data", *restarts)
         }
         AgentResponse::Provisioned(done) => format_provisioning(done),
         AgentResponse::Grown(grown) => {
-            format!("data has {} MiB, had {}", grown.to >> 11, grown.from >> 11)
+            format!("data has {} MiB, before {} MiB", grown.to >> 11, grown.from >> 11)
         }
         AgentResponse::Prepared(done) => format!("data is prepared: {}", json!(done)),
         AgentResponse::Seeded(seeded) => match seeded.taken.as_slice() {
-            [] => "the flasher left nothing to take over".to_owned(),
-            names => format!("taken over from the flasher: {}", names.join(", ")),
+            [] => "the flasher left no settings".to_owned(),
+            names => format!("applied from the flasher: {}", names.join(", ")),
         },
         AgentResponse::Job(job) => job.as_ref().map_or_else(
             || "no job since the robot's start".to_owned(),
@@ -98,7 +98,7 @@ fn format_change(verb: &CliVerb, changed: &SlotChange, restarts: bool) -> String
     let then = match (changed.restart.is_some(), restarts) {
         (true, true) => "; restarting",
         (true, false) => "; it runs after the next restart",
-        (false, _) => " runs on",
+        (false, _) => " keeps running",
     };
     format!("{what} {}{then}", changed.slot)
 }
@@ -166,7 +166,7 @@ fn to_seconds(millis: u64) -> f64 {
 
 fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
     format!(
-        "{} is in slot {}: {:.1} MiB written, {:.1} MiB were there; {:.1} s, and {:.1} s reading back\n{}",
+        "{} is in slot {}: {:.1} MiB written, {:.1} MiB were present; {:.1} s, and {:.1} s reading back\n{}",
         done.version,
         done.slot,
         to_mib(done.written),
@@ -183,7 +183,7 @@ fn installed_system(done: &InstalledSystem, restarts: bool) -> String {
 
 fn installed_api(done: &InstalledApi) -> String {
     format!(
-        "the API {} serves, before it {}: {:.1} MiB written, {} of {} wheels were there; {:.1} s, and {:.1} s without an answer",
+        "the API {} serves, previously {}: {:.1} MiB written, {} of {} wheels were present; {:.1} s, and {:.1} s without an answer",
         done.version,
         done.before.as_deref().unwrap_or("the system's own"),
         to_mib(done.written),
@@ -214,7 +214,7 @@ fn format_provisioning(done: &ProvisionReport) -> String {
             format!("/data/system has the {} files of {package}", done.files)
         }
         ProvisionOutcome::NoResources => {
-            format!("{package} has no resources: /data/system stays as it is")
+            format!("{package} has no resources: /data/system stays unchanged")
         }
         ProvisionOutcome::NoApi => "this product has no API: nothing to provision".to_owned(),
         ProvisionOutcome::Current => format!("{package} was provisioned for this base already"),
@@ -248,7 +248,7 @@ fn format_job(job: &Job) -> String {
     let by = job.by.unit.as_deref().unwrap_or("a process without a unit");
     let command = job.by.command.escape_debug();
     format!(
-        "job {} ({}): {state}\nasked by user id {} in {by}: {command}",
+        "job {} ({}): {state}\nrequested by user id {} in {by}: {command}",
         job.id,
         job.request.verb(),
         job.by.uid

@@ -114,7 +114,7 @@ fn read_stored_sums(place: &ApiDir<'_>, wheel: &ComponentWheel) -> Option<Sums> 
 }
 
 /// Whether a wheel's tree is present and unchanged, by the hash of each file: bit rot on a card changes neither lengths
-/// nor times. A tree without stored hashes, from an older agent, counts as absent and is unpacked again.
+/// nor times. A tree without stored hashes, from an older agent, is treated as absent and is unpacked again.
 pub(super) fn is_unchanged(place: &ApiDir<'_>, wheel: &ComponentWheel) -> bool {
     let top = place.wheels().join(&wheel.tree);
     let Some(kept) = read_stored_sums(place, wheel) else { return false };
@@ -128,7 +128,7 @@ pub(super) fn is_unchanged(place: &ApiDir<'_>, wheel: &ComponentWheel) -> bool {
 }
 
 /// In versions other than `folder`, replaces damaged files and copies from a backup by links to the wheels of a lock,
-/// which are all present and intact. A version that cannot be rebuilt stays as it is and does not fail the install;
+/// which are all present and intact. A version that cannot be rebuilt is not changed and does not fail the install;
 /// the event `api-not-healed` says why.
 pub(super) fn repair_versions(
     place: &ApiDir<'_>,

@@ -1,5 +1,5 @@
 //! Migrates `data` to the system's version: forward when a new version starts for the first time, and back when an
-//! older version starts again. Before each step a snapshot of what it changes is packed; it is the way back.
+//! older version starts again. Before each step a snapshot of the files that it changes is packed; a rollback restores it.
 
 use std::cmp::Ordering;
 use std::fs;

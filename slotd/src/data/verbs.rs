@@ -45,7 +45,7 @@ pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
     log_result(root, "backed-up", pending::backup(root, out), json!({}))
 }
 
-/// Writes a backup into a file: complete under its name, or not there; and for its owner only from its first byte.
+/// Writes a backup into a file, which is complete or does not exist. Only its owner may read it, from its first byte on.
 ///
 /// # Errors
 /// `no-archive`, `io`.
@@ -65,7 +65,7 @@ pub fn backup_to(root: &RootDir, file: &str) -> Result<()> {
             .map_err(failed)
     });
     if written.is_err() {
-        // The first failure is the one to tell.
+        // The first failure is reported.
         drop(DirectFileChanges.remove(&partial));
     }
     written

@@ -94,12 +94,12 @@ impl Robot {
 /// The tree that [`Robot::resources`] requires.
 pub fn complete() -> Snapshot {
     let entries = [
-        ("", "755 folder"),
+        ("", "755 directory"),
         ("nginx.conf", "644 server {}\n"),
         ("empty", "644 "),
-        ("scripts", "755 folder"),
+        ("scripts", "755 directory"),
         ("scripts/start", "755 #!/bin/sh\nexit 0\n"),
-        ("scripts/deep", "755 folder"),
+        ("scripts/deep", "755 directory"),
         ("scripts/deep/tool", "755 \x7fELF and more"),
         ("scripts/link", "-> ../nginx.conf"),
     ];

@@ -211,7 +211,7 @@ impl Store {
                 for (name, inode) in names {
                     self.snapshot(*inode, &path.join(name), into);
                 }
-                format!("{mode:o} folder")
+                format!("{mode:o} directory")
             }
             Node::File(bytes) => format!("{mode:o} {}", String::from_utf8_lossy(bytes)),
             Node::Link(to) => format!("-> {}", to.display()),
@@ -340,7 +340,7 @@ impl Recorder {
 
     fn flush(&self, path: &Path, make: impl FnOnce(&mut Store) -> Vec<Change>) {
         let mut flushes = self.flushes.lock().unwrap();
-        flushes.push(path.strip_prefix(&self.folder).expect("outside of the folder").to_owned());
+        flushes.push(path.strip_prefix(&self.folder).expect("outside of the directory").to_owned());
         if self.forgets.is_none_or(|forgotten| forgotten + 1 != flushes.len()) {
             self.change(make);
         }
@@ -361,13 +361,13 @@ impl Recorder {
 
     /// The directory of a path, and its name there.
     fn place(&self, store: &mut Store, path: &Path) -> (usize, String) {
-        let inside = path.strip_prefix(&self.folder).expect("outside of the folder");
+        let inside = path.strip_prefix(&self.folder).expect("outside of the directory");
         let folder = store.find(inside.parent().unwrap());
         (folder, inside.file_name().unwrap().to_str().unwrap().to_owned())
     }
 
     fn inode(&self, store: &mut Store, path: &Path) -> usize {
-        store.find(path.strip_prefix(&self.folder).expect("outside of the folder"))
+        store.find(path.strip_prefix(&self.folder).expect("outside of the directory"))
     }
 
     fn change(&self, make: impl FnOnce(&mut Store) -> Vec<Change>) {
@@ -545,7 +545,7 @@ impl FileChanges for Recorder {
         self.change(|store| {
             let inode = self.inode(store, from);
             let ((folder, from), (same, name)) = (self.place(store, from), self.place(store, to));
-            assert_eq!(folder, same, "between two folders a rename is two changes");
+            assert_eq!(folder, same, "between two directories a rename is two changes");
             vec![Change::Replace { folder, from, name, to: inode }]
         });
         Ok(())

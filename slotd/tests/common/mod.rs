@@ -80,7 +80,7 @@ impl Plan {
             "usr/lib/slipway/device.toml",
             format!(
                 "product = 'robot-test'\nversion = '{}'\nminimum-version = '1.0.0'\nkind = '{}'\nkey-epoch = {}\nboard = 'board-one'\n\
-                 boot-flow = 'uboot'\ncompatible = ['maker,board-one']\nlater = 'passed over'\n\
+                 boot-flow = 'uboot'\ncompatible = ['maker,board-one']\nlater = 'ignored'\n\
                  [boot-state]\nsectors = [{}, {}]\n[trust]\nsectors = {:?}\n[partitions]\n\
                  root-a = {{ number = 2, start-sector = 8192, sectors = {sectors} }}\n\
                  root-b = {{ number = 3, start-sector = 99999, sectors = {sectors} }}\n{}",

@@ -1,12 +1,12 @@
-//! Tests that mount file systems or are several users. Nobody needs rights for them: without, they run in a copy of
-//! their program that is root of a user namespace. Where there can be none they fail, for a test that did not run has not
-//! passed.
+//! Tests that mount file systems or act as several users. They need no special rights: without root they run in a copy of
+//! their program that is root in a user namespace. If such a namespace is not possible they fail, because a test that did not
+//! run has not passed.
 #![allow(dead_code, clippy::unwrap_used)]
 
 use std::process::Command;
 
-/// A root folder of the namespace's own: what is the machine's root's belongs to nobody there, and `sshd` for one
-/// trusts no `/` of nobody's.
+/// Creates a separate root directory for the namespace: there the files of the machine's root belong to the user `nobody`,
+/// and `sshd`, for example, does not trust such a `/`.
 const SCRIPT: &str = r#"
 set -e
 new=$1
@@ -25,11 +25,11 @@ done
 exec chroot "$new" "$@"
 "#;
 
-/// Whether the caller is root and goes on. Else a copy of this program has run the test `test` (as `--exact` takes it), and
-/// it has passed.
+/// Whether the caller is root and must run the test itself. Otherwise a copy of this program has run the test `test` (a name
+/// for `--exact`), and it has passed.
 ///
 /// # Panics
-/// When the test has failed there, or nobody may make such a namespace.
+/// When the test has failed there, or such a namespace cannot be created.
 pub fn is_root(test: &str) -> bool {
     if rustix::process::geteuid().is_root() {
         return true;
