@@ -116,10 +116,10 @@ pub fn changed_since(
         let now = collect_inputs(root, &build)?;
         let same = |old: &&AffectedBuild| old.product == build.product && old.board == build.board;
         build.components = match old_builds.iter().find(same) {
-            None => affect_everything("is new"),
+            None => every_component("is new"),
             Some(old) => match collect_inputs(&old_root, old) {
                 Ok(then) => compare_inputs(&then, &now, &builder),
-                Err(error) => affect_everything(&format!("the old configuration: {error:#}")),
+                Err(error) => every_component(&format!("the old configuration: {error:#}")),
             },
         };
         if !build.components.is_empty() {
@@ -129,7 +129,7 @@ pub fn changed_since(
     Ok(changed)
 }
 
-fn affect_everything(reason: &str) -> Vec<AffectedComponent> {
+fn every_component(reason: &str) -> Vec<AffectedComponent> {
     vec![AffectedComponent { name: "all".to_owned(), reasons: vec![reason.to_owned()] }]
 }
 

@@ -132,8 +132,8 @@ fn write_and_rename(
 ///
 /// # Errors
 /// When the filesystem cannot be queried.
-pub fn free_space(folder: &Utf8Path) -> Result<u64> {
-    let system = rustix::fs::statvfs(folder.as_std_path())
-        .with_context(|| format!("querying the filesystem of {folder}"))?;
+pub fn free_space(dir: &Utf8Path) -> Result<u64> {
+    let system = rustix::fs::statvfs(dir.as_std_path())
+        .with_context(|| format!("querying the filesystem of {dir}"))?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
 }

@@ -320,7 +320,7 @@ impl Inventory {
         let is_metadata = |path: &&String| {
             let mut parts = path.rsplit('/');
             parts.next() == Some("METADATA")
-                && parts.next().is_some_and(|folder| folder.ends_with(".dist-info"))
+                && parts.next().is_some_and(|dir| dir.ends_with(".dist-info"))
                 && matches!(parts.next(), Some("site-packages" | "dist-packages"))
         };
         for path in self.files.keys().filter(is_metadata) {
@@ -404,8 +404,8 @@ impl Walk {
     /// exhaust the stack.
     fn folder(&mut self, filesystem: &Ext4, path: Vec<u8>) -> Result<()> {
         let mut todo = vec![path];
-        while let Some(folder) = todo.pop() {
-            for entry in filesystem.read_dir(folder.as_slice())? {
+        while let Some(dir) = todo.pop() {
+            for entry in filesystem.read_dir(dir.as_slice())? {
                 let entry = entry?;
                 if matches!(entry.file_name().as_ref(), b"." | b"..") {
                     continue;

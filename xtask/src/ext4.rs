@@ -236,8 +236,8 @@ fn too_large(request: &Ext4Request<'_>, content: TarContent) -> anyhow::Error {
 
 /// Whether the host's disk was full.
 fn disk_full(path: &Utf8Path) -> bool {
-    let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
-    rustix::fs::statvfs(folder.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
+    let dir = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    rustix::fs::statvfs(dir.as_std_path()).is_ok_and(|s| s.f_bavail < 256)
 }
 
 fn content_of(path: &Utf8Path) -> Result<TarContent> {

@@ -53,10 +53,10 @@ pub fn run_targets(root: &Utf8Path, seconds: u64) -> Result<()> {
         let found = fuzz.join("target/findings").join(target);
         fs::create_dir_all(&found).with_context(|| format!("making {found}"))?;
         let kept = fuzz.join("corpus").join(target);
-        let folders = [Some(corpus.join(target)), kept.is_dir().then_some(kept)];
+        let dirs = [Some(corpus.join(target)), kept.is_dir().then_some(kept)];
         let (mut done, mut reached, mut artefact) = (String::new(), String::new(), None);
         let ran = Tool::new(built.join(target))
-            .args(folders.iter().flatten())
+            .args(dirs.iter().flatten())
             .arg(format!("-artifact_prefix={found}/"))
             .arg(format!("-max_total_time={seconds}"))
             .args(["-print_final_stats=1", TIMEOUT, "-max_len=65536"])

@@ -17,7 +17,7 @@ fn main() -> ExitCode {
         Some(local::CHILD) => local::init::run(),
         _ => {
             let cli = CommandLine::parse();
-            check_temporary_folder().and_then(|()| run(&cli))
+            check_temporary_dir().and_then(|()| run(&cli))
         }
     };
     match outcome {
@@ -31,15 +31,15 @@ fn main() -> ExitCode {
 
 /// Every program that we start inherits it, and each would report the missing directory in its own
 /// way.
-fn check_temporary_folder() -> anyhow::Result<()> {
-    let folder = std::env::temp_dir();
-    if folder.is_dir() && folder.is_absolute() {
+fn check_temporary_dir() -> anyhow::Result<()> {
+    let dir = std::env::temp_dir();
+    if dir.is_dir() && dir.is_absolute() {
         return Ok(());
     }
     anyhow::bail!(
         "the directory for temporary files, {}, does not exist, or its path is not absolute\n\
          help: set TMPDIR to the absolute path of an existing directory, or unset it",
-        folder.display()
+        dir.display()
     )
 }
 

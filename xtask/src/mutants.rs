@@ -63,11 +63,11 @@ impl Mutant {
 /// # Errors
 /// When a list is malformed; else names every mutant that does not match the source.
 pub fn read_mutants(root: &Utf8Path) -> Result<Vec<Mutant>> {
-    let folder = root.join(LIST);
-    let listing = folder.read_dir_utf8().with_context(|| format!("reading {folder}"))?;
+    let dir = root.join(LIST);
+    let listing = dir.read_dir_utf8().with_context(|| format!("reading {dir}"))?;
     let mut files = Vec::new();
     for entry in listing {
-        files.push(entry.with_context(|| format!("reading {folder}"))?.into_path());
+        files.push(entry.with_context(|| format!("reading {dir}"))?.into_path());
     }
     files.sort();
     let mut mutants: Vec<Mutant> = Vec::new();
@@ -253,8 +253,8 @@ fn copy_workspace(root: &Utf8Path, tree: &Utf8Path) -> Result<()> {
             }
             continue;
         };
-        let folder = to.parent().context("a file is in a directory")?;
-        fs::create_dir_all(folder).with_context(|| format!("making {folder}"))?;
+        let dir = to.parent().context("a file is in a directory")?;
+        fs::create_dir_all(dir).with_context(|| format!("making {dir}"))?;
         if about.is_symlink() {
             if fs::symlink_metadata(&to).is_err() {
                 let target = fs::read_link(&from).with_context(|| format!("reading {from}"))?;

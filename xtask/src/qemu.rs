@@ -182,9 +182,9 @@ pub fn run_interactive(
     start: &InteractiveStart,
 ) -> Result<()> {
     require_version(machine)?;
-    let folder = tempfile::tempdir().context("creating a directory for the overlay")?;
-    let folder = Utf8Path::from_path(folder.path()).context("the temporary directory's name")?;
-    let overlay = CardOverlay::create(machine, &files.image, &folder.join("card.qcow2"))?;
+    let dir = tempfile::tempdir().context("creating a directory for the overlay")?;
+    let dir = Utf8Path::from_path(dir.path()).context("the temporary directory's name")?;
+    let overlay = CardOverlay::create(machine, &files.image, &dir.join("card.qcow2"))?;
     if let Some((offset, state)) = &start.boot_state {
         overlay.write_boot_state(*offset, state)?;
     }
@@ -194,7 +194,7 @@ pub fn run_interactive(
         progress::say("ssh", format!("ssh -p {port} robot@127.0.0.1"));
     }
     progress::say("quit", "Ctrl-A, then X; the robot's writes are lost then");
-    let tree = files.tree(folder)?;
+    let tree = files.tree(dir)?;
     let (card, console) = (overlay.path(), "mon:stdio");
     let arguments = qemu_arguments(
         machine,
@@ -364,9 +364,9 @@ mod tests {
 
     #[test]
     fn a_device_tree_is_changed_for_the_machine() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
-        let at = |name: &str| folder.join(name);
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        let at = |name: &str| dir.join(name);
         let dtc = |from: &str, to: &str, input: &str, output: &str| {
             let tool = Tool::new("dtc").args(["-q", "-I", from, "-O", to, "-o"]);
             tool.args([at(output), at(input)]).run().unwrap();
@@ -381,30 +381,30 @@ mod tests {
             device_tree: Some(at("board.dtb")),
             device_tree_changes: None,
         };
-        assert_eq!(files.tree(folder).unwrap(), Some(at("board.dtb")));
+        assert_eq!(files.tree(dir).unwrap(), Some(at("board.dtb")));
         files.device_tree_changes = Some(at("changes.dtsi"));
-        assert_eq!(files.tree(folder).unwrap(), Some(at("machine.dtb")));
+        assert_eq!(files.tree(dir).unwrap(), Some(at("machine.dtb")));
         dtc("dtb", "dts", "machine.dtb", "found.dts");
         let found = std::fs::read_to_string(at("found.dts")).unwrap();
         assert!(found.contains("supply = <") && !found.contains("broken"), "{found}");
         std::fs::write(at("changes.dtsi"), "&{/card@2} { };\n").unwrap();
-        let error = format!("{:#}", files.tree(folder).unwrap_err());
+        let error = format!("{:#}", files.tree(dir).unwrap_err());
         assert!(error.contains("changes.dtsi") && error.contains("card@2"), "{error}");
     }
 
     #[test]
     fn an_overlay_takes_the_boot_state_and_leaves_the_image() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
-        let image = folder.join("card.img");
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        let image = dir.join("card.img");
         std::fs::write(&image, vec![0; 3 << 20]).unwrap();
-        let overlay = CardOverlay::create(&machine(), &image, &folder.join("card.qcow2")).unwrap();
+        let overlay = CardOverlay::create(&machine(), &image, &dir.join("card.qcow2")).unwrap();
         let state = BootState::first();
         overlay.write_boot_state(1 << 20, &state).unwrap();
         let refused = overlay.write(100, &[0; SECTOR]).unwrap_err().to_string();
         assert!(refused.contains("not whole sectors"), "{refused}");
 
-        let raw = folder.join("raw.img");
+        let raw = dir.join("raw.img");
         Tool::new("qemu-img")
             .args(["convert", "-O", "raw", overlay.path().as_str(), raw.as_str()])
             .run()

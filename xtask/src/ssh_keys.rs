@@ -133,10 +133,10 @@ pub fn keys_as_lines(file: &[u8]) -> Result<String, PublicKeysError> {
 
 /// Whether a file with that path on a robot contains such keys for sshd.
 pub fn is_list(target: &Utf8Path) -> bool {
-    let folder = target.parent().unwrap_or(Utf8Path::new(""));
+    let dir = target.parent().unwrap_or(Utf8Path::new(""));
     let name = target.file_name().unwrap_or_default();
-    folder == "etc/ssh/authorized_keys.d"
-        || (folder.file_name() == Some(".ssh")
+    dir == "etc/ssh/authorized_keys.d"
+        || (dir.file_name() == Some(".ssh")
             && matches!(name, "authorized_keys" | "authorized_keys2"))
 }
 

@@ -95,12 +95,12 @@ pub fn dist_dir(root: &Utf8Path, plan: &Plan) -> Utf8PathBuf {
 pub fn lock_dist_dir(dist: &Utf8Path) -> Result<File> {
     let context = || format!("locking {dist}");
     std::fs::create_dir_all(dist).with_context(context)?;
-    let folder = File::open(dist).with_context(context)?;
-    if folder.try_lock().is_err() {
+    let dir = File::open(dist).with_context(context)?;
+    if dir.try_lock().is_err() {
         say("plan", format!("waiting for another build in {dist}"));
-        folder.lock().with_context(context)?;
+        dir.lock().with_context(context)?;
     }
-    Ok(folder)
+    Ok(dir)
 }
 
 /// Writes `plan.json` beside the results.

@@ -60,25 +60,25 @@ pub struct ColdRow {
 ///
 /// # Errors
 /// When the user is not root; when Debian cannot be created; when one of the commands fails.
-pub fn run(workspace: &Utf8Path, folder: &Utf8Path) -> Result<Vec<ColdRow>> {
+pub fn run(workspace: &Utf8Path, dir: &Utf8Path) -> Result<Vec<ColdRow>> {
     ensure!(
         rustix::process::geteuid().is_root(),
         "the benchmark `cold` mounts a separate Debian, which needs root\nhelp: run it as root"
     );
-    fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    let root = folder.join("root");
+    fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+    let root = dir.join("root");
     let mirrors = AptMirrors::from_host()?;
-    let debian = measure("a Debian with a C compiler (mmdebstrap)", folder, || {
+    let debian = measure("a Debian with a C compiler (mmdebstrap)", dir, || {
         let tool = Tool::new("mmdebstrap").args(["--variant=minbase", "--mode=root"]);
         let tool = tool.arg(format!("--include={PACKAGES}")).args(["bookworm", root.as_str()]);
-        tool.arg(&mirrors.archive).log(&folder.join("mmdebstrap.log")).run()
+        tool.arg(&mirrors.archive).log(&dir.join("mmdebstrap.log")).run()
     })?;
     prepare(workspace, &root)?;
     let mut rows = vec![debian];
     for command in ["build-image", "test"] {
         say("bench", format!("cargo xtask {command}, cold"));
         let words = ["--mount", "--pid", "--fork", "--kill-child", "--", "sh", "-c", ENTER, "sh"];
-        rows.push(measure(&format!("cargo xtask {command}"), folder, || {
+        rows.push(measure(&format!("cargo xtask {command}"), dir, || {
             let tool = Tool::new("unshare").with_network().args(words);
             tool.args([root.as_str(), "/root", "cargo", "xtask", command]).run_on_terminal()
         })?);
@@ -117,15 +117,15 @@ fn copy_tree(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
 }
 
 /// Measures the time and the disk space of an action.
-fn measure(what: &str, folder: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<ColdRow> {
-    let before = free_space(folder)?;
+fn measure(what: &str, dir: &Utf8Path, run: impl FnOnce() -> Result<()>) -> Result<ColdRow> {
+    let before = free_space(dir)?;
     let done = AtomicBool::new(false);
     let started = Instant::now();
     let (result, least) = std::thread::scope(|scope| {
         let watcher = scope.spawn(|| {
             let mut least = before;
             while !done.load(Ordering::Relaxed) {
-                least = free_space(folder).map_or(least, |free| least.min(free));
+                least = free_space(dir).map_or(least, |free| least.min(free));
                 std::thread::sleep(Duration::from_millis(500));
             }
             least

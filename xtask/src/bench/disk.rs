@@ -53,10 +53,10 @@ pub struct DiskRow {
 ///
 /// # Errors
 /// When a contender fails or the directory has less than about 8 GiB of free space.
-pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
+pub fn run(rootfs: &Utf8Path, dir: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
     ensure!(repeats > 0, "a measurement needs at least one turn");
-    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
+    std::fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+    SIZES.iter().map(|&mib| measure(rootfs, dir, mib * MIB, repeats)).collect()
 }
 
 /// The rows as a readable table.
@@ -80,22 +80,22 @@ pub fn table(rows: &[DiskRow]) -> String {
     text
 }
 
-fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
-    let root = folder.join("root.img");
+fn measure(rootfs: &Utf8Path, dir: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
+    let root = dir.join("root.img");
     cut_rootfs(rootfs, &root, size)?;
-    let ours = folder.join("ours.img");
+    let ours = dir.join("ours.img");
     let spec = disk_spec(sum_image(&root)?, size)?;
     // The first turn fills the page cache for all contenders and creates the source of the copies.
     assemble(&spec, &ours)?;
     let genimage = exec::find_program("genimage");
     if genimage.is_some() {
-        prepare_genimage(folder, &ours)?;
+        prepare_genimage(dir, &ours)?;
     }
     // The first contender changes with each turn: writing to memory that was unused for a while is
     // slower (a virtual machine returns it to its host), and would always affect the same
     // contender.
     let mut times: [Vec<f64>; 5] = Default::default();
-    let (copy, again) = (folder.join("copy.img"), folder.join("again.img"));
+    let (copy, again) = (dir.join("copy.img"), dir.join("again.img"));
     for turn in 0..repeats {
         for contender in 0..times.len() {
             let which = (turn + contender) % times.len();
@@ -105,8 +105,8 @@ fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> R
                     Tool::new("cp").args(["--sparse=always", ours.as_str(), copy.as_str()]).run()
                 })?,
                 2 => match &genimage {
-                    Some(program) => time_work(&folder.join("genimage-out/card.img"), || {
-                        run_genimage(program, folder)
+                    Some(program) => time_work(&dir.join("genimage-out/card.img"), || {
+                        run_genimage(program, dir)
                     })?,
                     None => continue,
                 },
@@ -252,9 +252,9 @@ pub(super) fn disk_spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
 }
 
 /// Gives genimage a finished FAT volume (ours), so that it only has to copy it.
-fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
-    let input = folder.join("genimage-in");
-    for path in [&input, &folder.join("genimage-root")] {
+fn prepare_genimage(dir: &Utf8Path, ours: &Utf8Path) -> Result<()> {
+    let input = dir.join("genimage-in");
+    for path in [&input, &dir.join("genimage-root")] {
         std::fs::create_dir_all(path).with_context(|| format!("creating {path}"))?;
     }
     let mut boot = vec![0; (64 * MIB) as usize];
@@ -262,7 +262,7 @@ fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
     std::fs::write(input.join("boot.vfat"), &boot)?;
     let link = input.join("root.img");
     if !link.is_symlink() {
-        std::os::unix::fs::symlink(std::fs::canonicalize(folder.join("root.img"))?, &link)?;
+        std::os::unix::fs::symlink(std::fs::canonicalize(dir.join("root.img"))?, &link)?;
     }
     let config = r#"image card.img {
     hdimage { partition-table-type = "gpt" align = 4M }
@@ -272,12 +272,12 @@ fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
     partition data { size = 64M }
 }
 "#;
-    let mut file = File::create(folder.join("genimage.cfg"))?;
+    let mut file = File::create(dir.join("genimage.cfg"))?;
     Ok(file.write_all(config.as_bytes())?)
 }
 
-fn run_genimage(program: &Utf8Path, folder: &Utf8Path) -> Result<()> {
-    let at = |name: &str| Utf8PathBuf::from(folder).join(name).into_string();
+fn run_genimage(program: &Utf8Path, dir: &Utf8Path) -> Result<()> {
+    let at = |name: &str| Utf8PathBuf::from(dir).join(name).into_string();
     Tool::new(program)
         .args(["--config", &at("genimage.cfg"), "--inputpath", &at("genimage-in")])
         .args(["--outputpath", &at("genimage-out"), "--tmppath", &at("genimage-tmp")])

@@ -136,8 +136,8 @@ pub fn build_agent(build: &mut BuildContext<'_>) -> Result<BuiltAgent> {
 /// The version of the machine's own compiler, if it supports the target.
 fn own_compiler(triple: &str) -> Option<String> {
     let ask = |arguments: &[&str]| Tool::new("rustc").args(arguments).read().ok();
-    let folder = ask(&["--print", "target-libdir", "--target", triple])?;
-    let there = Utf8Path::new(folder.trim()).is_dir();
+    let dir = ask(&["--print", "target-libdir", "--target", triple])?;
+    let there = Utf8Path::new(dir.trim()).is_dir();
     if there { ask(&["--version"]).map(|text| text.trim().to_owned()) } else { None }
 }
 

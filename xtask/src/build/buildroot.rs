@@ -111,7 +111,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
 
 /// Licence texts and sources, linked beside the other results: they are as large as the downloads.
 fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Result<()> {
-    let folder = engine::legal_info(request)?;
+    let dir = engine::legal_info(request)?;
     let link = build.dist.join("legal-info");
     match std::fs::remove_file(&link) {
         Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
@@ -119,8 +119,8 @@ fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Resul
         }
         _ => {}
     }
-    std::os::unix::fs::symlink(&folder, &link).with_context(|| format!("linking {link}"))?;
-    say("legal", format!("{} -> {folder}", link.strip_prefix(build.root).unwrap_or(&link)));
+    std::os::unix::fs::symlink(&dir, &link).with_context(|| format!("linking {link}"))?;
+    say("legal", format!("{} -> {dir}", link.strip_prefix(build.root).unwrap_or(&link)));
     Ok(())
 }
 

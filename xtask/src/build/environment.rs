@@ -46,8 +46,8 @@ mod tests {
 
     #[test]
     fn is_what_mkenvimage_makes() {
-        let folder = tempfile::tempdir().expect("a directory");
-        let at = |name: &str| folder.path().join(name).to_str().expect("UTF-8").to_owned();
+        let dir = tempfile::tempdir().expect("a directory");
+        let at = |name: &str| dir.path().join(name).to_str().expect("UTF-8").to_owned();
         std::fs::write(at("text"), "bootdelay=-2\nbootcmd=run a; reset\n").expect("written");
         crate::exec::Tool::new("mkenvimage")
             .args(["-s", "0x4000", "-p", "0", "-o", &at("made"), &at("text")])

@@ -26,9 +26,9 @@ pub fn bench(options: &BenchArgs) -> Result<()> {
         tools::require_tools(&[ToolPurpose::Debian], true)?;
         // Not in the cache: another disk may be faster, and the root must not be below a home
         // directory that others cannot enter.
-        let folder = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
-        let folder = Utf8Path::from_path(folder.path()).context("a path that is not UTF-8")?;
-        out!("{}", cold::table(&cold::run(&workspace_root()?, folder)?));
+        let dir = tempfile::Builder::new().prefix("slipway-bench-").tempdir()?;
+        let dir = Utf8Path::from_path(dir.path()).context("a path that is not UTF-8")?;
+        out!("{}", cold::table(&cold::run(&workspace_root()?, dir)?));
         return Ok(());
     }
     tools::require_tools(&[ToolPurpose::Test, ToolPurpose::Bench], true)?;
@@ -38,31 +38,27 @@ pub fn bench(options: &BenchArgs) -> Result<()> {
         None => newest_root(&cache)?,
     };
     // Two measurements at once disturb each other, but must not remove each other's files.
-    let folder = cache.root.join(format!("bench-{}", std::process::id()));
+    let dir = cache.root.join(format!("bench-{}", std::process::id()));
     let wants = |name: &str| options.only.as_deref().is_none_or(|only| only == name);
     say(
         "bench",
         format!("{payload}, medians of {TURNS}; the ratios are valid on an idle machine only"),
     );
     if wants("disk") {
-        out!("{}", disk::table(&disk::run(&payload, &folder, TURNS)?));
+        out!("{}", disk::table(&disk::run(&payload, &dir, TURNS)?));
     }
     if wants("flash") {
-        out!("{}", flash::table(&flash::run(&payload, &folder, TURNS)?));
+        out!("{}", flash::table(&flash::run(&payload, &dir, TURNS)?));
     }
     if wants("install") {
-        out!("{}", install::table(&install::run(&payload, &folder, TURNS)?));
+        out!("{}", install::table(&install::run(&payload, &dir, TURNS)?));
     }
     if wants("bundle") {
-        let settings = BundleBenchSettings {
-            payload,
-            scratch: folder.clone(),
-            runs: TURNS,
-            slow: options.slow,
-        };
+        let settings =
+            BundleBenchSettings { payload, scratch: dir.clone(), runs: TURNS, slow: options.slow };
         out!("{}", bundle::table(&bundle::run(&settings)?));
     }
-    std::fs::remove_dir_all(&folder).with_context(|| format!("removing {folder}"))
+    std::fs::remove_dir_all(&dir).with_context(|| format!("removing {dir}"))
 }
 
 /// The root filesystem that was composed last.
@@ -70,9 +66,8 @@ fn newest_root(cache: &Cache) -> Result<Utf8PathBuf> {
     let modified =
         |path: &Utf8Path| -> Option<SystemTime> { path.metadata().ok()?.modified().ok() };
     let composed = cache.stages().join("compose");
-    let folders = composed.read_dir_utf8().into_iter().flatten().flatten();
-    folders
-        .map(|folder| folder.path().join("root.ext4"))
+    let dirs = composed.read_dir_utf8().into_iter().flatten().flatten();
+    dirs.map(|dir| dir.path().join("root.ext4"))
         .filter_map(|path| Some((modified(&path)?, path)))
         .max()
         .map(|(_, path)| path)

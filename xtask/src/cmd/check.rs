@@ -139,11 +139,11 @@ const QUICK_SPACE: u64 = 5 << 30;
 /// Fails at once on a disk that would be full after half an hour.
 fn warn_of_space(needed: u64) -> Result<()> {
     let (root, cache) = (workspace_root()?, Cache::locate()?.root);
-    let free = |folder| Ok::<_, anyhow::Error>((free_space(folder)?, folder));
-    let (least, folder) = free(&root)?.min(free(&cache)?);
+    let free = |dir| Ok::<_, anyhow::Error>((free_space(dir)?, dir));
+    let (least, dir) = free(&root)?.min(free(&cache)?);
     if least < needed {
         warn(format!(
-            "{} are free in {folder}, but the tests need about {} on a machine without caches\n\
+            "{} are free in {dir}, but the tests need about {} on a machine without caches\n\
              help: `cargo xtask clean --dry-run` shows what can be removed; SLIPWAY_CACHE and \
              CARGO_TARGET_DIR select other disks",
             format_bytes(least),

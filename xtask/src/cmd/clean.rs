@@ -59,13 +59,13 @@ fn remove_path(path: &Utf8Path) -> Result<()> {
 /// The disk usage of a directory in bytes: images are sparse.
 fn disk_usage(dir: &Utf8Path) -> Result<u64> {
     let mut total = 0;
-    let mut folders: Vec<Utf8PathBuf> = vec![dir.to_owned()];
-    while let Some(folder) = folders.pop() {
-        for entry in folder.read_dir_utf8().with_context(|| format!("reading {folder}"))? {
-            let entry = entry.with_context(|| format!("reading {folder}"))?;
+    let mut dirs: Vec<Utf8PathBuf> = vec![dir.to_owned()];
+    while let Some(directory) = dirs.pop() {
+        for entry in directory.read_dir_utf8().with_context(|| format!("reading {directory}"))? {
+            let entry = entry.with_context(|| format!("reading {directory}"))?;
             let metadata = entry.metadata().with_context(|| format!("reading {}", entry.path()))?;
             if metadata.is_dir() {
-                folders.push(entry.into_path());
+                dirs.push(entry.into_path());
             } else {
                 // st_blocks counts 512-byte units whatever the filesystem's block size (stat(2)).
                 total += metadata.blocks() * 512;

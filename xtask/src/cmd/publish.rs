@@ -20,7 +20,7 @@ use crate::{outln, text};
 /// When the target cannot be written, or has one of these releases with other content.
 pub fn publish(options: &PublishArgs) -> Result<()> {
     let from = match &options.from {
-        Some(folder) => DirectoryStore::new(folder),
+        Some(dir) => DirectoryStore::new(dir),
         None => local_store(&workspace_root()?),
     };
     if options.target.starts_with("ssh://") {

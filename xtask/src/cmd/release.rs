@@ -364,9 +364,7 @@ fn check_release(options: &ReleaseCheckArgs) -> Result<()> {
     let config = config::load(&root, options.product.as_deref(), options.board.as_deref())?;
     let (product, board) = (&config.product.name.value.0, &config.board.name.value.0);
     let comparison = match &options.against {
-        Some(folder) => {
-            check::compare_builds(&root.join("dist").join(product).join(board), folder)?
-        }
+        Some(dir) => check::compare_builds(&root.join("dist").join(product).join(board), dir)?,
         None => {
             let compression = options.compression.to_possible_value();
             check::rebuild_and_compare(&check::RebuildRequest {
@@ -393,13 +391,13 @@ fn check_release(options: &ReleaseCheckArgs) -> Result<()> {
 }
 
 fn collect_garbage(
-    folder: Option<&Utf8Path>,
+    dir: Option<&Utf8Path>,
     authority: &SigningAuthority,
     dry_run: bool,
     format: OutputFormat,
 ) -> Result<()> {
-    let store = match folder {
-        Some(folder) => DirectoryStore::new(folder),
+    let store = match dir {
+        Some(dir) => DirectoryStore::new(dir),
         None => local_store(&workspace_root()?),
     };
     let removed = gc::collect_garbage(&store, authority, dry_run)?;

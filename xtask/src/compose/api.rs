@@ -24,8 +24,8 @@ pub fn describe_api(
         distributions.iter().find(|d| d.top_level).context("no wheel is marked as requested")?;
     // The marker of the requested package (PEP 376) is in its directory of modules.
     let mut marked = tree.iter().filter_map(|(path, entry)| {
-        let folder = path.strip_suffix(".dist-info/REQUESTED")?;
-        (entry.origin == EntryOrigin::Api).then_some(folder)
+        let dir = path.strip_suffix(".dist-info/REQUESTED")?;
+        (entry.origin == EntryOrigin::Api).then_some(dir)
     });
     let marked = marked.next().with_context(|| format!("{} is not in the tree", top.name))?;
     let (site, _) = marked.rsplit_once('/').context("modules are in a directory")?;

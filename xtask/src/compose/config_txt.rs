@@ -77,8 +77,8 @@ pub fn check_named_files(
                     format!("{}:{}", setting.file.as_deref().unwrap_or(NAME), setting.line)
                 });
                 let mapped = key == "dtoverlay" && {
-                    let folder = file.rsplit_once('/').map_or("", |(folder, _)| folder);
-                    partitions.has(role, &format!("{folder}/{OVERLAY_MAP}"))
+                    let dir = file.rsplit_once('/').map_or("", |(dir, _)| dir);
+                    partitions.has(role, &format!("{dir}/{OVERLAY_MAP}"))
                 };
                 if !partitions.has(role, &file) && !mapped {
                     found.insert(format!(
@@ -136,10 +136,10 @@ fn named_files(settings: &[ConfigSetting], first: &[ConfigSetting]) -> Vec<(&'st
             "include" => files.push(("include", setting.value.clone())),
             "dtoverlay" => {
                 let name = setting.value.split([',', ':']).next().unwrap_or_default().trim();
-                let folder = last("overlay_prefix").unwrap_or("overlays/");
+                let dir = last("overlay_prefix").unwrap_or("overlays/");
                 // An empty value ends the parameters of the previous overlay.
                 if !name.is_empty() {
-                    files.push(("dtoverlay", format!("{prefix}{folder}{name}.dtbo")));
+                    files.push(("dtoverlay", format!("{prefix}{dir}{name}.dtbo")));
                 }
             }
             _ => {}

@@ -39,7 +39,7 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
         else {
             continue;
         };
-        if FOLDERS.iter().any(|folder| path.starts_with(folder)) {
+        if FOLDERS.iter().any(|dir| path.starts_with(dir)) {
             let text = tree.read(path)?;
             let settings = effective_settings(&String::from_utf8_lossy(&text));
             let of = |keys: &'static [&str]| {

@@ -21,7 +21,7 @@ const CONFIG: &str = "etc/systemd/system";
 
 /// The directories of units; the first match applies (systemd.unit(5), as far as it concerns an
 /// image).
-const FOLDERS: [&str; 4] =
+const UNIT_DIRS: [&str; 4] =
     [CONFIG, "run/systemd/system", "usr/local/lib/systemd/system", "usr/lib/systemd/system"];
 
 /// Makes and removes links as `systemctl preset` would for each unit that a line of an overlay's
@@ -130,7 +130,7 @@ impl Link {
     /// Whether a link to `target` is equivalent: the same file, or a unit of that name.
     fn is_already(&self, tree: &RootTree, target: &str) -> bool {
         let there = absolute_target(&self.path, target);
-        let known = |path: &str| FOLDERS.iter().any(|folder| folder_of(path) == *folder);
+        let known = |path: &str| UNIT_DIRS.iter().any(|dir| dir_of(path) == *dir);
         let to = self.to.trim_start_matches('/');
         let named = file_name(&there) == file_name(to) && known(&there) && known(to);
         let same =
@@ -162,14 +162,14 @@ enum Found {
 /// The units of a tree.
 struct Units<'t> {
     tree: &'t RootTree,
-    /// The entries below [`FOLDERS`].
+    /// The entries below [`UNIT_DIRS`].
     paths: BTreeSet<&'t str>,
 }
 
 impl<'t> Units<'t> {
     fn from_tree(tree: &'t RootTree) -> Self {
         let below = |path: &str| {
-            FOLDERS.iter().any(|f| path.strip_prefix(f).is_some_and(|p| p.starts_with('/')))
+            UNIT_DIRS.iter().any(|f| path.strip_prefix(f).is_some_and(|p| p.starts_with('/')))
         };
         Self { tree, paths: tree.iter().map(|(path, _)| path).filter(|path| below(path)).collect() }
     }
@@ -178,7 +178,7 @@ impl<'t> Units<'t> {
     /// sorted.
     fn asked(&self, rules: &[PresetRule]) -> BTreeSet<UnitName> {
         let ours = || rules.iter().filter(|rule| rule.ours);
-        let there = self.paths.iter().filter(|path| FOLDERS.contains(&folder_of(path)));
+        let there = self.paths.iter().filter(|path| UNIT_DIRS.contains(&dir_of(path)));
         let there = there.filter_map(|path| UnitName::new(file_name(path)));
         let matched = there.filter(|unit| ours().any(|rule| rule.matches(unit)));
         matched.chain(ours().filter_map(PresetRule::unit)).collect()
@@ -201,7 +201,7 @@ impl<'t> Units<'t> {
                     return Ok(Some(unit));
                 }
                 Found::File => return Ok(Some(unit)),
-                _ if !through_config && folder_of(&unit.path) == CONFIG => {
+                _ if !through_config && dir_of(&unit.path) == CONFIG => {
                     bail!("/{} is a link", unit.path);
                 }
                 Found::Linked(target) => {
@@ -234,9 +234,8 @@ impl<'t> Units<'t> {
     fn look_up(&self, name: &UnitName) -> Result<Option<(Unit, Found)>> {
         let template = if name.form() == UnitNameForm::Instance { name.template() } else { None };
         let names: Vec<&UnitName> = std::iter::once(name).chain(&template).collect();
-        let mut candidates = names
-            .iter()
-            .flat_map(|name| FOLDERS.iter().map(move |folder| format!("{folder}/{name}")));
+        let mut candidates =
+            names.iter().flat_map(|name| UNIT_DIRS.iter().map(move |dir| format!("{dir}/{name}")));
         let Some(path) = candidates.find(|path| self.paths.contains(path.as_str())) else {
             return Ok(None);
         };
@@ -264,11 +263,11 @@ impl<'t> Units<'t> {
     /// Drop-ins sorted by file name; of two with the same name, that of the first directory.
     fn drop_ins(&self, names: &[&UnitName]) -> Vec<&'t str> {
         let mut files: Vec<&str> = Vec::new();
-        for folder in names.iter().flat_map(|n| FOLDERS.iter().map(move |f| format!("{f}/{n}.d"))) {
+        for dir in names.iter().flat_map(|n| UNIT_DIRS.iter().map(move |f| format!("{f}/{n}.d"))) {
             for &path in &self.paths {
                 let is_new =
                     |files: &[&str]| !files.iter().any(|f| file_name(f) == file_name(path));
-                if folder_of(path) == folder && path.ends_with(".conf") && is_new(&files) {
+                if dir_of(path) == dir && path.ends_with(".conf") && is_new(&files) {
                     files.push(path);
                 }
             }
@@ -296,7 +295,7 @@ impl<'t> Units<'t> {
         {
             return Ok(Found::Masked);
         }
-        if !FOLDERS.iter().any(|f| target.strip_prefix(f).is_some_and(|p| p.starts_with('/'))) {
+        if !UNIT_DIRS.iter().any(|f| target.strip_prefix(f).is_some_and(|p| p.starts_with('/'))) {
             return Ok(Found::Linked(target));
         }
         let other = UnitName::new(file_name(&target));
@@ -439,8 +438,8 @@ impl<'t> Units<'t> {
 /// The path below [`CONFIG`] of a unit's alias; `None` for the unit's own name.
 fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
     // An old form of WantedBy=: `Alias=multi-user.target.wants/a.service`.
-    if let Some((folder, file)) = alias.rsplit_once('/') {
-        let by = [".wants", ".requires"].iter().find_map(|end| folder.strip_suffix(end));
+    if let Some((dir, file)) = alias.rsplit_once('/') {
+        let by = [".wants", ".requires"].iter().find_map(|end| dir.strip_suffix(end));
         let by = by.and_then(UnitName::new);
         let name = UnitName::new(file);
         let fits = |by: &UnitName, name: &UnitName| match name.form() {
@@ -470,14 +469,14 @@ fn alias_path(unit: &UnitName, alias: &str) -> Result<Option<String>> {
 }
 
 fn remove_empty_parents(tree: &mut RootTree, path: &str) {
-    let mut folder = folder_of(path);
-    while folder.len() > CONFIG.len() {
-        let inside = format!("{folder}/");
+    let mut dir = dir_of(path);
+    while dir.len() > CONFIG.len() {
+        let inside = format!("{dir}/");
         if tree.iter().any(|(path, _)| path.starts_with(&inside)) {
             return;
         }
-        tree.remove(folder);
-        folder = folder_of(folder);
+        tree.remove(dir);
+        dir = dir_of(dir);
     }
 }
 
@@ -489,13 +488,13 @@ fn file_name(path: &str) -> &str {
     path.rsplit_once('/').map_or(path, |(_, name)| name)
 }
 
-fn folder_of(path: &str) -> &str {
-    path.rsplit_once('/').map_or("", |(folder, _)| folder)
+fn dir_of(path: &str) -> &str {
+    path.rsplit_once('/').map_or("", |(dir, _)| dir)
 }
 
 /// A link's target as a path of the tree, with `.` and `..` resolved textually.
 fn absolute_target(link: &str, target: &str) -> String {
-    let base = if target.starts_with('/') { "" } else { folder_of(link) };
+    let base = if target.starts_with('/') { "" } else { dir_of(link) };
     let mut parts: Vec<&str> = Vec::new();
     for part in base.split('/').chain(target.split('/')) {
         match part {

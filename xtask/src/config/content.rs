@@ -128,7 +128,7 @@ fn line_ends(place: FileDestination<'_>, bytes: &[u8]) -> Option<ContentProblem>
             ("script", "the kernel would not find its interpreter")
         }
         FileDestination::Root(path)
-            if LINE_READERS.iter().any(|folder| path.starts_with(folder))
+            if LINE_READERS.iter().any(|dir| path.starts_with(dir))
                 || LINE_FILES.iter().any(|file| path == *file) =>
         {
             ("configuration", "its reader would treat the extra bytes as content")

@@ -151,10 +151,10 @@ fn explain_full_disk(error: anyhow::Error, path: &Utf8Path, total: u64) -> anyho
     if !full {
         return error.context(format!("writing {path}"));
     }
-    let folder = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
-    let free = artifact::free_space(folder).unwrap_or_default();
+    let dir = path.parent().filter(|p| !p.as_str().is_empty()).unwrap_or(Utf8Path::new("."));
+    let free = artifact::free_space(dir).unwrap_or_default();
     error.context(format!(
-        "writing {path}: the disk is full; the image needs up to {}, {} are free in {folder}\n\
+        "writing {path}: the disk is full; the image needs up to {}, {} are free in {dir}\n\
          help: free some space there; `cargo xtask clean --dry-run` shows what it would remove",
         progress::format_bytes(total),
         progress::format_bytes(free),

@@ -109,7 +109,7 @@ pub fn make_fat(
             .with_context(|| format!("{}: writing {}", context(), file.path))?;
     }
     volume.unmount().with_context(context)?;
-    finish_folders(&mut pages).with_context(context)?;
+    finish_dirs(&mut pages).with_context(context)?;
     Ok(pages)
 }
 
@@ -218,7 +218,7 @@ fn finish_format(pages: &mut SparsePages, hidden: u64, now: DateTime) -> Result<
 
 /// Writes the entries `.` and `..` as the specification requires: `fatfs` 0.3 gives them long names
 /// and points `..` at the root's cluster in a FAT32, and `fsck.fat` rejects both.
-fn finish_folders(pages: &mut SparsePages) -> Result<()> {
+fn finish_dirs(pages: &mut SparsePages) -> Result<()> {
     let geometry = Geometry::read(pages)?;
     let mut left = if geometry.fat32 {
         geometry.folder(pages, geometry.root_cluster)?
@@ -232,14 +232,14 @@ fn finish_folders(pages: &mut SparsePages) -> Result<()> {
             if entry[0] == 0 {
                 break;
             }
-            let folder = entry[11] & (FOLDER | LABEL) == FOLDER;
-            if !folder || entry[0] == DELETED || entry[0] == b'.' {
+            let dir = entry[11] & (FOLDER | LABEL) == FOLDER;
+            if !dir || entry[0] == DELETED || entry[0] == b'.' {
                 continue;
             }
             let low = u64::from(u16::from_le_bytes([entry[26], entry[27]]));
             let high = u64::from(u16::from_le_bytes([entry[20], entry[21]]));
             let first = low | if geometry.fat32 { high << 16 } else { 0 };
-            finish_folder(pages, geometry.cluster_at(first), geometry.root_cluster)?;
+            finish_dir(pages, geometry.cluster_at(first), geometry.root_cluster)?;
             left.extend(geometry.folder(pages, first)?);
         }
     }
@@ -248,7 +248,7 @@ fn finish_folders(pages: &mut SparsePages) -> Result<()> {
 
 /// Turns the first four entries of a directory (long name of `.`, `.`, long name of `..`, `..`)
 /// into `.`, `..` and two deleted ones.
-fn finish_folder(pages: &mut SparsePages, at: u64, root_cluster: u64) -> Result<()> {
+fn finish_dir(pages: &mut SparsePages, at: u64, root_cluster: u64) -> Result<()> {
     let mut entries = [0u8; 4 * ENTRY];
     pages.read_at(at, &mut entries)?;
     let is = |n: usize, name: &[u8]| entries[n * ENTRY..].starts_with(name);
@@ -322,12 +322,12 @@ fn write_file(
     if parts.iter().any(|part| part.is_empty() || *part == "." || *part == "..") {
         bail!("`{}` is not a valid path in a volume", file.path);
     }
-    let mut folder = volume.root_dir();
-    let (name, folders) = parts.split_last().ok_or_else(|| anyhow!("the file has no name"))?;
-    for part in folders {
-        folder = folder.create_dir(part)?;
+    let mut dir = volume.root_dir();
+    let (name, dirs) = parts.split_last().ok_or_else(|| anyhow!("the file has no name"))?;
+    for part in dirs {
+        dir = dir.create_dir(part)?;
     }
-    if folder.iter().any(|e| e.is_ok_and(|e| e.file_name().eq_ignore_ascii_case(name))) {
+    if dir.iter().any(|e| e.is_ok_and(|e| e.file_name().eq_ignore_ascii_case(name))) {
         bail!("the volume already contains this name (FAT ignores case)");
     }
     let mut bytes = Vec::new();
@@ -354,7 +354,7 @@ fn write_file(
     if content.len() as u64 > free {
         return Err(too_large());
     }
-    let mut target = folder.create_file(name)?;
+    let mut target = dir.create_file(name)?;
     // In memory, the only possible error is a full volume: the directory may have used the last
     // clusters.
     target.write_all(content).map_err(|_| too_large())?;

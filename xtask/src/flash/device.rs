@@ -160,7 +160,7 @@ impl FlashDevice {
         let is_system = |place: &str| {
             place == "[SWAP]"
                 || SYSTEM.contains(&place)
-                || BELOW.iter().any(|folder| place.starts_with(folder))
+                || BELOW.iter().any(|dir| place.starts_with(dir))
         };
         let show = |all: &[&(String, String)]| {
             list_names(&all.iter().map(|(d, at)| format!("{d} at {at}")).collect::<Vec<_>>())

@@ -29,9 +29,9 @@ pub struct CardIdentity {
 impl CardIdentity {
     /// The medium in the block device of these numbers, in a directory like [`KERNEL`].
     pub fn of_device(kernel: &Utf8Path, numbers: &str) -> Self {
-        let folder = kernel.join(numbers);
+        let dir = kernel.join(numbers);
         let read = |name: &str| {
-            let bytes = std::fs::read(folder.join(name)).ok()?;
+            let bytes = std::fs::read(dir.join(name)).ok()?;
             let text =
                 String::from_utf8_lossy(bytes.get(..MOST).unwrap_or(&bytes)).trim().to_owned();
             (!text.is_empty()).then_some(text)

@@ -137,8 +137,8 @@ fn boot_partition(
     held: &[(usize, AlignedMemory)],
     pieces: &[ImagePiece],
 ) -> Result<std::ops::Range<u64>> {
-    let folder = tempfile::tempdir().context("creating a directory")?;
-    let path = Utf8PathBuf::try_from(folder.path().join("table.img"))?;
+    let dir = tempfile::tempdir().context("creating a directory")?;
+    let path = Utf8PathBuf::try_from(dir.path().join("table.img"))?;
     let file = File::create(&path).context("writing down the partition table")?;
     let size = pieces.iter().map(|piece| piece.offset + piece.size as u64).max().unwrap_or(0);
     file.set_len(size).context("writing down the partition table")?;

@@ -317,11 +317,11 @@ impl SupervisedSystem {
     }
 
     /// The command that enters the root and executes the program that follows.
-    fn enter(&self, more: &[&str], folder: &Utf8Path) -> Tool {
+    fn enter(&self, more: &[&str], dir: &Utf8Path) -> Tool {
         let root = &self.order.root;
         Tool::new(&self.unshare)
             .args(more)
-            .args([format!("--root={root}"), format!("--wd={folder}"), "--".to_owned()])
+            .args([format!("--root={root}"), format!("--wd={dir}"), "--".to_owned()])
             .env_only(&[])
             .env("PATH", PATH)
     }

@@ -28,10 +28,10 @@ pub(super) const HOSTNAME: &str = "dev/hostname";
 
 /// Resolves a path in the root; links on the way never lead out of the root.
 pub(super) fn resolve_within(root: &Utf8Path, path: &Utf8Path) -> Result<OwnedFd> {
-    let folder = File::open(root).with_context(|| format!("opening {root}"))?;
+    let dir = File::open(root).with_context(|| format!("opening {root}"))?;
     let relative = path.strip_prefix("/").unwrap_or(path);
     let flags = OFlags::PATH | OFlags::CLOEXEC;
-    openat2(folder.as_fd(), relative.as_str(), flags, Mode::empty(), ResolveFlags::IN_ROOT)
+    openat2(dir.as_fd(), relative.as_str(), flags, Mode::empty(), ResolveFlags::IN_ROOT)
         .with_context(|| format!("resolving {path}"))
 }
 

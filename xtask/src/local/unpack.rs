@@ -67,11 +67,11 @@ pub(super) fn remove_path(path: &Utf8Path) -> Result<()> {
 
 fn unpack_tree(filesystem: &Ext4, out: &Path, step: &ProgressStep) -> Result<()> {
     fs::create_dir(out).with_context(|| format!("making {}", out.display()))?;
-    let mut folders: Vec<(PathBuf, u16)> = Vec::new();
+    let mut dirs: Vec<(PathBuf, u16)> = Vec::new();
     let mut todo = vec![b"/".to_vec()];
     let mut buffer = vec![0; 1 << 20];
-    while let Some(folder) = todo.pop() {
-        for entry in filesystem.read_dir(folder.as_slice())? {
+    while let Some(dir) = todo.pop() {
+        for entry in filesystem.read_dir(dir.as_slice())? {
             let entry = entry?;
             if matches!(entry.file_name().as_ref(), b"." | b"..") {
                 continue;
@@ -85,7 +85,7 @@ fn unpack_tree(filesystem: &Ext4, out: &Path, step: &ProgressStep) -> Result<()>
                 FileType::Directory => {
                     fs::create_dir(&to).with_context(context)?;
                     todo.push(from.as_ref().to_vec());
-                    folders.push((to, about.mode()));
+                    dirs.push((to, about.mode()));
                 }
                 FileType::Symlink => {
                     let target = filesystem.read_link(&from)?;
@@ -115,7 +115,7 @@ fn unpack_tree(filesystem: &Ext4, out: &Path, step: &ProgressStep) -> Result<()>
         }
     }
     // The deepest first: a read-only directory must get its mode last.
-    for (path, bits) in folders.iter().rev() {
+    for (path, bits) in dirs.iter().rev() {
         fs::set_permissions(path, permissions_from_mode(*bits))
             .with_context(|| format!("writing {}", path.display()))?;
     }
@@ -133,8 +133,8 @@ mod tests {
     use camino::Utf8PathBuf;
 
     /// A filesystem with a read-only directory, created by the usual tool.
-    fn image(folder: &Utf8Path) -> Utf8PathBuf {
-        let source = folder.join("source");
+    fn image(dir: &Utf8Path) -> Utf8PathBuf {
+        let source = dir.join("source");
         let inner = source.join("usr/bin");
         fs::create_dir_all(&inner).unwrap();
         fs::write(inner.join("su"), "program").unwrap();
@@ -142,7 +142,7 @@ mod tests {
         fs::write(source.join("large"), vec![7; 3 << 20]).unwrap();
         symlink("usr/bin", source.join("bin")).unwrap();
         fs::set_permissions(&inner, Permissions::from_mode(0o555)).unwrap();
-        let image = folder.join("root.ext4");
+        let image = dir.join("root.ext4");
         let mke2fs = find_program("mke2fs").expect("e2fsprogs is installed");
         Tool::new(mke2fs)
             .args(["-q", "-t", "ext4", "-d", source.as_str(), image.as_str(), "16M"])
@@ -154,9 +154,9 @@ mod tests {
     #[test]
     fn a_file_system_is_unpacked_once_and_whole() {
         let guard = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(guard.path()).unwrap();
-        let image = image(folder);
-        let out = folder.join("root");
+        let dir = Utf8Path::from_path(guard.path()).unwrap();
+        let image = image(dir);
+        let out = dir.join("root");
         assert!(unpack_image(&image, "one", 1 << 20, &out).unwrap());
         assert_eq!(fs::read_to_string(out.join("bin/su")).unwrap(), "program");
         assert_eq!(fs::read(out.join("large")).unwrap(), vec![7; 3 << 20]);
@@ -172,7 +172,7 @@ mod tests {
         fs::create_dir(partial_path(&out)).unwrap();
         assert!(unpack_image(&image, "two", 1 << 20, &out).unwrap());
         assert!(!out.join("mine").exists() && !partial_path(&out).exists());
-        for path in [out.join("usr/bin"), folder.join("source/usr/bin")] {
+        for path in [out.join("usr/bin"), dir.join("source/usr/bin")] {
             fs::set_permissions(path, Permissions::from_mode(0o755)).unwrap();
         }
     }

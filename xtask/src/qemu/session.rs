@@ -281,40 +281,40 @@ mod tests {
     const SOON: Duration = Duration::from_secs(10);
 
     /// A shell instead of a machine: a session works the same with both.
-    fn shell(folder: &Utf8Path, script: &str) -> QemuSession {
-        let log = folder.join("console.log");
+    fn shell(dir: &Utf8Path, script: &str) -> QemuSession {
+        let log = dir.join("console.log");
         let file = File::create(&log).unwrap();
         QemuSession::spawn(Tool::new("sh").args(["-c", script]), file, &log).unwrap()
     }
 
     #[test]
     fn words_are_found_in_order_and_logged() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
-        let mut session = shell(folder, "printf 'one \\033[31mtwo\\033[0m three\\n'; cat");
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        let mut session = shell(dir, "printf 'one \\033[31mtwo\\033[0m three\\n'; cat");
         assert_eq!(session.expect("two", SOON).unwrap(), "one two");
         assert_eq!(session.expect_any(&["nine", "three"], SOON).unwrap().0, 1);
         session.send_line("typed").unwrap();
         session.expect("typed", SOON).unwrap();
-        assert!(std::fs::read_to_string(folder.join("console.log")).unwrap().contains("typed"));
+        assert!(std::fs::read_to_string(dir.join("console.log")).unwrap().contains("typed"));
     }
 
     #[test]
     fn a_command_gives_its_output_and_code() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
         let mut session =
-            shell(folder, "while read -r line; do echo \"# $line\"; eval \"$line\"; done");
+            shell(dir, "while read -r line; do echo \"# $line\"; eval \"$line\"; done");
         assert_eq!(session.run("echo hello", SOON).unwrap(), (0, "hello".to_owned()));
         assert_eq!(session.run("(exit 7)", SOON).unwrap(), (7, String::new()));
     }
 
     #[test]
     fn failures_show_the_last_lines() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
         let message = |script: &str, time| {
-            let mut session = shell(folder, script);
+            let mut session = shell(dir, script);
             session.expect("login:", time).unwrap_err().to_string()
         };
         let short = Duration::from_millis(50);
@@ -328,27 +328,27 @@ mod tests {
 
     #[test]
     fn a_failure_that_is_waited_for_may_come_in_pieces() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
         let script = "printf 'slipway-init: cannot start'; sleep 1; echo ': no disk'; exec cat";
-        let output = shell(folder, script).expect("cannot start: no disk", SOON);
+        let output = shell(dir, script).expect("cannot start: no disk", SOON);
         assert_eq!(output.unwrap(), "slipway-init: cannot start: no disk");
     }
 
     #[test]
     fn words_may_come_in_pieces() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
         let script = "for i in a b l o g i n :; do printf $i; sleep 0.1; done; exec cat";
-        assert_eq!(shell(folder, script).expect("login:", SOON).unwrap(), "ablogin:");
+        assert_eq!(shell(dir, script).expect("login:", SOON).unwrap(), "ablogin:");
     }
 
     #[test]
     fn the_end_of_the_machine_is_waited_for() {
-        let folder = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(folder.path()).unwrap();
-        assert!(shell(folder, "exit 0").wait(SOON).unwrap().success());
-        let late = shell(folder, "exec cat").wait(Duration::from_millis(50)).unwrap_err();
+        let dir = tempfile::tempdir().unwrap();
+        let dir = Utf8Path::from_path(dir.path()).unwrap();
+        assert!(shell(dir, "exit 0").wait(SOON).unwrap().success());
+        let late = shell(dir, "exec cat").wait(Duration::from_millis(50)).unwrap_err();
         assert!(late.to_string().contains("has not stopped"), "{late}");
     }
 }

@@ -109,9 +109,8 @@ pub fn rebuild_and_compare(request: &RebuildRequest<'_>) -> Result<BuildComparis
         .prefix("release-check-")
         .tempdir_in(&target)
         .with_context(|| format!("creating a directory in {target}"))?;
-    let folder =
-        Utf8PathBuf::try_from(keep.path().to_owned()).context("the path of the directory")?;
-    let (checkout, cache) = (folder.join("checkout"), folder.join("cache"));
+    let dir = Utf8PathBuf::try_from(keep.path().to_owned()).context("the path of the directory")?;
+    let (checkout, cache) = (dir.join("checkout"), dir.join("cache"));
     git::create_checkout(root, facts.commit.as_deref().unwrap_or_default(), &checkout)?;
     share_downloads(&cache, request.keep_stages)?;
     let program = std::env::current_exe().context("finding this program")?;
@@ -125,7 +124,7 @@ pub fn rebuild_and_compare(request: &RebuildRequest<'_>) -> Result<BuildComparis
         .env_remove("SLIPWAY_SHARED_CACHE")
         .env("SOURCE_DATE_EPOCH", report.epoch.to_string())
         .current_dir(&checkout)
-        .log(&folder.join("build.log"));
+        .log(&dir.join("build.log"));
     // Only nightly builds have another version than their product.
     let configured = config::read_product(root, product)?.version.value;
     if configured.as_str() != report.product.version {

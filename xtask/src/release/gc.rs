@@ -99,17 +99,17 @@ pub fn collect_garbage(
     }
     let mut removed = RemovedFiles::default();
     for top in ["objects", "releases", "channels"] {
-        let mut folders = vec![store.root().join(top)];
-        while let Some(folder) = folders.pop() {
-            if !folder.is_dir() {
+        let mut dirs = vec![store.root().join(top)];
+        while let Some(dir) = dirs.pop() {
+            if !dir.is_dir() {
                 continue;
             }
-            for entry in folder.read_dir_utf8().with_context(|| format!("reading {folder}"))? {
-                let path = entry.with_context(|| format!("reading {folder}"))?.into_path();
+            for entry in dir.read_dir_utf8().with_context(|| format!("reading {dir}"))? {
+                let path = entry.with_context(|| format!("reading {dir}"))?.into_path();
                 let metadata =
                     fs::symlink_metadata(&path).with_context(|| format!("reading {path}"))?;
                 if metadata.is_dir() {
-                    folders.push(path);
+                    dirs.push(path);
                     continue;
                 }
                 let name = path.strip_prefix(store.root()).context("a path in the store")?;

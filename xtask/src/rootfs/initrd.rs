@@ -113,8 +113,8 @@ fn collect_nodes(request: &InitrdRequest<'_>) -> Result<BTreeMap<String, Node>> 
     // The kernel opens /dev/console before /init can mount anything.
     nodes.insert("dev/console".into(), Node::Device(0o600, 5, 1));
     nodes.insert("dev/null".into(), Node::Device(0o666, 1, 3));
-    for folder in ["proc", "sys", "run", "mnt", "tmp"] {
-        nodes.insert(folder.into(), Node::Folder);
+    for dir in ["proc", "sys", "run", "mnt", "tmp"] {
+        nodes.insert(dir.into(), Node::Folder);
     }
     for (path, mode, bytes) in request.extra {
         let path = path.trim_start_matches('/').to_owned();

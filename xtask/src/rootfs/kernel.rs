@@ -166,19 +166,19 @@ pub fn unpack_module(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
 /// # Errors
 /// When `depmod` is missing or fails, or a rule matches nothing.
 pub fn prune_modules(base: &Utf8Path, release: &str, rules: &ModuleRules) -> Result<usize> {
-    let folder = base.join("lib/modules").join(release);
+    let dir = base.join("lib/modules").join(release);
     run_depmod(base, release)?;
     let read = |name: &str| {
-        let path = folder.join(name);
+        let path = dir.join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {path}"))
     };
     let index = ModuleIndex::new(&read("modules.dep")?, &read("modules.builtin")?);
     let kept = index.modules_to_keep(rules)?;
     for path in index.needs.keys().filter(|path| !kept.contains(*path)) {
-        let path = folder.join(path);
+        let path = dir.join(path);
         fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
     }
-    remove_empty_folders(&folder)?;
+    remove_empty_dirs(&dir)?;
     run_depmod(base, release)?;
     Ok(kept.len())
 }
@@ -190,18 +190,18 @@ fn run_depmod(base: &Utf8Path, release: &str) -> Result<()> {
     Tool::new(program).arg("-b").arg(base).arg(release).env("LC_ALL", "C").run()
 }
 
-fn remove_empty_folders(folder: &Utf8Path) -> Result<bool> {
+fn remove_empty_dirs(dir: &Utf8Path) -> Result<bool> {
     let mut empty = true;
-    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
-        let entry = entry.with_context(|| format!("listing {folder}"))?;
-        let is_folder =
-            entry.file_type().with_context(|| format!("reading the type of {folder}"))?.is_dir();
-        if !(is_folder && remove_empty_folders(entry.path())?) {
+    for entry in dir.read_dir_utf8().with_context(|| format!("listing {dir}"))? {
+        let entry = entry.with_context(|| format!("listing {dir}"))?;
+        let is_dir =
+            entry.file_type().with_context(|| format!("reading the type of {dir}"))?.is_dir();
+        if !(is_dir && remove_empty_dirs(entry.path())?) {
             empty = false;
         }
     }
     if empty {
-        fs::remove_dir(folder).with_context(|| format!("removing {folder}"))?;
+        fs::remove_dir(dir).with_context(|| format!("removing {dir}"))?;
     }
     Ok(empty)
 }

@@ -13,11 +13,11 @@ use crate::artifact::{Artifact, write_atomically};
 ///
 /// # Errors
 /// When a directory cannot be listed.
-pub fn files_below(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+pub fn files_below(dir: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
-    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
-        let entry = entry.with_context(|| format!("listing {folder}"))?;
-        let kind = entry.file_type().with_context(|| format!("listing {folder}"))?;
+    for entry in dir.read_dir_utf8().with_context(|| format!("listing {dir}"))? {
+        let entry = entry.with_context(|| format!("listing {dir}"))?;
+        let kind = entry.file_type().with_context(|| format!("listing {dir}"))?;
         if kind.is_dir() {
             found.extend(files_below(entry.path())?);
         } else if kind.is_file() {

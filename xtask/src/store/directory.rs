@@ -54,7 +54,7 @@ impl DirectoryStore {
         fill: impl FnOnce(&mut File) -> Result<String>,
     ) -> Result<bool> {
         let dir = path.parent().context("a stored file has a directory")?;
-        self.make_folders(dir)?;
+        self.make_dirs(dir)?;
         let temporary = dir.join(format!("{UNFINISHED}{}", unique_name()));
         let attempt = || -> Result<bool> {
             let mut file =
@@ -97,12 +97,12 @@ impl DirectoryStore {
     }
 
     /// Makes a directory and those above it, as far as the store's own; readers may pass through each.
-    fn make_folders(&self, dir: &Utf8Path) -> Result<()> {
+    fn make_dirs(&self, dir: &Utf8Path) -> Result<()> {
         if dir.is_dir() {
             return Ok(());
         }
         match dir.parent() {
-            Some(above) if dir != self.root => self.make_folders(above)?,
+            Some(above) if dir != self.root => self.make_dirs(above)?,
             Some(above) => {
                 fs::create_dir_all(above).with_context(|| format!("creating {above}"))?
             }

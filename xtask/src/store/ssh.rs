@@ -59,9 +59,9 @@ impl Control {
     /// `None` when the temporary directory's path is too long: then each command opens its own
     /// connection.
     fn new() -> Result<Option<Self>> {
-        let (folder, path) = create_scratch_dir()?;
+        let (dir, path) = create_scratch_dir()?;
         let socket = path.join("ssh").into_string();
-        Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: folder }))
+        Ok((socket.len() <= SOCKET).then_some(Self { socket, _folder: dir }))
     }
 
     /// The first command opens the connection. After a killed process it stays open for this many
@@ -134,7 +134,7 @@ impl SshStore {
 
     /// Runs commands of sftp(1) in a local directory. A command that begins with `-` may fail.
     /// Returns whether all others succeeded, the output, and the error messages.
-    fn run(&self, folder: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
+    fn run(&self, directory: &Utf8Path, commands: &[String]) -> Result<(bool, String, String)> {
         let (_keep, dir) = create_scratch_dir()?;
         let batch = dir.join("batch");
         fs::write(&batch, commands.join("\n") + "\n")
@@ -147,7 +147,7 @@ impl SshStore {
             tool = tool.args(["-P", &port.to_string()]);
         }
         let mut output = String::new();
-        let tool = tool.arg("--").arg(&self.destination).current_dir(folder);
+        let tool = tool.arg("--").arg(&self.destination).current_dir(directory);
         let (status, out) = tool.converse(None, |line| {
             output.push_str(line);
             output.push('\n');
@@ -164,8 +164,8 @@ impl SshStore {
         Ok((status.success(), String::from_utf8_lossy(&out).into_owned(), output))
     }
 
-    fn run_checked(&self, folder: &Utf8Path, commands: &[String]) -> Result<()> {
-        let (good, _, output) = self.run(folder, commands)?;
+    fn run_checked(&self, dir: &Utf8Path, commands: &[String]) -> Result<()> {
+        let (good, _, output) = self.run(dir, commands)?;
         ensure!(good, "sftp on {}: {}", self.destination, output.trim_end());
         Ok(())
     }
@@ -173,12 +173,12 @@ impl SshStore {
     /// Commands that create the directories of a path, which may exist.
     fn folders(&self, path: &str) -> Vec<String> {
         let mut made = vec![format!("-mkdir {}", self.path)];
-        let mut folder = String::new();
+        let mut dir = String::new();
         let mut parts: Vec<&str> = path.split('/').collect();
         parts.pop();
         for part in parts {
-            folder = if folder.is_empty() { part.to_owned() } else { format!("{folder}/{part}") };
-            made.push(format!("-mkdir {}", self.path_in_store(&folder)));
+            dir = if dir.is_empty() { part.to_owned() } else { format!("{dir}/{part}") };
+            made.push(format!("-mkdir {}", self.path_in_store(&dir)));
         }
         made
     }
@@ -225,16 +225,16 @@ impl SshStore {
     }
 
     /// Uploads a file under a unique name, flushed and verified; returns the name.
-    fn upload(&self, path: &str, folder: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
+    fn upload(&self, path: &str, dir: &Utf8Path, name: &str, sha256: &str) -> Result<String> {
         let (parent, _) = path.rsplit_once('/').context("a stored file has a directory")?;
         let temporary = self.path_in_store(&format!("{parent}/.partial-{}", unique_name()));
         let mut commands = self.folders(path);
         commands.push(format!("put -f {name} {temporary}"));
-        self.run_checked(folder, &commands)?;
+        self.run_checked(dir, &commands)?;
         let found = self.arrived(&temporary)?;
         if found != sha256 {
             // Best effort: report the error below.
-            drop(self.run(folder, &[format!("rm {temporary}")]));
+            drop(self.run(dir, &[format!("rm {temporary}")]));
             bail!("{path} was stored with the SHA-256 {found}, expected {sha256}");
         }
         Ok(temporary)
@@ -288,15 +288,15 @@ impl FileStore for SshStore {
 
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
         let path = object_path(sha256);
-        let (Some(folder), Some(name)) = (from.parent(), from.file_name()) else {
+        let (Some(dir), Some(name)) = (from.parent(), from.file_name()) else {
             bail!("{from} is not a file")
         };
-        let temporary = self.upload(&path, folder, name, sha256)?;
-        self.run_checked(folder, &[format!("rename {temporary} {}", self.path_in_store(&path))])
+        let temporary = self.upload(&path, dir, name, sha256)?;
+        self.run_checked(dir, &[format!("rename {temporary} {}", self.path_in_store(&path))])
     }
 
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
-        let (Some(folder), Some(name)) = (into.parent(), into.file_name()) else {
+        let (Some(dir), Some(name)) = (into.parent(), into.file_name()) else {
             bail!("{into} is not a file")
         };
         let path = object_path(sha256);
@@ -309,7 +309,7 @@ impl FileStore for SshStore {
             }
             None => return Err(ObjectError::Missing(named("is missing".to_owned())).into()),
         }
-        self.run_checked(folder, &[format!("get {} {name}", self.path_in_store(&path))])?;
+        self.run_checked(dir, &[format!("get {} {name}", self.path_in_store(&path))])?;
         let (size, found) = hash_file(into)?;
         received(size);
         if found != sha256 {

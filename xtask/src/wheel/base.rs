@@ -175,23 +175,21 @@ impl Findings {
     fn walk_root(&mut self, root: &Utf8Path) -> Result<()> {
         let link = std::fs::read_link(root.join("usr/bin/python3")).ok();
         self.link = link.and_then(|link| link.to_str().map(str::to_owned));
-        let mut folders =
-            vec![root.join("usr/bin"), root.join("usr/lib"), root.join("var/lib/dpkg")];
-        while let Some(folder) = folders.pop() {
-            if !folder.is_dir() {
+        let mut dirs = vec![root.join("usr/bin"), root.join("usr/lib"), root.join("var/lib/dpkg")];
+        while let Some(dir) = dirs.pop() {
+            if !dir.is_dir() {
                 continue;
             }
-            let list = folder
-                .read_dir_utf8()
-                .with_context(|| format!("reading the directory {folder}"))?;
+            let list =
+                dir.read_dir_utf8().with_context(|| format!("reading the directory {dir}"))?;
             for item in list {
-                let item = item.with_context(|| format!("reading the directory {folder}"))?;
+                let item = item.with_context(|| format!("reading the directory {dir}"))?;
                 let kind = item.file_type().with_context(|| format!("reading {}", item.path()))?;
                 let inside = item.path().strip_prefix(root).unwrap_or(item.path()).as_str();
                 if kind.is_dir() {
                     // Below this depth there are neither distributions nor libraries.
                     if inside.matches('/').count() <= 4 {
-                        folders.push(item.path().to_owned());
+                        dirs.push(item.path().to_owned());
                     }
                 } else if kind.is_file() {
                     let open = || File::open(item.path()).map(BufReader::new);

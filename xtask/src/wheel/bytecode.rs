@@ -74,9 +74,9 @@ pub type CompiledModules = BTreeMap<String, Vec<u8>>;
 /// The path of a module's compiled form: `a/b.py` gives `a/__pycache__/b.cpython-311.pyc`.
 pub fn cached_name(path: &str, python: PythonVersion) -> Option<String> {
     let stem = path.strip_suffix(".py")?;
-    let (folder, name) = stem.rsplit_once('/')?;
+    let (dir, name) = stem.rsplit_once('/')?;
     let PythonVersion { major, minor, .. } = python;
-    Some(format!("{folder}/__pycache__/{name}.cpython-{major}{minor}.pyc"))
+    Some(format!("{dir}/__pycache__/{name}.cpython-{major}{minor}.pyc"))
 }
 
 /// The bytecode of each wheel, from the cache where it is there. `wheels` has each wheel's SHA-256

@@ -251,9 +251,9 @@ fn find_module(
     let index = lock.wheels.iter().position(|wheel| wheel.name == package);
     let files = index.and_then(|index| trees.get(index)).context("the lock has no top level")?;
     let name = normalise_name(package).replace('-', "_");
-    let (folder, file) = (format!("site/{name}/"), format!("site/{name}.py"));
+    let (dir, file) = (format!("site/{name}/"), format!("site/{name}.py"));
     ensure!(
-        files.iter().any(|(path, _)| path.starts_with(&folder) || *path == file),
+        files.iter().any(|(path, _)| path.starts_with(&dir) || *path == file),
         "{package} installs no module {name}, so a robot could not start the API\n\
          help: name the API's own package as `api.package`"
     );

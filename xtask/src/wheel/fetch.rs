@@ -92,8 +92,8 @@ fn from_shared<'a>(
 ) -> Result<Vec<&'a LockedWheel>> {
     let total = wheels.iter().map(|wheel| wheel.size).sum();
     let step = ProgressStep::new("wheels", "from the shared cache", total, ProgressUnit::Bytes);
-    let folder = cache.join("downloads/sha256");
-    std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
+    let dir = cache.join("downloads/sha256");
+    std::fs::create_dir_all(&dir).with_context(|| format!("creating {dir}"))?;
     let mut lacking = Vec::new();
     for wheel in wheels {
         step.note(&wheel.file);
@@ -151,8 +151,8 @@ fn download_wheels(
     target: &WheelTarget,
     cache: &Utf8Path,
 ) -> Result<()> {
-    let folder = cache.join("downloads/sha256");
-    std::fs::create_dir_all(&folder).with_context(|| format!("creating {folder}"))?;
+    let directory = cache.join("downloads/sha256");
+    std::fs::create_dir_all(&directory).with_context(|| format!("creating {directory}"))?;
     // In the cache's own filesystem, so that a finished file can be renamed to its final path.
     let scratch = tempfile::Builder::new()
         .prefix("wheels.partial.")

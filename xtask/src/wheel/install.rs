@@ -41,10 +41,10 @@ impl InstallTarget {
     /// The directory in which Debian's Python looks for additional modules; a plain CPython
     /// (Buildroot) looks in `site-packages` under `/usr`.
     pub fn for_base(base: &BasePython, debian: bool) -> Self {
-        let (prefix, folder) =
+        let (prefix, dir) =
             if debian { ("/usr/local", "dist-packages") } else { ("/usr", "site-packages") };
         Self {
-            site_packages: format!("{prefix}/lib/python{}/{folder}", base.version.short()).into(),
+            site_packages: format!("{prefix}/lib/python{}/{dir}", base.version.short()).into(),
             scripts: format!("{prefix}/bin").into(),
             prefix: prefix.into(),
             interpreter: INTERPRETER.into(),
@@ -374,7 +374,7 @@ fn place_files(
         let placed =
             PlacedFile { bytes: file.bytes, digest: file.digest, mode, wheels: vec![index] };
         // Like pip: any name before `.data` is accepted.
-        let data = path.split_once('/').filter(|(folder, _)| folder.ends_with(".data"));
+        let data = path.split_once('/').filter(|(dir, _)| dir.ends_with(".data"));
         let Some((_, rest)) = data else {
             tree.add(format!("{site}/{path}"), placed, names)?;
             continue;
@@ -387,7 +387,7 @@ fn place_files(
             "data" => format!("{prefix}/{rest}"),
             // The spelling of sysconfig and of every installer: the interpreter's, then the
             // project's.
-            "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_folder(site)),
+            "headers" => format!("{prefix}/include/{}/{package}/{rest}", python_dir(site)),
             // Old tools also ship the program of an entry point; the generated program replaces it.
             "scripts"
                 if wheel.entry_points.iter().any(|point| point.name == entry_point_name(rest)) =>
@@ -435,7 +435,7 @@ fn entry_point_name(file: &str) -> &str {
 }
 
 /// `python3.11` of `usr/local/lib/python3.11/dist-packages`.
-fn python_folder(site: &str) -> &str {
+fn python_dir(site: &str) -> &str {
     site.split('/').find(|part| part.starts_with("python3")).unwrap_or("python3")
 }
 
@@ -540,11 +540,11 @@ pub(super) fn write_tar(
     epoch: u64,
     out: &mut dyn Write,
 ) -> Result<()> {
-    let mut folders = BTreeSet::new();
+    let mut dirs = BTreeSet::new();
     for (path, _) in files {
         let mut rest = *path;
         while let Some((parent, _)) = rest.rsplit_once('/') {
-            if !folders.insert(parent) {
+            if !dirs.insert(parent) {
                 break;
             }
             rest = parent;
@@ -561,11 +561,11 @@ pub(super) fn write_tar(
         header.set_size(size);
         header
     };
-    let mut folders = folders.into_iter().peekable();
+    let mut dirs = dirs.into_iter().peekable();
     for (path, placed) in files {
-        while let Some(folder) = folders.next_if(|folder| folder < path) {
+        while let Some(dir) = dirs.next_if(|dir| dir < path) {
             let mut header = header(tar::EntryType::Directory, 0o755, 0);
-            builder.append_data(&mut header, format!("{folder}/"), std::io::empty())?;
+            builder.append_data(&mut header, format!("{dir}/"), std::io::empty())?;
         }
         let mut header = header(tar::EntryType::Regular, placed.mode, placed.bytes.len() as u64);
         builder

@@ -65,9 +65,9 @@ impl PresetRule {
 /// systemd.
 pub fn read_rules(tree: &RootTree) -> Result<Vec<PresetRule>> {
     let mut files: BTreeMap<&str, (&str, bool)> = BTreeMap::new();
-    for folder in FOLDERS {
+    for dir in FOLDERS {
         for (path, entry) in tree.iter() {
-            let Some(name) = path.strip_prefix(folder) else { continue };
+            let Some(name) = path.strip_prefix(dir) else { continue };
             let readable =
                 !matches!(entry.kind, RootEntryKind::Folder | RootEntryKind::Special(..));
             if readable && name.ends_with(".preset") && !name.contains('/') {

@@ -168,9 +168,9 @@ fn prepare_output(
             run_make(request, setup.make().args(clean_goals(&targets, info)), info, |_| {})?;
             // Both are created again from the packages' own directories: files that a package no
             // longer installs must not remain.
-            for folder in ["target", "images"].map(|name| setup.output.join(name)) {
-                if folder.exists() {
-                    fs::remove_dir_all(&folder).with_context(|| format!("clearing {folder}"))?;
+            for dir in ["target", "images"].map(|name| setup.output.join(name)) {
+                if dir.exists() {
+                    fs::remove_dir_all(&dir).with_context(|| format!("clearing {dir}"))?;
                 }
             }
         }

@@ -153,10 +153,10 @@ impl OutputState {
 }
 
 /// All files and links below a directory, sorted.
-pub fn list_files(folder: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
+pub fn list_files(dir: &Utf8Path) -> Result<Vec<Utf8PathBuf>> {
     let mut found = Vec::new();
-    for entry in folder.read_dir_utf8().with_context(|| format!("listing {folder}"))? {
-        let entry = entry.with_context(|| format!("listing {folder}"))?;
+    for entry in dir.read_dir_utf8().with_context(|| format!("listing {dir}"))? {
+        let entry = entry.with_context(|| format!("listing {dir}"))?;
         if entry.path().is_dir() {
             found.extend(list_files(entry.path())?);
         } else {

@@ -60,8 +60,8 @@ impl AptLogins {
             line.map(|value| Utf8PathBuf::from(value.trim_matches('\'')))
         };
         let mut files: Vec<Utf8PathBuf> = value("FILE").into_iter().collect();
-        let folder = value("FOLDER").and_then(|folder| folder.read_dir_utf8().ok());
-        let mut parts: Vec<_> = folder
+        let dir = value("FOLDER").and_then(|dir| dir.read_dir_utf8().ok());
+        let mut parts: Vec<_> = dir
             .into_iter()
             .flatten()
             .filter_map(|entry| Some(entry.ok()?.into_path()))
@@ -163,8 +163,8 @@ mod tests {
 
     #[test]
     fn lists_of_mirrors_are_followed() {
-        let folder = tempfile::tempdir().expect("a directory");
-        let list = Utf8PathBuf::try_from(folder.path().join("debian.list")).expect("UTF-8");
+        let dir = tempfile::tempdir().expect("a directory");
+        let list = Utf8PathBuf::try_from(dir.path().join("debian.list")).expect("UTF-8");
         fs::write(&list, "# ours\nfile:/srv/debian\nhttps://b.example/debian\n").expect("written");
         for uri in [format!("mirror+file:{list}/"), format!("mirror+file://{list}")] {
             assert_eq!(resolve_mirror(&uri).as_deref(), Some("https://b.example/debian"), "{uri}");
@@ -209,8 +209,8 @@ mod tests {
     #[test]
     fn what_holds_a_login_is_nobody_elses() {
         use std::os::unix::fs::PermissionsExt;
-        let folder = tempfile::tempdir().expect("a directory");
-        let path = Utf8PathBuf::try_from(folder.path().join("sources.list")).expect("UTF-8");
+        let dir = tempfile::tempdir().expect("a directory");
+        let path = Utf8PathBuf::try_from(dir.path().join("sources.list")).expect("UTF-8");
         fs::write(&path, "old").expect("written");
         fs::set_permissions(&path, fs::Permissions::from_mode(0o644)).expect("a mode");
         write_private(&path, "new").expect("written");

@@ -111,7 +111,7 @@ pub fn build_base_system(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Res
     );
     let modules_dir = extras.join("usr/lib/modules").join(&kernel.release);
     let modules = out_dir.join("modules.tar");
-    let module_tree = folder_tree(&mut tree, &extras, &modules_dir)?;
+    let module_tree = add_modules(&mut tree, &extras, &modules_dir)?;
     write_atomically(&modules, |out| module_tree.write(request.epoch, out))?;
     add_firmware(&mut tree, &extras)?;
     // The file lists of packages are only pruned if a rule says so.
@@ -245,9 +245,9 @@ fn can_mount() -> bool {
 
 /// An archive of the same packages without compression: dpkg unpacks them under emulation, where
 /// decompression takes ten times as long.
-fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
-    fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
-    make_readable(folder, 0o755)?;
+fn plain_archive(debs: &[&LockedDeb], dir: &Utf8Path) -> Result<()> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+    make_readable(dir, 0o755)?;
     let step =
         ProgressStep::new("base", "reading packages", debs.len() as u64, ProgressUnit::Items);
     let next = AtomicUsize::new(0);
@@ -257,7 +257,7 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
         for _ in 0..workers {
             scope.spawn(|| {
                 while let Some(deb) = debs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let made = plain_deb(deb, folder);
+                    let made = plain_deb(deb, dir);
                     step.advance(1);
                     let index = debs.iter().position(|d| std::ptr::eq(*d, *deb)).unwrap_or(0);
                     stanzas.lock().unwrap_or_else(|e| e.into_inner()).push((index, made));
@@ -271,7 +271,7 @@ fn plain_archive(debs: &[&LockedDeb], folder: &Utf8Path) -> Result<()> {
     for (_, stanza) in stanzas {
         text.push_str(&stanza?);
     }
-    let path = folder.join("Packages");
+    let path = dir.join("Packages");
     fs::write(&path, text).with_context(|| format!("writing {path}"))?;
     make_readable(&path, 0o644)
 }
@@ -283,9 +283,9 @@ fn make_readable(path: &Utf8Path, mode: u32) -> Result<()> {
         .with_context(|| format!("setting the mode of {path}"))
 }
 
-fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
+fn plain_deb(deb: &LockedDeb, dir: &Utf8Path) -> Result<String> {
     let name = format!("{}.deb", deb.file.sha256);
-    let path = folder.join(&name);
+    let path = dir.join(&name);
     let member = |option: &str| Tool::new("dpkg-deb").arg(option).arg(&deb.file.path).read_bytes();
     let members = [
         ("debian-binary", b"2.0\n".to_vec()),
@@ -310,7 +310,7 @@ fn plain_deb(deb: &LockedDeb, folder: &Utf8Path) -> Result<String> {
 }
 
 /// Adds the kept modules to the root, and returns them as a separate tree.
-fn folder_tree(root: &mut RootTree, extras: &Utf8Path, modules: &Utf8Path) -> Result<RootTree> {
+fn add_modules(root: &mut RootTree, extras: &Utf8Path, modules: &Utf8Path) -> Result<RootTree> {
     let release = modules.file_name().unwrap_or_default().to_owned();
     let mut alone = RootTree::with_root(EntryOrigin::Base);
     for path in files_below(modules)? {
@@ -331,12 +331,12 @@ fn folder_tree(root: &mut RootTree, extras: &Utf8Path, modules: &Utf8Path) -> Re
 
 /// Device firmware of extra packages (Wi-Fi settings of the Pi) that the root does not contain.
 fn add_firmware(root: &mut RootTree, extras: &Utf8Path) -> Result<()> {
-    let folder = extras.join("usr/lib/firmware");
-    if !folder.is_dir() {
+    let dir = extras.join("usr/lib/firmware");
+    if !dir.is_dir() {
         return Ok(());
     }
-    for path in files_below(&folder)? {
-        let relative = path.strip_prefix(&folder).with_context(|| format!("placing {path}"))?;
+    for path in files_below(&dir)? {
+        let relative = path.strip_prefix(&dir).with_context(|| format!("placing {path}"))?;
         let size = fs::metadata(&path).with_context(|| format!("reading {path}"))?.len();
         let target = format!("usr/lib/firmware/{relative}");
         if root.get(&target).is_none() {

@@ -122,7 +122,7 @@ impl LockedPackage {
 
     /// The pool directory: all binaries of one source share it.
     pub(super) fn pool(&self) -> (&ArchiveName, &str) {
-        (&self.archive, self.filename.rsplit_once('/').map_or("", |(folder, _)| folder))
+        (&self.archive, self.filename.rsplit_once('/').map_or("", |(dir, _)| dir))
     }
 }
 

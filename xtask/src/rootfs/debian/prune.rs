@@ -144,8 +144,8 @@ fn rewrite_bytecode(tree: &mut RootTree) -> Result<()> {
 
 /// `a/__pycache__/b.cpython-311.pyc` was compiled from `a/b.py`.
 fn source_of(compiled: &str) -> Option<String> {
-    let (folder, file) = compiled.rsplit_once("/__pycache__/")?;
-    Some(format!("{folder}/{}.py", file.split(".cpython-").next()?))
+    let (dir, file) = compiled.rsplit_once("/__pycache__/")?;
+    Some(format!("{dir}/{}.py", file.split(".cpython-").next()?))
 }
 
 fn set_bytes(tree: &mut RootTree, path: &str, bytes: Vec<u8>) {

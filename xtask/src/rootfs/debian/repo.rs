@@ -27,21 +27,21 @@ pub(super) fn hash_in(line: &str) -> Option<&str> {
 }
 
 /// Replaces the archive.
-pub(super) fn write_archive(folder: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
-    if folder.exists() {
-        fs::remove_dir_all(folder).with_context(|| format!("removing {folder}"))?;
+pub(super) fn write_archive(dir: &Utf8Path, debs: &[&LockedDeb]) -> Result<()> {
+    if dir.exists() {
+        fs::remove_dir_all(dir).with_context(|| format!("removing {dir}"))?;
     }
-    fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
+    fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
     let mut index = String::new();
     for deb in debs {
         let hash = &deb.file.sha256;
-        let link = folder.join(format!("{hash}.deb"));
+        let link = dir.join(format!("{hash}.deb"));
         let target = deb.file.path.canonicalize_utf8();
         let target = target.with_context(|| format!("resolving {}", deb.file.path))?;
         symlink(&target, &link).with_context(|| format!("linking {link}"))?;
         index.push_str(&index_stanza(&target, &format!("./{hash}.deb"), deb.file.size, hash)?);
     }
-    let path = folder.join("Packages");
+    let path = dir.join("Packages");
     fs::write(&path, index).with_context(|| format!("writing {path}"))
 }
 

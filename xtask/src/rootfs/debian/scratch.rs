@@ -39,18 +39,18 @@ impl ScratchDirectory {
     fn below(temporary: &Utf8Path) -> Result<Self> {
         remove_stale_dirs(temporary);
         let context = || format!("making a directory in {temporary}");
-        let folder = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
-        let folder = folder.with_context(context)?;
+        let dir = tempfile::Builder::new().prefix(UNFINISHED).tempdir_in(temporary);
+        let dir = dir.with_context(context)?;
         // Regardless of the umask: root in a user namespace must be able to read it.
-        fs::set_permissions(folder.path(), Permissions::from_mode(0o755)).with_context(context)?;
-        let lock = File::open(folder.path()).with_context(context)?;
+        fs::set_permissions(dir.path(), Permissions::from_mode(0o755)).with_context(context)?;
+        let lock = File::open(dir.path()).with_context(context)?;
         lock.lock().with_context(context)?;
         rustix::io::fcntl_setfd(&lock, rustix::io::FdFlags::empty()).with_context(context)?;
-        let name = folder.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
+        let name = dir.path().file_name().and_then(|name| name.to_str()).unwrap_or_default();
         let path = temporary.join(name.trim_start_matches('.'));
-        fs::rename(folder.path(), &path).with_context(context)?;
+        fs::rename(dir.path(), &path).with_context(context)?;
         // The directory has another name now.
-        drop(folder.keep());
+        drop(dir.keep());
         Ok(Self { path, _lock: lock })
     }
 
@@ -74,7 +74,7 @@ fn remove_stale_dirs(temporary: &Utf8Path) {
         let ours = path.symlink_metadata().is_ok_and(|about| {
             about.is_dir() && about.uid() == rustix::process::geteuid().as_raw()
         });
-        if ours && File::open(path).is_ok_and(|folder| folder.try_lock().is_ok()) {
+        if ours && File::open(path).is_ok_and(|dir| dir.try_lock().is_ok()) {
             remove_dir(path);
         }
     }
@@ -105,28 +105,28 @@ mod tests {
     #[test]
     fn what_a_killed_build_has_left_goes_and_nothing_else() {
         let guard = tempfile::tempdir().unwrap();
-        let folder = Utf8Path::from_path(guard.path()).unwrap();
+        let dir = Utf8Path::from_path(guard.path()).unwrap();
         for name in ["slipway-base-left/a/b", "slipway-other", "target/kept"] {
-            fs::create_dir_all(folder.join(name)).unwrap();
+            fs::create_dir_all(dir.join(name)).unwrap();
         }
-        symlink("target", folder.join("slipway-base-link")).unwrap();
-        fs::write(folder.join("slipway-base-file"), "").unwrap();
+        symlink("target", dir.join("slipway-base-link")).unwrap();
+        fs::write(dir.join("slipway-base-file"), "").unwrap();
         let names = || -> Vec<String> {
-            let entries = folder.read_dir_utf8().unwrap();
+            let entries = dir.read_dir_utf8().unwrap();
             let mut names: Vec<_> = entries.map(|e| e.unwrap().file_name().to_owned()).collect();
             names.sort();
             names
         };
         let others = ["slipway-base-file", "slipway-base-link", "slipway-other", "target"];
 
-        let used = ScratchDirectory::below(folder).unwrap();
+        let used = ScratchDirectory::below(dir).unwrap();
         fs::write(used.path().join("file"), "").unwrap();
         assert_eq!(fs::metadata(used.path()).unwrap().permissions().mode() & 0o777, 0o755);
-        assert!(!folder.join("slipway-base-left").exists(), "the lock is free");
-        let second = ScratchDirectory::below(folder).unwrap();
+        assert!(!dir.join("slipway-base-left").exists(), "the lock is free");
+        let second = ScratchDirectory::below(dir).unwrap();
         assert!(used.path().join("file").exists(), "it is in use");
         drop((used, second));
         assert_eq!(names(), others);
-        assert!(folder.join("target/kept").exists());
+        assert!(dir.join("target/kept").exists());
     }
 }

@@ -48,8 +48,8 @@ fn move_into(from: &Utf8Path, to: &Utf8Path) -> Result<()> {
         if new.symlink_metadata().is_err() {
             fs::rename(old, &new).with_context(moving)?;
         } else {
-            let folders = [old, &new].iter().all(|path| path.is_dir() && !path.is_symlink());
-            ensure!(folders, "{old} and {new} are the same file on an installed system");
+            let dirs = [old, &new].iter().all(|path| path.is_dir() && !path.is_symlink());
+            ensure!(dirs, "{old} and {new} are the same file on an installed system");
             move_into(old, &new)?;
         }
     }
