@@ -5,6 +5,7 @@ mod agent;
 pub mod alias;
 mod base;
 mod buildroot;
+mod compile;
 mod component;
 pub mod environment;
 mod image;
