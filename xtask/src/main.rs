@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use xtask::cli::{Cli, Command};
-use xtask::{bench, cmd, local};
+use xtask::{bench, cmd, local, program};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -15,30 +15,10 @@ fn main() -> ExitCode {
         Some(local::CHILD) => local::init::run(),
         _ => {
             let cli = Cli::parse();
-            check_temporary_folder().and_then(|()| run(&cli))
+            program::check_temporary_directory().and_then(|()| run(&cli))
         }
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            xtask::errln!("error: {}", xtask::text::sentence(&error));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Every program that we start inherits it, and each would report the missing directory in its own
-/// way.
-fn check_temporary_folder() -> anyhow::Result<()> {
-    let folder = std::env::temp_dir();
-    if folder.is_dir() && folder.is_absolute() {
-        return Ok(());
-    }
-    anyhow::bail!(
-        "the directory for temporary files, {}, does not exist, or its path is not absolute\n\
-         help: set TMPDIR to the absolute path of an existing directory, or unset it",
-        folder.display()
-    )
+    program::exit_code(outcome)
 }
 
 fn run(cli: &Cli) -> anyhow::Result<()> {

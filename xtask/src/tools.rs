@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::exec::{Tool, find};
+use crate::program;
 use crate::progress::{say, warn};
 
 /// The purpose of a tool.
@@ -27,6 +28,8 @@ pub enum Purpose {
     TestAll,
     /// `push`.
     Push,
+    /// `flash` to a device.
+    Flash,
     /// `bench`: the tools for comparison.
     Bench,
 }
@@ -150,6 +153,7 @@ const REQUIREMENTS: &[Requirement] = &[
     tool(Purpose::Test, "curl", "curl", "reads a store"),
     tool(Purpose::Test, "jq", "jq", "reads a store's files"),
     tool(Purpose::Push, "ssh", "openssh-client", "reaches robots"),
+    tool(Purpose::Flash, "lsblk", "util-linux", "lists disks and what uses them"),
     tool(Purpose::TestAll, "chromium", "chromium", "renders the report"),
     tool(
         Purpose::TestAll,
@@ -223,7 +227,7 @@ pub fn require(purposes: &[Purpose], install: bool) -> Result<()> {
     if lacking.is_empty() {
         return Ok(());
     }
-    if !install || find("apt-get").is_none() {
+    if !install || program::is_standalone() || find("apt-get").is_none() {
         bail!("{}", describe(&lacking));
     }
     self::install(&lacking)?;
@@ -238,11 +242,26 @@ pub fn describe(lacking: &[Requirement]) -> String {
         let name = r.program.trim_start_matches('@');
         text.push_str(&format!("\n  {name:<22} {:<22} {}", r.package, r.why));
     }
-    text.push_str(&format!(
-        "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
-        packages(lacking).join(" ")
-    ));
+    let debian = packages(lacking);
+    text.push_str(&if program::is_standalone() {
+        let fedora: Vec<_> = debian.iter().map(|package| on_fedora(package)).collect();
+        format!(
+            "\nhelp: sudo apt-get install {} (Debian, Ubuntu), or: sudo dnf install {} (Fedora)",
+            debian.join(" "),
+            fedora.join(" ")
+        )
+    } else {
+        format!(
+            "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
+            debian.join(" ")
+        )
+    });
     text
+}
+
+/// Fedora's name of a package that [`program::STANDALONE`] may need.
+fn on_fedora(package: &'static str) -> &'static str {
+    if package == "openssh-client" { "openssh-clients" } else { package }
 }
 
 fn packages(lacking: &[Requirement]) -> Vec<&'static str> {

@@ -12,6 +12,7 @@ mod image;
 mod key;
 mod options;
 mod outcome;
+mod program;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -40,6 +41,7 @@ pub use component::{ComponentBundle, build_component};
 pub use image::{Card, System, qemu_files, wrap_script};
 pub use options::{BuildOptions, Compression, Stage};
 pub use outcome::Finished;
+pub use program::{Program, TOOL_SOURCES, program, programs};
 
 /// The context of a build.
 pub struct Build<'a> {

@@ -37,6 +37,7 @@ pub fn purposes(buildroot: bool) -> Vec<Purpose> {
         Purpose::Run,
         Purpose::Local,
         Purpose::Push,
+        Purpose::Flash,
         Purpose::Test,
     ];
     purposes.extend(buildroot.then_some(Purpose::Buildroot));

@@ -14,8 +14,9 @@ use crate::flash::seed::{self, PASSWORD_VARIABLE, Seed};
 use crate::flash::source::Source;
 use crate::flash::{self, Outcome, Request};
 use crate::progress::{bytes, duration, say};
+use crate::tools::{self, Purpose};
 use crate::workspace::{Selection, dist, resolve};
-use crate::{err, errln, out, outln, text};
+use crate::{err, errln, out, outln, program, text};
 
 /// `cargo xtask flash`.
 ///
@@ -23,6 +24,9 @@ use crate::{err, errln, out, outln, text};
 /// When the device may not be written, the write was not confirmed, or the card does not hold the
 /// image.
 pub fn flash(options: &Flash) -> Result<()> {
+    if !options.device.as_ref().is_some_and(|target| target.is_file()) {
+        tools::require(&[Purpose::Flash], false)?;
+    }
     if options.list {
         // Without an image, no device is too small.
         let size = match &options.image {
@@ -38,8 +42,9 @@ pub fn flash(options: &Flash) -> Result<()> {
         Some(device) => device::find(device)?,
         None if terminal => choose(source.size)?,
         None => bail!(
-            "no device was given\n{}help: name a device: cargo xtask flash IMAGE DEVICE --yes",
-            table(&device::candidates(device::all()?), source.size)
+            "no device was given\n{}help: name a device: {} flash IMAGE DEVICE --yes",
+            table(&device::candidates(device::all()?), source.size),
+            program::name()
         ),
     };
     refuse(&device, source.size, options.non_removable.as_deref())?;

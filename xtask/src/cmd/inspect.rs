@@ -7,7 +7,7 @@ use crate::cli::{Format, Inspect};
 use crate::diff::{Difference, Inventory};
 use crate::inspect::{self, ImageView, Subject, inventory, subject};
 use crate::progress::bytes;
-use crate::{out, outln, start, text};
+use crate::{out, outln, program, start, text};
 
 /// `cargo xtask inspect`.
 ///
@@ -129,7 +129,7 @@ fn bundle(path: &Utf8Path, format: Format) -> Result<()> {
             );
         }
     }
-    outln!("  run `cargo xtask verify {path}` to check every byte");
+    outln!("  run `{} verify {path}` to check every byte", program::name());
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::cli::{Format, Keys as Verb};
 use crate::keys::{KEY_SET, Keys, Listed, directory};
 use crate::progress::say;
-use crate::{outln, text};
+use crate::{outln, program, text};
 
 /// `cargo xtask keys …`.
 ///
@@ -62,7 +62,11 @@ pub fn keys(verb: &Verb) -> Result<()> {
         Verb::List { format: Format::Text } => {
             let list = keys.list();
             if list.is_empty() {
-                outln!("no keys in {}; the first build makes the development key", directory()?);
+                let next = match program::is_standalone() {
+                    true => format!("copy the {KEY_SET} of the team that makes the releases there"),
+                    false => "the first build makes the development key".to_owned(),
+                };
+                outln!("no keys in {}; {next}", directory()?);
             } else {
                 outln!("key set {}, serial {}", directory()?.join(KEY_SET), keys.set().serial);
             }

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::artifact::hash_file;
+use crate::build;
 use crate::cli::{Create, Format, Release as Verb, ReleaseCheck, StoreAddress, Which};
 use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
@@ -25,6 +26,7 @@ use crate::store::format::{Channel, Entry, Index, Manifest, Yanked};
 use crate::store::index::Retention;
 use crate::store::{self, Store};
 use crate::time::now;
+use crate::tools::{self, Purpose};
 use crate::{out, outln, text};
 
 /// `cargo xtask release …`.
@@ -53,7 +55,12 @@ pub fn release(verb: &Verb) -> Result<()> {
 
 fn store(address: &StoreAddress) -> Result<Box<dyn Store>> {
     match &address.store {
-        Some(named) => store::open(named, &store_options(&address.access)),
+        Some(named) => {
+            if named.starts_with("ssh://") {
+                tools::require(&[Purpose::Push], true)?;
+            }
+            store::open(named, &store_options(&address.access))
+        }
         None => Ok(Box::new(local(&workspace_root()?))),
     }
 }
@@ -77,6 +84,7 @@ fn create(options: &Create) -> Result<()> {
             channel: options.channel,
             retention: Retention { keep: options.keep },
             allow_changes: options.allow_changes,
+            programs: build::programs,
         },
         &mut authority,
     )?;
@@ -185,6 +193,7 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
         outln!("  YANKED: {}", yanked.reason);
     }
     outln!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
+    outln!("  manifest {}", entry.manifest.path);
     for board in &manifest.boards {
         outln!("  {} ({})", board.board, board.engine);
         for object in &board.objects {
@@ -194,6 +203,15 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
             let digest = component.digest.get(..12).unwrap_or_default();
             outln!("    {:<9}  {} ({digest})", component.name, component.version);
         }
+    }
+    if !manifest.programs.is_empty() {
+        outln!(
+            "  slipway, for machines without a checkout: copy the file from the store, compare what"
+        );
+        outln!("  sha256sum prints with the end of its path, and run chmod +x on it");
+    }
+    for program in &manifest.programs {
+        outln!("    {:>9}  {}  {}", bytes(program.size), program.name, program.path());
     }
     outln!("\n{written}");
     Ok(())

@@ -223,7 +223,7 @@ impl Connection {
             None | Some(SSH_FAILED) => Ok(Reply::Broken(last(&tail))),
             Some(NOT_FOUND) => bail!(
                 "a program is missing on the robot: {}\n\
-                 help: log in as root, to an image that `cargo xtask build-image` built",
+                 help: log in as root, to a robot with an image of Slipway",
                 last(&tail)
             ),
             Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {

@@ -11,10 +11,11 @@ use super::LOCAL;
 use super::collect::{self, Collected};
 use super::notes::{self, Past};
 use crate::artifact::Artifact;
+use crate::build::Program;
 use crate::publish::{self, Authority, change, load};
 use crate::scratch::scratch;
 use crate::store::directory::Directory;
-use crate::store::format::{Channel, Entry, FORMAT, File, Index, Manifest, Object};
+use crate::store::format::{Channel, Entry, File, Index, Manifest, Object};
 use crate::store::index::Retention;
 use crate::store::{Files, Store};
 use crate::time::now;
@@ -34,6 +35,8 @@ pub struct Request<'a> {
     pub retention: Retention,
     /// Also accept results that were built from uncommitted changes.
     pub allow_changes: bool,
+    /// Makes the programs of the release: [`crate::build::programs`].
+    pub programs: fn(&Utf8Path, Option<&str>, bool) -> Result<Vec<Program>>,
 }
 
 /// A created release.
@@ -95,8 +98,16 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         sha256: written.sha256,
         unpacked: None,
     };
+    let made =
+        (request.programs)(request.root, collected.commit.as_deref(), request.allow_changes)?;
+    let mut programs = Vec::new();
+    for Program { name, binary, .. } in made {
+        let Artifact { path, size, sha256 } = binary;
+        sources.insert(sha256.clone(), path);
+        programs.push(Object { role: "program".to_owned(), name, size, sha256, unpacked: None });
+    }
     let manifest = Manifest {
-        format: FORMAT,
+        format: Manifest::format_of(&programs),
         product: collected.product.clone(),
         title: collected.title.clone(),
         version: collected.version.clone(),
@@ -106,6 +117,7 @@ pub fn create(request: &Request<'_>, authority: &mut Authority) -> Result<Create
         previous: past.map(|past| past.manifest.version),
         notes,
         boards: collected.boards.clone(),
+        programs,
     };
     let wanted: Vec<(String, u64)> =
         manifest.objects().map(|o| (o.sha256.clone(), o.size)).collect();

@@ -3,6 +3,7 @@
 
 mod builds;
 mod lint;
+mod programs;
 mod remote;
 mod shared;
 mod stores;

@@ -103,6 +103,7 @@ impl Bench {
                 objects,
                 components: Vec::new(),
             }],
+            programs: Vec::new(),
         };
         let mut authority = self.authority();
         let text = manifest.to_text().unwrap();
