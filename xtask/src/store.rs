@@ -8,6 +8,7 @@ pub mod http;
 pub mod index;
 pub mod s3;
 pub mod ssh;
+pub mod web;
 
 use std::collections::BTreeSet;
 
@@ -174,7 +175,7 @@ pub fn open_files(address: &str, options: &Options) -> Result<Box<dyn Files + Se
     Ok(Box::new(directory::Directory::new(Utf8Path::new(address))))
 }
 
-/// Opens a store by its address: a directory, `ssh://…` or `s3://…`. This writes nothing.
+/// Opens a store by its address: a directory, `ssh://…`, `s3://…`, or `http[s]://…`, which can only be read. This writes nothing.
 ///
 /// # Errors
 /// When the address is not valid.
@@ -185,10 +186,13 @@ pub fn open(address: &str, options: &Options) -> Result<Box<dyn Store>> {
     if let Some(rest) = address.strip_prefix("ssh://") {
         return Ok(Box::new(ssh::Host::new(rest, &options.ssh)?));
     }
+    if address.starts_with("https://") || address.starts_with("http://") {
+        return Ok(Box::new(web::Web::new(address, options)?));
+    }
     ensure!(
         !address.contains("://"),
         "invalid address of a store: `{address}`\n\
-         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
+         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, s3://BUCKET[/PREFIX], or https://HOST[/PATH] to read"
     );
     // The syntax of scp: it would create a local directory of that name by mistake.
     if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {

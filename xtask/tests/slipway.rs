@@ -123,7 +123,10 @@ fn it_has_the_verbs_that_need_no_checkout_and_no_others() {
     let machine = Machine::new();
     let verbs = ["flash", "verify", "inspect", "push", "release", "keys", "completions", "help"];
     assert_eq!(listed(&machine.good(&["--help"])), verbs);
-    assert_eq!(listed(&machine.good(&["release", "--help"])), ["list", "show", "diff", "help"]);
+    assert_eq!(
+        listed(&machine.good(&["release", "--help"])),
+        ["list", "show", "get", "diff", "help"]
+    );
     assert_eq!(listed(&machine.good(&["keys", "--help"])), ["list", "help"]);
     for verb in [
         "flash",

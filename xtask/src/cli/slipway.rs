@@ -14,7 +14,7 @@ const VERBS: [(&str, &[&str]); 7] = [
     ("verify", &[]),
     ("inspect", &[]),
     ("push", &[]),
-    ("release", &["list", "show", "diff"]),
+    ("release", &["list", "show", "get", "diff"]),
     ("keys", &["list"]),
     ("completions", &[]),
 ];
@@ -50,7 +50,7 @@ fn without_workspace(verb: &str, arg: Arg) -> Arg {
         ("push", "offline") => arg.hide(true),
         ("release", "store") => arg
             .required(true)
-            .help("The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"),
+            .help("The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, s3://BUCKET[/PREFIX], or https://HOST[/PATH]"),
         ("release", "product") => arg.required(true).help("The product"),
         _ => arg,
     }
@@ -72,7 +72,7 @@ fn narrow(of: &CommandLine, name: &'static str, parts: &[&str]) -> CommandLine {
     }
     let part = |part: &&str| adapted(verb.find_subcommand(part).expect("its subcommand").clone());
     let about = match name {
-        "release" => "Show the releases of a store.",
+        "release" => "Show and fetch the releases of a store.",
         _ => "List the public keys that this machine trusts.",
     };
     CommandLine::new(name)

@@ -15,11 +15,11 @@ use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
 use crate::diff::{Difference, versions};
 use crate::inspect::inventory;
-use crate::progress::bytes;
+use crate::progress::{bytes, warn};
 use crate::publish::{Authority, change, load, manifest};
 use crate::release::create::{self, local, put, version};
 use crate::release::notes::Past;
-use crate::release::{check, gc, summary};
+use crate::release::{check, gc, get, summary};
 use crate::scratch::scratch;
 use crate::store::directory::Directory;
 use crate::store::format::{Channel, Entry, Index, Manifest, Yanked};
@@ -38,6 +38,10 @@ pub fn release(verb: &Verb) -> Result<()> {
         Verb::Create(options) => create(options),
         Verb::List { channel, store, format } => list(*channel, store, *format),
         Verb::Show { version, which, notes, format } => show(version, which, *notes, *format),
+        Verb::Get { version, which, board, role, into, format } => {
+            let request = get::Request { board: board.as_deref(), roles: role, into };
+            fetch(version, which, &request, *format)
+        }
         Verb::Diff { old, new, which, files, format } => diff([old, new], which, *files, *format),
         Verb::Promote { version, to, which } => promote(version, *to, which),
         Verb::Yank { version, reason, which } => yank(version, reason, which),
@@ -205,15 +209,32 @@ fn show(text: &str, which: &Which, notes: bool, format: Format) -> Result<()> {
         }
     }
     if !manifest.programs.is_empty() {
-        outln!(
-            "  slipway, for machines without a checkout: copy the file from the store, compare what"
-        );
-        outln!("  sha256sum prints with the end of its path, and run chmod +x on it");
+        outln!("  slipway, for machines without a checkout (`release get --role program`)");
     }
     for program in &manifest.programs {
         outln!("    {:>9}  {}  {}", bytes(program.size), program.name, program.path());
     }
     outln!("\n{written}");
+    Ok(())
+}
+
+fn fetch(text: &str, which: &Which, request: &get::Request<'_>, format: Format) -> Result<()> {
+    let store = store(&which.store)?;
+    let authority = Authority::open(which.store.access.store_was_restored)?;
+    let (_, entry) = find(store.as_ref(), text, which, &authority)?;
+    if let Some(yanked) = &entry.yanked {
+        warn(format!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason));
+    }
+    let manifest = manifest(store.as_ref(), &entry, authority.keys())?;
+    let files = get::get(store.as_ref(), &manifest, request)?;
+    match format {
+        Format::Json => outln!("{}", text::json(&files)?),
+        Format::Text => {
+            for file in &files {
+                outln!("{:>9}  {}", bytes(file.size), file.path);
+            }
+        }
+    }
     Ok(())
 }
 

@@ -21,7 +21,7 @@ use crate::slipway::Machine;
 /// Bytes in a program's place: what is compiled is the business of another test.
 const PROGRAM: &[u8] = b"#!/bin/sh\necho a program\n";
 
-fn program_name() -> String {
+pub fn program_name() -> String {
     format!("slipway-0.0.0-{}", std::env::consts::ARCH)
 }
 
@@ -35,7 +35,7 @@ fn small_program(root: &Utf8Path, commit: Option<&str>, _: bool) -> anyhow::Resu
 }
 
 /// A store with one release that has a program: the path of its manifest.
-fn released(bench: &Bench) -> String {
+pub fn released(bench: &Bench) -> String {
     let commit = workspace(bench);
     results(bench, &bench.dir.join("dist/shop/sample"), "1.0.0", "noon", &commit);
     let request = Request {
