@@ -41,15 +41,18 @@ pub struct Authority {
 }
 
 impl Authority {
-    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`:
-    /// accept the current state of stores, whatever was seen before.
+    /// Reads the key set, and the pins of the workspace that this is called in; outside of a workspace, those
+    /// of the channels from [`pins::FILE`] in the key directory. `restored`: accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
     /// When the key directory or the workspace's files cannot be used.
     pub fn open(restored: bool) -> Result<Self> {
-        let root = workspace_root().ok();
-        let pins = Pins::read(root.as_deref())?;
-        Self::at(&keys::directory()?, pins, Memory::locate(restored)?)
+        let dir = keys::directory()?;
+        let pins = match workspace_root() {
+            Ok(root) => Pins::read(&root)?,
+            Err(_) => Pins::of_channels(&dir)?,
+        };
+        Self::at(&dir, pins, Memory::locate(restored)?)
     }
 
     /// Reads the key set of this key directory.

@@ -54,7 +54,7 @@ fn builds(options: &PlanOptions) -> Result<()> {
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     if let Some(channel) = options.channel {
-        let pins = Pins::read(Some(&root))?;
+        let pins = Pins::read(&root)?;
         let mut told = BTreeSet::new();
         builds.retain(|build| match pins.takes(channel, &build.product) {
             Ok(()) => true,

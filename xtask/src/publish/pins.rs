@@ -72,19 +72,12 @@ struct Product {
 }
 
 impl Pins {
-    /// The pins of the workspace; outside of a workspace, the defaults ([`Pins::channel`]).
+    /// The pins of the workspace.
     ///
     /// # Errors
     /// When a file cannot be read: then its pin is unknown.
-    pub fn read(root: Option<&Utf8Path>) -> Result<Self> {
-        let Some(root) = root else { return Ok(Self::default()) };
-        let channels = File::read(root)?.channels;
-        ensure!(
-            channels.get(&Channel::Stable) != Some(&Kind::Development),
-            "{root}/{FILE}: the channel `stable` is for all robots and must be signed by release keys\n\
-             help: remove the line, or use beta"
-        );
-        let mut products = BTreeMap::new();
+    pub fn read(root: &Utf8Path) -> Result<Self> {
+        let Self { channels, mut products } = Self::of_channels(root)?;
         for name in config::products(root)? {
             let path = root.join("configs").join(format!("{name}.toml"));
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -93,6 +86,20 @@ impl Pins {
             products.insert(name, product.kind);
         }
         Ok(Self { channels, products })
+    }
+
+    /// The pins of the channels alone, from [`FILE`] in this directory; the defaults ([`Pins::channel`]) when there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read: then its pins are unknown.
+    pub fn of_channels(dir: &Utf8Path) -> Result<Self> {
+        let channels = File::read(dir)?.channels;
+        ensure!(
+            channels.get(&Channel::Stable) != Some(&Kind::Development),
+            "{dir}/{FILE}: the channel `stable` is for all robots and must be signed by release keys\n\
+             help: remove the line, or use beta"
+        );
+        Ok(Self { channels, products: BTreeMap::new() })
     }
 
     /// Opens a channel's file as this workspace pins it: [`Index::open`] with the channel's kind, and each product

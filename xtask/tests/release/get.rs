@@ -98,3 +98,19 @@ fn a_role_that_the_release_lacks_is_named() {
     machine.good(&[&get[..], &["--role", "notes"]].concat());
     assert!(machine.dir.join("here/robot-1.0.0-notes").is_file());
 }
+
+/// A team may have `beta` signed by release keys, to offer release products there.
+#[test]
+fn without_a_workspace_the_channels_are_pinned_beside_the_keys() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let machine = machine(&bench);
+    let list = ["release", "list", "--store", store.root().as_str()];
+    assert!(machine.good(&list).contains("robot 1.0.0"));
+    let pins = machine.dir.join("home/.config/slipway/keys/releases.toml");
+    fs::write(&pins, "[channels]\nnightly = \"release\"\n").unwrap();
+    machine.refused(&list, 1, &["nightly must be signed by a release key"]);
+    fs::write(&pins, "[channels]\nstable = \"development\"\n").unwrap();
+    machine.refused(&list, 1, &["releases.toml", "help: remove the line"]);
+}

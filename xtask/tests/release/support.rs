@@ -59,7 +59,7 @@ impl Bench {
     }
 
     pub fn pins(&self) -> Pins {
-        Pins::read(Some(&self.dir)).unwrap()
+        Pins::read(&self.dir).unwrap()
     }
 
     pub fn keys(&self) -> KeySet {
