@@ -378,27 +378,38 @@ fn the_static_program_needs_nothing_and_is_the_same_from_every_directory() {
     if !all("slipway::the_static_program_needs_nothing_and_is_the_same_from_every_directory") {
         return;
     }
-    let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).expect("a directory");
-    let dir = Utf8PathBuf::try_from(keep.path().to_owned()).expect("UTF-8");
+    // Crates of others are compiled once for each of the two.
+    let dir = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("static-slipway");
+    fs::create_dir_all(&dir).expect("a directory");
+    let lock = fs::File::create(dir.join("lock")).expect("a file");
+    lock.lock().expect("one such test at a time");
     let platform = if cfg!(target_arch = "x86_64") { Platform::X86_64 } else { Platform::Arm64 };
+    let clear = |path: &Utf8Path| {
+        if path.exists() {
+            fs::remove_dir_all(path).expect("removed");
+        }
+    };
     let places = ["one", "a longer way/to the/second"].map(|name| dir.join(name));
-    places.iter().for_each(|root| sources(root));
+    for root in &places {
+        clear(root);
+        sources(root);
+    }
     let made = places.map(|root| {
         let cache = Cache::at(format!("{root}-cache").into());
-        let program = program(&root, &cache, platform, "0123456789abcdef").expect("compiled");
-        // Room for the second one.
-        fs::remove_dir_all(cache.root.join("agent")).expect("removed");
-        program
+        clear(&cache.stages());
+        program(&root, &cache, platform, "0123456789abcdef").expect("compiled")
     });
     assert_eq!(made[0].binary.sha256, made[1].binary.sha256, "two compilations differ");
 
     let root = dir.join("root");
+    clear(&root);
     fs::create_dir_all(root.join("etc")).expect("a directory");
     fs::copy(&made[0].binary.path, root.join("slipway")).expect("copied");
     fs::set_permissions(root.join("slipway"), fs::Permissions::from_mode(0o755)).expect("a mode");
     let said = in_root(&root, None, &["--version"]);
     assert!(text(&said.stdout).ends_with("(commit 0123456789abcdef)\n"), "{said:?}");
-    let [bundle, keys, _] = bundle_in(&dir);
+    let keep = tempfile::tempdir_in(&dir).expect("a directory");
+    let [bundle, keys, _] = bundle_in(Utf8Path::from_path(keep.path()).expect("UTF-8"));
     fs::rename(bundle, root.join("a.bundle")).expect("moved");
     fs::rename(keys, root.join("keyset.json")).expect("moved");
     let said = in_root(&root, None, &["verify", "/a.bundle", "--keys", "/keyset.json"]);

@@ -48,6 +48,10 @@ fn version() -> &'static str {
 
 /// How a static program finds the address of a host.
 #[cfg(all(target_env = "gnu", target_feature = "crt-static"))]
+#[expect(
+    unsafe_code,
+    reason = "libc offers no other way to choose the modules, and no crate has its function"
+)]
 mod names {
     use std::ffi::{CStr, c_char, c_int};
 
@@ -70,7 +74,6 @@ mod names {
     pub(super) fn use_built_in_modules() {
         for (database, services) in DATABASES {
             // SAFETY: both are strings with a NUL, which libc copies; no other thread runs yet.
-            #[expect(unsafe_code, reason = "libc offers no other way to choose the modules")]
             let result = unsafe { __nss_configure_lookup(database.as_ptr(), services.as_ptr()) };
             assert_eq!(result, 0, "libc refuses its own modules");
         }
