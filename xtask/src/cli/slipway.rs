@@ -28,7 +28,7 @@ pub fn command(version: &'static str) -> CommandLine {
         .enumerate()
         .map(|(place, (name, parts))| narrow(&all, name, parts).display_order(place));
     CommandLine::new(STANDALONE)
-        .about("Flash cards, update robots, and check images, bundles and releases, without a checkout of Slipway.")
+        .about("Flash cards, update robots, and check images, bundles and releases, without a checkout of Slipway")
         .version(version)
         .max_term_width(100)
         .subcommand_required(true)
@@ -72,8 +72,8 @@ fn narrow(of: &CommandLine, name: &'static str, parts: &[&str]) -> CommandLine {
     }
     let part = |part: &&str| adapted(verb.find_subcommand(part).expect("its subcommand").clone());
     let about = match name {
-        "release" => "Show and fetch the releases of a store.",
-        _ => "List the public keys that this machine trusts.",
+        "release" => "Show and fetch the releases of a store",
+        _ => "List the public keys that this machine trusts",
     };
     CommandLine::new(name)
         .about(about)
