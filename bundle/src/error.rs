@@ -215,7 +215,7 @@ impl Error {
                 "no Slipway tool writes such a file: do not use it, and find out where it comes from"
             }
             Self::BadManifest { .. } | Self::BadComponent { .. } | Self::BadTree { .. } => {
-                "rebuild the bundle with a current `cargo xtask`"
+                "rebuild the bundle with a current version of Slipway"
             }
             Self::UnknownFormat { .. } | Self::UnknownFeature { .. } => {
                 "this reader is older than the bundle: install an intermediate release first"
@@ -226,7 +226,7 @@ impl Error {
             Self::NotTrusted { .. } => {
                 "sign the bundle with a key of this device's key set, or check that the bundle is meant for this device"
             }
-            Self::BadKey { .. } => "check the key set file; `cargo xtask keys list` shows it",
+            Self::BadKey { .. } => "check the key set file; `keys list` shows it",
             Self::WrongProduct { .. } | Self::WrongBoard { .. } => {
                 "use the bundle that was built for this product and board"
             }

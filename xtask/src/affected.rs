@@ -9,6 +9,8 @@ use serde::Serialize;
 use serde_json::Value;
 
 use crate::artifact::{hash_bytes, hash_file};
+// Each of them may change any component.
+use crate::build::TOOL_SOURCES as BUILDER;
 use crate::config::product::Engine;
 use crate::config::{self, Config};
 use crate::git;
@@ -16,21 +18,6 @@ use crate::plan::{self, CheckoutFacts, Plan};
 use crate::render::INIT;
 use crate::scratch::create_scratch_dir;
 
-/// The tool itself and its sources: each of them may change any component.
-const BUILDER: [&str; 12] = [
-    ".cargo",
-    "Cargo.lock",
-    "Cargo.toml",
-    "bootmodel/Cargo.toml",
-    "bootmodel/facts",
-    "bootmodel/src",
-    "bundle/Cargo.toml",
-    "bundle/src",
-    "contract/Cargo.toml",
-    "contract/src",
-    "xtask/Cargo.toml",
-    "xtask/src",
-];
 /// The directories of Buildroot.
 const EXTERNAL: &str = "external";
 

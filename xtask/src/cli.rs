@@ -1,6 +1,7 @@
 //! The command line: arguments and options only, no behaviour.
 
 mod release;
+pub mod slipway;
 
 use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};

@@ -26,6 +26,7 @@ pub mod keys;
 pub mod local;
 pub mod mutants;
 pub mod plan;
+pub mod program;
 pub mod progress;
 pub mod publish;
 pub mod push;

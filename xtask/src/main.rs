@@ -4,7 +4,7 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use xtask::cli::{Command, CommandLine};
-use xtask::{bench, cmd, local};
+use xtask::{bench, cmd, local, program};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
@@ -17,30 +17,10 @@ fn main() -> ExitCode {
         Some(local::CHILD) => local::init::run(),
         _ => {
             let cli = CommandLine::parse();
-            check_temporary_dir().and_then(|()| run(&cli))
+            program::check_temporary_directory().and_then(|()| run(&cli))
         }
     };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            xtask::errln!("error: {}", xtask::text::describe_error(&error));
-            ExitCode::FAILURE
-        }
-    }
-}
-
-/// Every program that we start inherits it, and each would report the missing directory in its own
-/// way.
-fn check_temporary_dir() -> anyhow::Result<()> {
-    let dir = std::env::temp_dir();
-    if dir.is_dir() && dir.is_absolute() {
-        return Ok(());
-    }
-    anyhow::bail!(
-        "the directory for temporary files, {}, does not exist, or its path is not absolute\n\
-         help: set TMPDIR to the absolute path of an existing directory, or unset it",
-        dir.display()
-    )
+    program::exit_code(outcome)
 }
 
 fn run(cli: &CommandLine) -> anyhow::Result<()> {

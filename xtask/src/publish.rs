@@ -43,15 +43,18 @@ pub struct SigningAuthority {
 }
 
 impl SigningAuthority {
-    /// Reads the key set, and the pins of the workspace that this is called in, if any. `restored`:
-    /// accept the current state of stores, whatever was seen before.
+    /// Reads the key set, and the pins of the workspace that this is called in; outside of a workspace, those
+    /// of the channels from [`pins::FILE`] in the key directory. `restored`: accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
     /// When the key directory or the workspace's files cannot be used.
     pub fn open(restored: bool) -> Result<Self> {
-        let root = workspace_root().ok();
-        let pins = PinnedKinds::read(root.as_deref())?;
-        Self::open_dir(&keys::key_directory()?, pins, IndexMemory::locate(restored)?)
+        let dir = keys::key_directory()?;
+        let pins = match workspace_root() {
+            Ok(root) => PinnedKinds::read(&root)?,
+            Err(_) => PinnedKinds::of_channels(&dir)?,
+        };
+        Self::open_dir(&dir, pins, IndexMemory::locate(restored)?)
     }
 
     /// Reads the key set of this key directory.

@@ -5,6 +5,7 @@ pub mod check;
 pub mod collect;
 pub mod create;
 pub mod gc;
+pub mod get;
 pub mod notes;
 pub mod summary;
 

@@ -8,6 +8,7 @@ pub mod http;
 pub mod index;
 pub mod s3;
 pub mod ssh;
+pub mod web;
 
 use std::collections::BTreeSet;
 
@@ -187,7 +188,7 @@ pub fn open_files(
     Ok(Box::new(DirectoryStore::new(Utf8Path::new(address))))
 }
 
-/// Opens a store by its address: a directory, `ssh://…` or `s3://…`. This writes nothing.
+/// Opens a store by its address: a directory, `ssh://…`, `s3://…`, or `http[s]://…`, which can only be read. This writes nothing.
 ///
 /// # Errors
 /// When the address is not valid.
@@ -198,10 +199,13 @@ pub fn open_store(address: &str, options: &StoreOptions) -> Result<Box<dyn Relea
     if let Some(rest) = address.strip_prefix("ssh://") {
         return Ok(Box::new(SshStore::new(rest, &options.ssh)?));
     }
+    if address.starts_with("https://") || address.starts_with("http://") {
+        return Ok(Box::new(web::Web::new(address, options)?));
+    }
     ensure!(
         !address.contains("://"),
         "invalid address of a store: `{address}`\n\
-         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX]"
+         help: a directory, ssh://[USER@]HOST[:PORT]/PATH, s3://BUCKET[/PREFIX], or https://HOST[/PATH] to read"
     );
     // The syntax of scp: it would create a local directory of that name by mistake.
     if let Some((host, path)) = address.split_once(':').filter(|(host, _)| !host.contains('/')) {

@@ -5,6 +5,7 @@ use anyhow::{Context, Result, bail};
 use serde::Serialize;
 
 use crate::exec::{Tool, find_program};
+use crate::program;
 use crate::progress::{say, warn};
 
 /// The purpose of a tool.
@@ -27,6 +28,8 @@ pub enum ToolPurpose {
     TestAll,
     /// `push`.
     Push,
+    /// `flash` to a device.
+    Flash,
     /// `bench`: the tools for comparison.
     Bench,
 }
@@ -185,6 +188,7 @@ const REQUIREMENTS: &[ToolRequirement] = &[
     requirement(ToolPurpose::Test, "curl", "curl", "reads a store"),
     requirement(ToolPurpose::Test, "jq", "jq", "reads a store's files"),
     requirement(ToolPurpose::Push, "ssh", "openssh-client", "reaches robots"),
+    requirement(ToolPurpose::Flash, "lsblk", "util-linux", "lists disks and what uses them"),
     requirement(ToolPurpose::TestAll, "chromium", "chromium", "renders the report"),
     requirement(
         ToolPurpose::TestAll,
@@ -262,7 +266,7 @@ pub fn require_tools(purposes: &[ToolPurpose], install: bool) -> Result<()> {
     if lacking.is_empty() {
         return Ok(());
     }
-    if !install || find_program("apt-get").is_none() {
+    if !install || program::is_standalone() || find_program("apt-get").is_none() {
         bail!("{}", describe_missing(&lacking));
     }
     self::install_packages(&lacking)?;
@@ -277,11 +281,26 @@ pub fn describe_missing(lacking: &[ToolRequirement]) -> String {
         let name = r.program.trim_start_matches('@');
         text.push_str(&format!("\n  {name:<22} {:<22} {}", r.package, r.why));
     }
-    text.push_str(&format!(
-        "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
-        packages_of(lacking).join(" ")
-    ));
+    let debian = packages_of(lacking);
+    text.push_str(&if program::is_standalone() {
+        let fedora: Vec<_> = debian.iter().map(|package| on_fedora(package)).collect();
+        format!(
+            "\nhelp: sudo apt-get install {} (Debian, Ubuntu), or: sudo dnf install {} (Fedora)",
+            debian.join(" "),
+            fedora.join(" ")
+        )
+    } else {
+        format!(
+            "\nhelp: cargo xtask doctor --install, or: sudo apt-get install {}",
+            debian.join(" ")
+        )
+    });
     text
+}
+
+/// Fedora's name of a package that [`program::STANDALONE`] may need.
+fn on_fedora(package: &'static str) -> &'static str {
+    if package == "openssh-client" { "openssh-clients" } else { package }
 }
 
 fn packages_of(lacking: &[ToolRequirement]) -> Vec<&'static str> {

@@ -41,7 +41,7 @@ fn refused(arguments: &[&str], status: i32) -> String {
 }
 
 /// Every verb with what it must explain.
-const VERBS: [(&str, &[&str]); 28] = [
+const VERBS: [(&str, &[&str]); 29] = [
     (
         "build-image",
         &[
@@ -110,6 +110,7 @@ const VERBS: [(&str, &[&str]); 28] = [
     ("release create", &["--channel", "--product", "--board", "--keep", "--allow-changes"]),
     ("release list", &["--channel", "--store <STORE>", "--format"]),
     ("release show", &["<VERSION>", "--notes", "--product", "--channel", "--store", "--format"]),
+    ("release get", &["<VERSION>", "--board", "--role", "--into <DIR>", "--product", "--store"]),
     ("release diff", &["<OLD>", "<NEW>", "--files", "--product", "--format"]),
     ("release promote", &["<VERSION>", "--to", "--product", "--store"]),
     ("release yank", &["<VERSION>", "--reason", "--product", "--store"]),

@@ -158,11 +158,12 @@ fn a_test_that_does_not_run_is_none() {
     assert!(!is_run("#[test]\nfn ab() {}\n\nfn a() {}\n", "a"));
 }
 
-/// The calls of our tool that a line shows.
-fn calls(fenced: bool, line: &str) -> Vec<&str> {
+/// The calls of one of our programs that a line shows.
+fn calls<'a>(program: &str, fenced: bool, line: &'a str) -> Vec<&'a str> {
     let code: Vec<&str> = if fenced { vec![line] } else { spans(line).collect() };
+    let before = format!("{program} ");
     code.into_iter()
-        .flat_map(|code| code.split("cargo xtask ").skip(1))
+        .flat_map(|code| code.split(before.as_str()).skip(1))
         .filter_map(|rest| rest.split(['#', '|', ';', '·', '`', '&', '>']).next())
         .map(str::trim)
         .collect()
@@ -173,10 +174,15 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
     let mut findings = Vec::new();
     let mut checked = 0;
     // The generated page shows how commands are spelt, with `[OPTIONS]` and the like.
-    for (path, text) in files("md").into_iter().filter(|(path, _)| path != cli_reference::PAGE) {
+    for (path, text) in files("md")
+        .into_iter()
+        .filter(|(path, _)| path != cli_reference::PAGE && path != cli_reference::SLIPWAY)
+    {
         for (number, fenced, line) in lines(&text) {
             // Words such as `<verb>` or `…` stand for something.
-            for call in calls(fenced, line).into_iter().filter(|c| !c.contains(['<', '…'])) {
+            for call in
+                calls("cargo xtask", fenced, line).into_iter().filter(|c| !c.contains(['<', '…']))
+            {
                 checked += 1;
                 let words = std::iter::once("cargo xtask").chain(call.split_whitespace());
                 if let Err(error) = CommandLine::try_parse_from(words)
@@ -188,6 +194,26 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
         }
     }
     assert!(checked > 100, "only {checked} commands found");
+    complain(findings);
+}
+
+#[test]
+fn every_command_of_slipway_shown_is_one_that_it_accepts() {
+    let mut findings = Vec::new();
+    let mut checked = 0;
+    let text = page("docs/guides/without-a-toolchain.md");
+    for (number, fenced, line) in lines(&text) {
+        for call in calls("slipway", fenced, line).into_iter().filter(|call| !call.is_empty()) {
+            checked += 1;
+            let words = std::iter::once("slipway").chain(call.split_whitespace());
+            if let Err(error) = xtask::cli::slipway::command("0.0.0").try_get_matches_from(words)
+                && error.kind() != ErrorKind::DisplayVersion
+            {
+                findings.push(format!("line {number}: slipway {call}\n{error}"));
+            }
+        }
+    }
+    assert!(checked > 8, "only {checked} commands found");
     complain(findings);
 }
 

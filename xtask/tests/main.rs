@@ -32,6 +32,7 @@ mod raspberrypi;
 mod release;
 mod report;
 mod services;
+mod slipway;
 mod ssh_keys;
 mod update;
 mod wheel;

@@ -337,6 +337,27 @@ fn two_robots_at_once_and_one_that_is_not_there() {
 }
 
 #[test]
+fn slipway_pushes_from_a_machine_without_a_checkout() {
+    let bench = Bench::new(SMALL);
+    let bundle = bench.bundle("1.1.0");
+    let robot = Robot::new(&bench, "robot");
+    let machine = crate::slipway::Machine::new();
+    let there = robot.address();
+    let options = [
+        format!("IdentityFile={}", bench.dir.join("user")),
+        format!("UserKnownHostsFile={}", bench.dir.join("known_hosts")),
+    ];
+    let mut arguments = vec!["push", &there, "--bundle", bundle.as_str(), "--no-wait"];
+    arguments.extend(options.iter().flat_map(|option| ["--ssh-option", option]));
+    let said = machine.good(&arguments);
+    assert!(said.contains("1.1.0"), "{said}");
+    assert!(robot.slot_b() == bench.content, "slot b has other bytes");
+    let nobody = address(free_port());
+    arguments[1] = &nobody;
+    machine.refused(&arguments, 1, &["not installed on 1 of 1 robots"]);
+}
+
+#[test]
 fn a_connection_that_is_cut_is_made_again_and_the_install_goes_on() {
     let bench = Bench::new(LARGE);
     let bundle = bench.bundle("1.1.0");

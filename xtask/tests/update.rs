@@ -18,7 +18,7 @@ fn dir() -> Dir {
 }
 
 /// A sparse file of 40 MiB with a little at its front, in the middle and at its very end.
-fn payload(dir: &Utf8Path) -> Utf8PathBuf {
+pub fn payload(dir: &Utf8Path) -> Utf8PathBuf {
     let path = dir.join("root.img");
     let mut file = std::fs::File::create(&path).unwrap();
     for (at, text) in [(0, "front"), (21 << 20, "middle"), ((40 << 20) - 1, "z")] {
@@ -28,7 +28,11 @@ fn payload(dir: &Utf8Path) -> Utf8PathBuf {
     path
 }
 
-fn request<'a>(payload: &Utf8Path, kind: BuildKind, signers: &'a [SigningKey]) -> PackRequest<'a> {
+pub fn request<'a>(
+    payload: &Utf8Path,
+    kind: BuildKind,
+    signers: &'a [SigningKey],
+) -> PackRequest<'a> {
     let version = Version::parse("0.1.0").unwrap();
     let payload = PayloadRequest { role: "root".to_owned(), path: payload.to_owned() };
     PackRequest {

@@ -7,11 +7,12 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::BuildContext;
-use crate::artifact::{Artifact, hash_bytes, write_atomically};
+use super::compile::{Compilation, compile, hashes, linker_version, own_compiler};
+use crate::artifact::{Artifact, write_atomically};
 use crate::cache::CacheKey;
-use crate::exec::{Tool, cargo_home, find_program};
+use crate::exec::{Tool, find_program};
 use crate::fetch::Downloader;
-use crate::progress::{ProgressStep, ProgressUnit, format_bytes, warn};
+use crate::progress::{format_bytes, warn};
 use crate::rootfs::debian::{AptMirrors, LockPolicy, PackagesLock, compiler};
 use crate::sbom::{SbomComponent, SbomOrigin};
 use crate::wheel::metadata::License;
@@ -58,13 +59,17 @@ struct Architecture {
     triple: &'static str,
     /// The cross linker for it.
     cross: &'static str,
+    /// Debian's package of its static C library.
+    static_libc: &'static str,
 }
 
 fn find_architecture(arch: &str) -> Result<Architecture> {
     match arch {
-        "arm64" => {
-            Ok(Architecture { triple: "aarch64-unknown-linux-gnu", cross: "aarch64-linux-gnu-gcc" })
-        }
+        "arm64" => Ok(Architecture {
+            triple: "aarch64-unknown-linux-gnu",
+            cross: "aarch64-linux-gnu-gcc",
+            static_libc: "libc6-dev-arm64-cross",
+        }),
         other => bail!("the agent cannot be compiled for `{other}`; only arm64 is supported"),
     }
 }
@@ -114,17 +119,26 @@ pub fn build_agent(build: &mut BuildContext<'_>) -> Result<BuiltAgent> {
             let compiler = match &lock {
                 None => compiler.clone(),
                 Some(lock) => {
-                    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
-                    let unpacked = compiler::unpack_compiler(lock, &downloader, &build.cache.root)?;
+                    let fetcher = Downloader::for_cache(build.cache, build.options.offline)?;
+                    let unpacked = compiler::unpack_compiler(lock, &fetcher, &build.cache.root)?;
                     cargo = cargo.env("RUSTC", unpacked.rustc.as_str());
                     format!("rustc {}", unpacked.version)
                 }
             };
             let into = build.cache.root.join("agent");
-            compile_agent(build, cargo, &target, (!native).then_some(linker), &into)?;
-            let made = into.join(target.triple).join("release").join(PACKAGE);
-            let content = std::fs::read(&made).with_context(|| format!("reading {made}"))?;
-            check_static(&content).with_context(|| format!("reading the metadata of {made}"))?;
+            let wanted = Compilation {
+                root: build.root,
+                package: PACKAGE,
+                program: PACKAGE,
+                triple: target.triple,
+                cross_linker: (!native).then_some(linker),
+                static_libc: target.static_libc,
+                into: &into,
+                offline: build.options.offline,
+                log: build.log("agent"),
+                step: "agent",
+            };
+            let content = compile(&wanted, cargo)?;
             let path = dir.join(PACKAGE);
             write_atomically(&path, |out| Ok(out.write_all(&content)?))?;
             let components = agent_components(build, &target)?;
@@ -133,48 +147,19 @@ pub fn build_agent(build: &mut BuildContext<'_>) -> Result<BuiltAgent> {
     )
 }
 
-/// The version of the machine's own compiler, if it supports the target.
-fn own_compiler(triple: &str) -> Option<String> {
-    let ask = |arguments: &[&str]| Tool::new("rustc").args(arguments).read().ok();
-    let dir = ask(&["--print", "target-libdir", "--target", triple])?;
-    let there = Utf8Path::new(dir.trim()).is_dir();
-    if there { ask(&["--version"]).map(|text| text.trim().to_owned()) } else { None }
-}
-
 fn agent_key(
     build: &BuildContext<'_>,
     target: &Architecture,
     linker: &str,
     compiler: &str,
 ) -> Result<CacheKey> {
-    let mut sources = BTreeMap::new();
-    for source in SOURCES {
-        hash_sources(build.root, Utf8Path::new(source), &mut sources)?;
-    }
-    let linker = Tool::new(linker).arg("--version").read()?;
+    let sources = hashes(build.root, &SOURCES)?;
+    let linker = linker_version(linker)?;
     CacheKey::new("agent", AGENT_VERSION)
         .with("target", target.triple)
         .with("compiler", compiler)
-        .with("linker", linker.lines().next().unwrap_or_default())
+        .with("linker", linker)
         .with_json("sources", &sources)
-}
-
-/// Hashes a file, or all files below a directory.
-fn hash_sources(
-    root: &Utf8Path,
-    path: &Utf8Path,
-    into: &mut BTreeMap<Utf8PathBuf, String>,
-) -> Result<()> {
-    let full = root.join(path);
-    if full.is_dir() {
-        for entry in full.read_dir_utf8().with_context(|| format!("reading {path}"))? {
-            hash_sources(root, &path.join(entry?.file_name()), into)?;
-        }
-    } else {
-        let content = std::fs::read(&full).with_context(|| format!("reading {path}"))?;
-        into.insert(path.to_owned(), hash_bytes(&content));
-    }
-    Ok(())
 }
 
 /// Fetches the locked compiler; returns a new lock when the mirror no longer had all of its
@@ -185,11 +170,11 @@ fn fetch_compiler(
     path: &Utf8Path,
 ) -> Result<Option<PackagesLock>> {
     build.require_tools()?;
-    let downloader = Downloader::for_cache(build.cache, build.options.offline)?;
+    let fetcher = Downloader::for_cache(build.cache, build.options.offline)?;
     let mirrors = if build.options.offline { None } else { Some(AptMirrors::from_host()?) };
     let policy = if build.options.locked { LockPolicy::Locked } else { LockPolicy::Replace };
     let fetched =
-        compiler::fetch_compiler(lock, &downloader, mirrors.as_ref(), policy, &build.cache.root)?;
+        compiler::fetch_compiler(lock, &fetcher, mirrors.as_ref(), policy, &build.cache.root)?;
     let Some((new, replaced)) = fetched else { return Ok(None) };
     let names: Vec<_> = replaced.iter().map(|r| r.name.as_str()).collect();
     warn(format!(
@@ -198,57 +183,6 @@ fn fetch_compiler(
     ));
     new.save(path)?;
     Ok(Some(new))
-}
-
-fn compile_agent(
-    build: &BuildContext<'_>,
-    mut cargo: Tool,
-    target: &Architecture,
-    linker: Option<&str>,
-    into: &Utf8Path,
-) -> Result<()> {
-    let home = cargo_home()?;
-    let variable = target.triple.to_uppercase().replace('-', "_");
-    if let Some(linker) = linker {
-        cargo = cargo
-            .env(&format!("CARGO_TARGET_{variable}_LINKER"), linker)
-            .env(&format!("CC_{}", variable.to_lowercase()), linker);
-    }
-    // The binary must not contain the paths of sources.
-    let flags = [
-        "-Ctarget-feature=+crt-static".to_owned(),
-        format!("--remap-path-prefix={}=/slipway", build.root),
-        format!("--remap-path-prefix={home}=/cargo"),
-    ];
-    // The crate `cc` splits these like a shell (its variable below), so directories may contain
-    // spaces.
-    let quoted = |flag: String| format!("'{}'", flag.replace('\'', r"'\''"));
-    let c_flags = [
-        quoted(format!("-ffile-prefix-map={home}=/cargo")),
-        quoted(format!("-ffile-prefix-map={into}=/build")),
-    ];
-    cargo = cargo
-        .args(["build", "--locked", "--package", PACKAGE, "--release"])
-        .args(["--target", target.triple])
-        .env("CARGO_TARGET_DIR", into.as_str())
-        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\u{1f}"))
-        .env("CC_SHELL_ESCAPED_FLAGS", "1")
-        .env(&format!("CFLAGS_{}", variable.to_lowercase()), c_flags.join(" "))
-        .env_remove("RUSTFLAGS")
-        .current_dir(build.root)
-        .log(&build.log("agent"));
-    if build.options.offline {
-        cargo = cargo.arg("--offline");
-    }
-    let step = ProgressStep::new("agent", "compiling", 0, ProgressUnit::Items);
-    cargo
-        .run_lines(|line| {
-            if let Some(name) = line.trim_start().strip_prefix("Compiling ") {
-                step.note(name);
-                step.advance(1);
-            }
-        })
-        .with_context(|| format!("compiling {PACKAGE} for {}", target.triple))
 }
 
 /// The metadata of the crates in the agent: all its dependencies, except those that are only used
@@ -351,30 +285,4 @@ struct Dependency {
 #[derive(Deserialize)]
 struct DependencyKind {
     kind: Option<String>,
-}
-
-/// Rejects an ELF that needs a dynamic loader: the robot's libraries are not this machine's.
-fn check_static(content: &[u8]) -> Result<()> {
-    /// `PT_INTERP` (System V ABI, chapter 5, "Program Header"): names the dynamic loader.
-    const INTERPRETER: u32 = 3;
-    let number = |at: usize, length: usize| -> Option<usize> {
-        let bytes = content.get(at..at + length)?;
-        Some(bytes.iter().rev().fold(0, |all, byte| all << 8 | usize::from(*byte)))
-    };
-    let headers = || -> Option<Vec<u32>> {
-        // ELF64, little-endian: e_phoff at 32, e_phentsize at 54, e_phnum at 56.
-        let (offset, size, count) = (number(32, 8)?, number(54, 2)?, number(56, 2)?);
-        (0..count).map(|n| u32::try_from(number(offset + n * size, 4)?).ok()).collect()
-    };
-    if !content.starts_with(b"\x7fELF\x02\x01") {
-        bail!("not a 64-bit ELF file");
-    }
-    let headers = headers().context("the program headers are truncated")?;
-    if headers.contains(&INTERPRETER) {
-        bail!(
-            "the program is not statically linked\n\
-             help: install the static C library (on Debian: libc6-dev-arm64-cross)"
-        );
-    }
-    Ok(())
 }

@@ -5,12 +5,14 @@ mod agent;
 pub mod alias;
 mod base;
 mod buildroot;
+mod compile;
 mod component;
 pub mod environment;
 mod image;
 mod key;
 mod options;
 mod outcome;
+mod program;
 
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Instant;
@@ -40,6 +42,7 @@ pub use component::{ComponentBundle, build_component};
 pub use image::{BuiltCard, ComposedSystem, qemu_files, wrap_script};
 pub use options::{BuildOptions, BuildStage, BundleCompression};
 pub use outcome::BuildSummary;
+pub use program::{Program, TOOL_SOURCES, program, programs};
 
 /// The context of a build.
 pub struct BuildContext<'a> {

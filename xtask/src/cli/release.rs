@@ -10,8 +10,8 @@ use crate::store::format::Channel;
 /// Which store.
 #[derive(Debug, Clone, Args)]
 pub struct StoreArgs {
-    /// The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, or s3://BUCKET[/PREFIX] [default:
-    /// dist/releases].
+    /// The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, s3://BUCKET[/PREFIX], or
+    /// https://HOST[/PATH] to read [default: dist/releases].
     #[arg(long, value_name = "STORE")]
     pub store: Option<String>,
     #[command(flatten)]
@@ -64,6 +64,27 @@ pub enum ReleaseCommand {
         /// Print only the notes, as Markdown.
         #[arg(long)]
         notes: bool,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: OutputFormat,
+    },
+    /// Fetch files of a release from a store and verify them.
+    Get {
+        /// The version; or `latest`: the newest in the channel that was not yanked.
+        version: String,
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        which: ReleaseArgs,
+        /// The board [default: the only one of the release].
+        #[arg(long, short)]
+        board: Option<String>,
+        /// Only the files of this role; may be repeated [default: image and bundle]. An image comes
+        /// with its block map.
+        #[arg(long, value_parser = ["image", "bundle", "sbom", "notes", "program"])]
+        role: Vec<String>,
+        /// The target directory.
+        #[arg(long, value_name = "DIR", default_value = ".")]
+        into: Utf8PathBuf,
         /// How to print it.
         #[arg(long, value_enum, default_value = "text")]
         format: OutputFormat,

@@ -37,6 +37,7 @@ pub fn required_purposes(buildroot: bool) -> Vec<ToolPurpose> {
         ToolPurpose::Run,
         ToolPurpose::Local,
         ToolPurpose::Push,
+        ToolPurpose::Flash,
         ToolPurpose::Test,
     ];
     purposes.extend(buildroot.then_some(ToolPurpose::Buildroot));

@@ -14,8 +14,9 @@ use crate::flash::seed::{self, PASSWORD_VARIABLE, SeedFile};
 use crate::flash::source::ImageSource;
 use crate::flash::{self, FlashOutcome, FlashRequest};
 use crate::progress::{format_bytes, format_duration, say};
+use crate::tools::{self, ToolPurpose};
 use crate::workspace::{BuildSelection, dist_dir, resolve_plan};
-use crate::{err, errln, out, outln, text};
+use crate::{err, errln, out, outln, program, text};
 
 /// `cargo xtask flash`.
 ///
@@ -23,6 +24,9 @@ use crate::{err, errln, out, outln, text};
 /// When the device may not be written, the write was not confirmed, or the card does not hold the
 /// image.
 pub fn flash(options: &FlashArgs) -> Result<()> {
+    if !options.device.as_ref().is_some_and(|target| target.is_file()) {
+        tools::require_tools(&[ToolPurpose::Flash], false)?;
+    }
     if options.list {
         // Without an image, no device is too small.
         let size = match &options.image {
@@ -38,8 +42,9 @@ pub fn flash(options: &FlashArgs) -> Result<()> {
         Some(device) => device::find_device(device)?,
         None if terminal => choose_device(source.size)?,
         None => bail!(
-            "no device was given\n{}help: name a device: cargo xtask flash IMAGE DEVICE --yes",
-            format_devices(&device::select_candidates(device::list_all_devices()?), source.size)
+            "no device was given\n{}help: name a device: {} flash IMAGE DEVICE --yes",
+            format_devices(&device::select_candidates(device::list_all_devices()?), source.size),
+            program::name()
         ),
     };
     reject_device(&device, source.size, options.non_removable.as_deref())?;

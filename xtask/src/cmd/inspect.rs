@@ -7,7 +7,7 @@ use crate::cli::{InspectArgs, OutputFormat};
 use crate::diff::{Inventory, InventoryDifference};
 use crate::inspect::{self, ImageView, OutputFileKind, detect_kind, read_inventory};
 use crate::progress::format_bytes;
-use crate::{out, outln, start, text};
+use crate::{out, outln, program, start, text};
 
 /// `cargo xtask inspect`.
 ///
@@ -139,7 +139,7 @@ fn show_bundle(path: &Utf8Path, format: OutputFormat) -> Result<()> {
             );
         }
     }
-    outln!("  run `cargo xtask verify {path}` to check every byte");
+    outln!("  run `{} verify {path}` to check every byte", program::name());
     Ok(())
 }
 

@@ -7,7 +7,7 @@ use serde_json::json;
 use crate::cli::{KeysCommand, OutputFormat};
 use crate::keys::{KEY_SET, KeyDirectory, ListedKey, key_directory};
 use crate::progress::say;
-use crate::{outln, text};
+use crate::{outln, program, text};
 
 /// `cargo xtask keys …`.
 ///
@@ -67,10 +67,11 @@ pub fn keys(verb: &KeysCommand) -> Result<()> {
         KeysCommand::List { format: OutputFormat::Text } => {
             let list = keys.list();
             if list.is_empty() {
-                outln!(
-                    "no keys in {}; the first build makes the development key",
-                    key_directory()?
-                );
+                let next = match program::is_standalone() {
+                    true => format!("copy the {KEY_SET} of the team that makes the releases there"),
+                    false => "the first build makes the development key".to_owned(),
+                };
+                outln!("no keys in {}; {next}", key_directory()?);
             } else {
                 outln!("key set {}, serial {}", key_directory()?.join(KEY_SET), keys.set().serial);
             }

@@ -54,7 +54,7 @@ fn list_builds(options: &PlanArgs) -> Result<()> {
     };
     builds.retain(|build| board.as_ref().is_none_or(|only| build.board == *only));
     if let Some(channel) = options.channel {
-        let pins = PinnedKinds::read(Some(&root))?;
+        let pins = PinnedKinds::read(&root)?;
         let mut told = BTreeSet::new();
         builds.retain(|build| match pins.check_new_release(channel, &build.product) {
             Ok(()) => true,

@@ -9,6 +9,7 @@ use clap::ValueEnum;
 use serde_json::json;
 
 use crate::artifact::hash_file;
+use crate::build;
 use crate::cli::{
     OutputFormat, ReleaseArgs, ReleaseCheckArgs, ReleaseCommand, ReleaseCreateArgs, StoreArgs,
 };
@@ -16,17 +17,18 @@ use crate::cmd::publish::store_options;
 use crate::config::{self, workspace_root};
 use crate::diff::{InventoryDifference, describe_versions};
 use crate::inspect::read_inventory;
-use crate::progress::format_bytes;
+use crate::progress::{format_bytes, warn};
 use crate::publish::{SigningAuthority, change_channel, load_channel, load_manifest};
 use crate::release::create::{self, add_to_channel, local_store, parse_version};
 use crate::release::notes::PastRelease;
-use crate::release::{check, gc, summary};
+use crate::release::{check, gc, get, summary};
 use crate::scratch::create_scratch_dir;
 use crate::store::directory::DirectoryStore;
 use crate::store::format::{Channel, ChannelEntry, ChannelIndex, ReleaseManifest, YankNotice};
 use crate::store::index::Retention;
 use crate::store::{self, ReleaseStore};
 use crate::time::now;
+use crate::tools::{self, ToolPurpose};
 use crate::{out, outln, text};
 
 /// `cargo xtask release …`.
@@ -40,7 +42,11 @@ pub fn release(verb: &ReleaseCommand) -> Result<()> {
         ReleaseCommand::Show { version, which, notes, format } => {
             show_release(version, which, *notes, *format)
         }
-        ReleaseCommand::Diff { old, new, which, files, format } => {
+        ReleaseCommand::Get { version, which, board, role, into, format } => {
+            let request = get::Request { board: board.as_deref(), roles: role, into };
+            fetch(version, which, &request, *format)
+        }
+        Verb::Diff { old, new, which, files, format } => {
             diff_releases([old, new], which, *files, *format)
         }
         ReleaseCommand::Promote { version, to, which } => promote_release(version, *to, which),
@@ -59,7 +65,12 @@ pub fn release(verb: &ReleaseCommand) -> Result<()> {
 
 fn open_store(address: &StoreArgs) -> Result<Box<dyn ReleaseStore>> {
     match &address.store {
-        Some(named) => store::open_store(named, &store_options(&address.access)),
+        Some(named) => {
+            if named.starts_with("ssh://") {
+                tools::require_tools(&[ToolPurpose::Push], true)?;
+            }
+            store::open_store(named, &store_options(&address.access))
+        }
         None => Ok(Box::new(local_store(&workspace_root()?))),
     }
 }
@@ -83,6 +94,7 @@ fn create_release(options: &ReleaseCreateArgs) -> Result<()> {
             channel: options.channel,
             retention: Retention { keep: options.keep },
             allow_changes: options.allow_changes,
+            programs: build::programs,
         },
         &mut authority,
     )?;
@@ -199,6 +211,7 @@ fn show_release(text: &str, which: &ReleaseArgs, notes: bool, format: OutputForm
         outln!("  YANKED: {}", yanked.reason);
     }
     outln!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
+    outln!("  manifest {}", entry.manifest.path);
     for board in &manifest.boards {
         outln!("  {} ({})", board.board, board.engine);
         for object in &board.objects {
@@ -209,7 +222,38 @@ fn show_release(text: &str, which: &ReleaseArgs, notes: bool, format: OutputForm
             outln!("    {:<9}  {} ({digest})", component.name, component.version);
         }
     }
+    if !manifest.programs.is_empty() {
+        outln!("  slipway, for machines without a checkout (`release get --role program`)");
+    }
+    for program in &manifest.programs {
+        outln!("    {:>9}  {}  {}", format_bytes(program.size), program.name, program.path());
+    }
     outln!("\n{written}");
+    Ok(())
+}
+
+fn fetch(
+    text: &str,
+    which: &ReleaseArgs,
+    request: &get::Request<'_>,
+    format: OutputFormat,
+) -> Result<()> {
+    let store = open_store(&which.store)?;
+    let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
+    let (_, entry) = find_release(store.as_ref(), text, which, &authority)?;
+    if let Some(yanked) = &entry.yanked {
+        warn(format!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason));
+    }
+    let manifest = load_manifest(store.as_ref(), &entry, authority.keys())?;
+    let files = get::get(store.as_ref(), &manifest, request)?;
+    match format {
+        OutputFormat::Json => outln!("{}", text::to_json(&files)?),
+        OutputFormat::Text => {
+            for file in &files {
+                outln!("{:>9}  {}", format_bytes(file.size), file.path);
+            }
+        }
+    }
     Ok(())
 }
 

@@ -11,6 +11,7 @@ use super::identity::{CardIdentity, KERNEL};
 use crate::disk::layout::BLOCK;
 use crate::disk::{TableKind, read};
 use crate::exec::Tool;
+use crate::program;
 use crate::progress::{format_bytes, list_names};
 
 /// The columns to request. util-linux 2.37 (2021) and later supports all of them.
@@ -167,12 +168,12 @@ impl FlashDevice {
         };
         let (system, other): (Vec<_>, Vec<_>) =
             self.mounted.iter().partition(|(_, place)| is_system(place));
-        let choose = "choose another device: cargo xtask flash --list";
+        let choose = format!("choose another device: {} flash --list", program::name());
         if !system.is_empty() {
             object(
                 ObjectionKind::System,
                 format!("the running system is on it: {}", show(&system)),
-                choose.to_owned(),
+                choose.clone(),
             );
         }
         if !other.is_empty() {
@@ -203,7 +204,7 @@ impl FlashDevice {
             kind => object(
                 ObjectionKind::NotADisk,
                 format!("expected a disk or a file, found a device of type `{kind}`"),
-                choose.to_owned(),
+                choose.clone(),
             ),
         }
         if self.read_only {
@@ -232,7 +233,7 @@ impl FlashDevice {
                     "the device has sectors of {} bytes, the image's partition table needs 512",
                     self.sector
                 ),
-                choose.to_owned(),
+                choose.clone(),
             );
         }
         let spelt_out = allowed.is_some_and(|name| name == self.name || name == self.path.as_str());
@@ -441,7 +442,8 @@ pub fn find_device(typed: &Utf8Path) -> Result<FlashDevice> {
     // Follows links such as those in /dev/disk/by-id.
     let path = path.canonicalize_utf8().with_context(|| {
         format!(
-            "looking for {typed}\nhelp: cargo xtask flash --list shows devices; a plain file is made by: truncate --size 8G FILE\nlooking"
+            "looking for {typed}\nhelp: {} flash --list shows devices; a plain file is made by: truncate --size 8G FILE\nlooking",
+            program::name()
         )
     })?;
     let metadata =
@@ -455,7 +457,8 @@ pub fn find_device(typed: &Utf8Path) -> Result<FlashDevice> {
     if !metadata.is_file() {
         bail!(
             "{path} is neither a block device nor a plain file\n\
-             help: cargo xtask flash --list shows devices"
+             help: {} flash --list shows devices",
+            program::name()
         );
     }
     let held_by = attached_loop_devices(&path)?;

@@ -1,5 +1,5 @@
-//! The workspace's own information about channels and products, which is not taken from a store:
-//! the kind of the keys that sign a channel, and the kind of a product.
+//! The workspace's own information about channels, products and releases, which is not taken from a store:
+//! the kind of the keys that sign a channel, the kind of a product, and the platforms of `slipway`.
 
 use std::collections::BTreeMap;
 
@@ -27,6 +27,42 @@ pub struct PinnedKinds {
 struct File {
     #[serde(default)]
     channels: BTreeMap<Channel, BuildKind>,
+    #[serde(default)]
+    programs: Vec<Platform>,
+}
+
+impl File {
+    /// The file of a workspace; empty when there is none.
+    fn read(root: &Utf8Path) -> Result<Self> {
+        let path = root.join(FILE);
+        match std::fs::read_to_string(&path) {
+            Ok(text) => toml::from_str(&text).with_context(|| format!("reading {path}")),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
+            Err(error) => Err(error).with_context(|| format!("reading {path}")),
+        }
+    }
+}
+
+/// A kind of machine that `slipway` is compiled for.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
+pub enum Platform {
+    /// 64-bit PCs.
+    #[serde(rename = "x86-64")]
+    X86_64,
+    /// 64-bit Arm.
+    #[serde(rename = "arm64")]
+    Arm64,
+}
+
+/// The platforms whose `slipway` each release of this workspace has, sorted; by default none.
+///
+/// # Errors
+/// When the file cannot be read.
+pub fn programs(root: &Utf8Path) -> Result<Vec<Platform>> {
+    let mut platforms = File::read(root)?.programs;
+    platforms.sort();
+    platforms.dedup();
+    Ok(platforms)
 }
 
 /// The only key of a product's file that is used here; the build checks the others.
@@ -36,28 +72,12 @@ struct Product {
 }
 
 impl PinnedKinds {
-    /// The pins of the workspace; outside of a workspace, the defaults ([`PinnedKinds::channel`]).
+    /// The pins of the workspace.
     ///
     /// # Errors
     /// When a file cannot be read: then its pin is unknown.
-    pub fn read(root: Option<&Utf8Path>) -> Result<Self> {
-        let Some(root) = root else { return Ok(Self::default()) };
-        let path = root.join(FILE);
-        let channels = match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let file: File =
-                    toml::from_str(&text).with_context(|| format!("reading {path}"))?;
-                file.channels
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(error).with_context(|| format!("reading {path}")),
-        };
-        ensure!(
-            channels.get(&Channel::Stable) != Some(&BuildKind::Development),
-            "{path}: the channel `stable` is for all robots and must be signed by release keys\n\
-             help: remove the line, or use beta"
-        );
-        let mut products = BTreeMap::new();
+    pub fn read(root: &Utf8Path) -> Result<Self> {
+        let Self { channels, mut products } = Self::of_channels(root)?;
         for name in config::list_products(root)? {
             let path = root.join("configs").join(format!("{name}.toml"));
             let text = std::fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
@@ -66,6 +86,20 @@ impl PinnedKinds {
             products.insert(name, product.kind);
         }
         Ok(Self { channels, products })
+    }
+
+    /// The pins of the channels alone, from [`FILE`] in this directory; the defaults ([`PinnedKinds::channel`]) when there is none.
+    ///
+    /// # Errors
+    /// When the file cannot be read: then its pins are unknown.
+    pub fn of_channels(dir: &Utf8Path) -> Result<Self> {
+        let channels = File::read(dir)?.channels;
+        ensure!(
+            channels.get(&Channel::Stable) != Some(&BuildKind::Development),
+            "{dir}/{FILE}: the channel `stable` is for all robots and must be signed by release keys\n\
+             help: remove the line, or use beta"
+        );
+        Ok(Self { channels, products: BTreeMap::new() })
     }
 
     /// Opens a channel's file as this workspace pins it: [`ChannelIndex::open`] with the channel's kind, and each product

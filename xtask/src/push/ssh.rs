@@ -223,7 +223,7 @@ impl RobotConnection {
             None | Some(SSH_FAILED) => Ok(RobotReply::Broken(last_lines(&tail))),
             Some(NOT_FOUND) => bail!(
                 "a program is missing on the robot: {}\n\
-                 help: log in as root, to an image that `cargo xtask build-image` built",
+                 help: log in as root, to a robot with an image of Slipway",
                 last_lines(&tail)
             ),
             Some(code) => match serde_json::from_slice::<RefusedLine>(&out) {

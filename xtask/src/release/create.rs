@@ -11,11 +11,12 @@ use super::LOCAL;
 use super::collect::{self, CollectedBuild};
 use super::notes::{self, PastRelease};
 use crate::artifact::Artifact;
+use crate::build::Program;
 use crate::publish::{self, SigningAuthority, change_channel, load_channel};
 use crate::scratch::create_scratch_dir;
 use crate::store::directory::DirectoryStore;
 use crate::store::format::{
-    Channel, ChannelEntry, ChannelIndex, FORMAT, ReleaseManifest, ReleaseObject, StoreFile,
+    Channel, ChannelEntry, ChannelIndex, ReleaseManifest, ReleaseObject, StoreFile,
 };
 use crate::store::index::Retention;
 use crate::store::{FileStore, ReleaseStore};
@@ -36,6 +37,8 @@ pub struct ReleaseRequest<'a> {
     pub retention: Retention,
     /// Also accept results that were built from uncommitted changes.
     pub allow_changes: bool,
+    /// Makes the programs of the release: [`crate::build::programs`].
+    pub programs: fn(&Utf8Path, Option<&str>, bool) -> Result<Vec<Program>>,
 }
 
 /// A created release.
@@ -101,8 +104,22 @@ pub fn create_release(
         sha256: written.sha256,
         unpacked: None,
     };
+    let made =
+        (request.programs)(request.root, collected.commit.as_deref(), request.allow_changes)?;
+    let mut programs = Vec::new();
+    for Program { name, binary, .. } in made {
+        let Artifact { path, size, sha256 } = binary;
+        sources.insert(sha256.clone(), path);
+        programs.push(ReleaseObject {
+            role: "program".to_owned(),
+            name,
+            size,
+            sha256,
+            unpacked: None,
+        });
+    }
     let manifest = ReleaseManifest {
-        format: FORMAT,
+        format: ReleaseManifest::format_of(&programs),
         product: collected.product.clone(),
         title: collected.title.clone(),
         version: collected.version.clone(),
@@ -112,6 +129,7 @@ pub fn create_release(
         previous: past.map(|past| past.manifest.version),
         notes,
         boards: collected.boards.clone(),
+        programs,
     };
     let wanted: Vec<(String, u64)> =
         manifest.objects().map(|o| (o.sha256.clone(), o.size)).collect();

@@ -13,6 +13,10 @@ use crate::keys::SigningKey;
 /// file.
 pub const FORMAT: u32 = 1;
 
+/// The format of a manifest with programs. A reader of format 1 skips them: it would publish the release without them, and remove
+/// them from a store.
+const WITH_PROGRAMS: u32 = 2;
+
 /// The largest index, manifest or signature that is read: 16 MiB, thousands of releases.
 pub const LARGEST_TEXT: u64 = 16 << 20;
 
@@ -139,7 +143,7 @@ pub struct StoreFile {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct ReleaseManifest {
-    /// [`FORMAT`].
+    /// [`ReleaseManifest::format_of`].
     pub format: u32,
     /// The product.
     pub product: String,
@@ -159,6 +163,9 @@ pub struct ReleaseManifest {
     pub notes: ReleaseObject,
     /// The parts for each board, sorted by name.
     pub boards: Vec<ReleaseBoard>,
+    /// `slipway` for machines without a checkout, one for each platform.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub programs: Vec<ReleaseObject>,
 }
 
 /// A release's part for one board.
@@ -177,7 +184,7 @@ pub struct ReleaseBoard {
 /// A file of a release, stored under its hash.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ReleaseObject {
-    /// Its role: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`.
+    /// Its role: `image`, `block-map`, `bundle`, `sbom`, `report`, `notes`, `program`.
     pub role: String,
     /// The name to save it under.
     pub name: String,
@@ -297,7 +304,7 @@ impl ChannelIndex {
     }
 
     fn check(&self, channel: Channel) -> Result<()> {
-        check_format(self.format)?;
+        check_format(self.format, FORMAT)?;
         ensure!(self.channel == channel, "the index belongs to the channel {}", self.channel);
         let entries = self.releases.iter().map(|e| (&e.product, &e.manifest));
         for (product, manifest) in
@@ -379,8 +386,13 @@ impl ReleaseManifest {
         read().with_context(|| format!("reading {}", file.path))
     }
 
+    /// The format of a manifest with these programs.
+    pub fn format_of(programs: &[ReleaseObject]) -> u32 {
+        if programs.is_empty() { FORMAT } else { WITH_PROGRAMS }
+    }
+
     fn check(&self) -> Result<()> {
-        check_format(self.format)?;
+        check_format(self.format, Self::format_of(&self.programs))?;
         check_name(&self.product)?;
         for object in self.objects() {
             check_hash(&object.sha256)?;
@@ -401,7 +413,8 @@ impl ReleaseManifest {
 
     /// Every file of the release, the notes first.
     pub fn objects(&self) -> impl Iterator<Item = &ReleaseObject> {
-        std::iter::once(&self.notes).chain(self.boards.iter().flat_map(|board| &board.objects))
+        let of_boards = self.boards.iter().flat_map(|board| &board.objects);
+        std::iter::once(&self.notes).chain(of_boards).chain(&self.programs)
     }
 }
 
@@ -422,10 +435,10 @@ pub(crate) fn to_pretty_json(value: &impl Serialize) -> Result<String> {
     Ok(serde_json::to_string_pretty(value).context("writing JSON")? + "\n")
 }
 
-fn check_format(format: u32) -> Result<()> {
+fn check_format(format: u32, expected: u32) -> Result<()> {
     ensure!(
-        format == FORMAT,
-        "expected format {FORMAT}, found {format}\nhelp: use a newer version of this tool"
+        format == expected,
+        "expected format {expected}, found {format}\nhelp: use a newer version of this tool"
     );
     Ok(())
 }

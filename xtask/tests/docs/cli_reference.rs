@@ -1,14 +1,17 @@
-//! The page of commands is what clap would tell: generated, and compared in every run.
+//! The pages of commands are what clap would tell: generated, and compared in every run.
 
 use std::fmt::Write;
 
 use clap::{Arg, Command, CommandFactory};
-use xtask::cli::CommandLine;
+use xtask::cli::{CommandLine, slipway};
 
 use super::{page, root};
 
-/// The page that is generated.
+/// The page of `cargo xtask`, which is generated.
 pub(super) const PAGE: &str = "docs/reference/cli.md";
+
+/// The page of `slipway`, which is generated, too.
+pub(super) const SLIPWAY: &str = "docs/reference/slipway.md";
 
 const HEAD: &str = "# Commands
 
@@ -19,17 +22,31 @@ Results go to standard output, progress to standard error. A command ends with 0
 it was mistyped. `cargo xtask completions bash` prints a completion script.
 ";
 
+const HEAD_OF_SLIPWAY: &str = "# Commands of `slipway`
+
+Everything that `slipway` accepts, the program for [machines without a toolchain](../guides/without-a-toolchain.md). This page is generated
+from the command line's definition, as that of [`cargo xtask`](cli.md) is.
+
+Results go to standard output, progress to standard error. A command ends with 0 if it did what was asked for, with 1 if not, and with 2 if
+it was mistyped.
+";
+
 #[test]
-fn the_page_of_commands_is_what_clap_says() {
-    let generated = generated();
-    if std::env::var_os("SLIPWAY_BLESS").is_some() {
-        std::fs::write(root().join(PAGE), &generated).expect("written");
+fn the_pages_of_commands_are_what_clap_says() {
+    let slipway = slipway::command("0.0.0");
+    for (path, generated) in [
+        (PAGE, generated(CommandLine::command(), HEAD, "cargo xtask")),
+        (SLIPWAY, generated(slipway, HEAD_OF_SLIPWAY, "slipway")),
+    ] {
+        if std::env::var_os("SLIPWAY_BLESS").is_some() {
+            std::fs::write(root().join(path), &generated).expect("written");
+        }
+        assert!(
+            page(path) == generated,
+            "{path} differs from the command line's definition\n\
+             help: SLIPWAY_BLESS=1 cargo test --package xtask --test tests docs:: writes it; review the difference"
+        );
     }
-    assert!(
-        page(PAGE) == generated,
-        "{PAGE} differs from the command line's definition\n\
-         help: SLIPWAY_BLESS=1 cargo test --package xtask --test tests docs:: writes it; review the difference"
-    );
 }
 
 #[test]
@@ -44,18 +61,18 @@ fn every_verb_is_on_the_page() {
     assert!(checked > 15, "only {checked} verbs found");
 }
 
-fn generated() -> String {
-    let mut cli = CommandLine::command();
+fn generated(mut cli: Command, head: &str, program: &str) -> String {
     cli.build();
-    let mut text = HEAD.to_owned();
+    let mut text = head.to_owned();
     write!(text, "\n| command | |\n|---|---|\n").expect("a string takes it");
     for verb in verbs(&cli) {
         let name = verb.get_name();
         let about = verb.get_about().map(|about| plain(&about.to_string())).unwrap_or_default();
-        writeln!(text, "| [`{name}`](#cargo-xtask-{name}) | {about} |").expect("a string takes it");
+        let anchor = format!("{program} {name}").replace(' ', "-");
+        writeln!(text, "| [`{name}`](#{anchor}) | {about} |").expect("a string takes it");
     }
     for verb in verbs(&cli) {
-        section(&mut text, verb, "cargo xtask", 2);
+        section(&mut text, verb, program, 2);
     }
     text
 }

@@ -64,7 +64,7 @@ fn filesystem(dir: &Utf8Path, stamp: &str) -> Utf8PathBuf {
 }
 
 /// What `build-image` leaves for a board: image, block map, bundle, bill of materials, report, plan.
-fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &str) {
+pub fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &str) {
     fs::create_dir_all(dir).unwrap();
     let root = filesystem(&bench.dir, stamp);
     let partition = |name: &str, size, filesystem| PartitionRequest {
@@ -166,7 +166,7 @@ fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &s
 }
 
 /// The fixture's workspace, as a repository with one commit.
-fn workspace(bench: &Bench) -> String {
+pub fn workspace(bench: &Bench) -> String {
     let fixture = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture/.");
     let copy = tool("cp").args(["-r", fixture.as_str(), bench.dir.as_str()]).output();
     good(copy.unwrap());

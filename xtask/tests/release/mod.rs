@@ -2,7 +2,9 @@
 //! a real `sshd`, a real S3 protocol, a real web server; the cache that a team shares.
 
 mod builds;
+mod get;
 mod lint;
+mod programs;
 mod remote;
 mod shared;
 mod stores;

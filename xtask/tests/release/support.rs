@@ -61,7 +61,7 @@ impl Bench {
     }
 
     pub fn pins(&self) -> PinnedKinds {
-        PinnedKinds::read(Some(&self.dir)).unwrap()
+        PinnedKinds::read(&self.dir).unwrap()
     }
 
     pub fn keys(&self) -> KeySet {
@@ -105,6 +105,7 @@ impl Bench {
                 objects,
                 components: Vec::new(),
             }],
+            programs: Vec::new(),
         };
         let mut authority = self.authority();
         let text = manifest.to_text().unwrap();

@@ -52,5 +52,8 @@ fn the_nightly_script_builds_releases_and_publishes() -> Result<()> {
     let tool = Xtask::new(&copy);
     let list = tool.run(&["release", "list", "--store", target.as_str()])?.good()?;
     ensure!(list.lines().count() == 2 && list.contains("-nightly."), "{list}");
+    let show = ["release", "show", "latest", "--product", &product, "--store", target.as_str()];
+    let shown = tool.run(&show)?.good()?;
+    ensure!(shown.contains("-x86_64  objects/") && shown.contains("-aarch64  objects/"), "{shown}");
     Ok(())
 }
