@@ -4,7 +4,7 @@
 use std::process::ExitCode;
 
 use anyhow::{Result, bail};
-use xtask::cli::{Cli, Command, slipway};
+use xtask::cli::{Command, CommandLine, slipway};
 use xtask::{cmd, program};
 
 fn main() -> ExitCode {
@@ -14,7 +14,7 @@ fn main() -> ExitCode {
     program::exit_code(run(&slipway::parse(version())))
 }
 
-fn run(cli: &Cli) -> Result<()> {
+fn run(cli: &CommandLine) -> Result<()> {
     program::check_temporary_directory()?;
     match &cli.command {
         Command::Flash(options) => cmd::flash::flash(options),

@@ -46,7 +46,7 @@ pub fn release(verb: &ReleaseCommand) -> Result<()> {
             let request = get::Request { board: board.as_deref(), roles: role, into };
             fetch(version, which, &request, *format)
         }
-        Verb::Diff { old, new, which, files, format } => {
+        ReleaseCommand::Diff { old, new, which, files, format } => {
             diff_releases([old, new], which, *files, *format)
         }
         ReleaseCommand::Promote { version, to, which } => promote_release(version, *to, which),
