@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -20,6 +20,7 @@ use sha2::{Digest, Sha256};
 use crate::artifact::{Artifact, hash_file, hex};
 use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
 use crate::keys::{self, KeyDirectory, SigningKey};
+use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::store::client::ServerTimeouts;
 use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
@@ -311,27 +312,12 @@ impl SharedCache {
         let total = record.files.iter().map(|file| file.object.size).sum();
         let step =
             ProgressStep::new(&record.stage, "from the shared cache", total, ProgressUnit::Bytes);
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let error = Mutex::new(None);
-        std::thread::scope(|scope| {
-            for _ in 0..CONNECTIONS.min(record.files.len()) {
-                scope.spawn(|| {
-                    while !failed.load(Ordering::Relaxed) {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(file) = record.files.get(index) else { break };
-                        if let Err(why) = self.fetch_file(file, index, dir, &step) {
-                            failed.store(true, Ordering::Relaxed);
-                            let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
-                            first.get_or_insert(why.context(format!("fetching {}", file.path)));
-                        }
-                    }
-                });
-            }
-        });
-        match error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        let files: Vec<_> = record.files.iter().enumerate().collect();
+        parallel::map(&files, CONNECTIONS, |&(index, file)| {
+            self.fetch_file(file, index, dir, &step)
+                .with_context(|| format!("fetching {}", file.path))
+        })?;
+        Ok(())
     }
 
     fn fetch_file(
