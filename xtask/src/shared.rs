@@ -15,9 +15,8 @@ use anyhow::{Context, Result, bail, ensure};
 use bundle::{BuildKind, KeySet};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use crate::artifact::{Artifact, hash_file, hex};
+use crate::artifact::{Artifact, hash_file, hash_reader};
 use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
 use crate::keys::{self, KeyDirectory, SigningKey};
 use crate::parallel;
@@ -446,7 +445,8 @@ impl SharedCache {
 fn pack_file(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     let work = || {
         let mut encoder = zstd::Encoder::new(into, LEVEL)?;
-        let plain = copy_and_hash(&mut File::open(from)?, &mut encoder)?;
+        let plain =
+            hash_reader(&mut File::open(from)?, |error| error, |bytes| encoder.write_all(bytes))?;
         encoder.finish()?;
         Ok::<_, std::io::Error>(plain)
     };
@@ -458,8 +458,10 @@ fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result
     let context = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
+        let mut out = File::create(into)?;
         // One additional byte is enough to detect a wrong object.
-        copy_and_hash(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
+        let mut decoder = decoder.take(file.size.saturating_add(1));
+        hash_reader(&mut decoder, |error| error, |bytes| out.write_all(bytes))
     };
     let (size, found) = work().with_context(context)?;
     ensure!(
@@ -470,19 +472,4 @@ fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result
         file.sha256
     );
     Ok(())
-}
-
-/// Copies to the end: returns the number of bytes and their SHA-256.
-fn copy_and_hash(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
-    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
-    loop {
-        match from.read(&mut buffer)? {
-            0 => return Ok((size, hex(&hasher.finalize()))),
-            n => {
-                hasher.update(&buffer[..n]);
-                to.write_all(&buffer[..n])?;
-                size += n as u64;
-            }
-        }
-    }
 }

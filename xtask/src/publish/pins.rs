@@ -8,6 +8,7 @@ use bundle::{BuildKind, KeySet};
 use camino::Utf8Path;
 use serde::Deserialize;
 
+use crate::artifact::none_if_missing;
 use crate::config;
 use crate::store::format::{Channel, ChannelEntry, ChannelIndex};
 use crate::store::index;
@@ -43,15 +44,11 @@ impl PinnedKinds {
     pub fn read(root: Option<&Utf8Path>) -> Result<Self> {
         let Some(root) = root else { return Ok(Self::default()) };
         let path = root.join(FILE);
-        let channels = match std::fs::read_to_string(&path) {
-            Ok(text) => {
-                let file: File =
-                    toml::from_str(&text).with_context(|| format!("reading {path}"))?;
-                file.channels
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => BTreeMap::new(),
-            Err(error) => return Err(error).with_context(|| format!("reading {path}")),
-        };
+        let context = || format!("reading {path}");
+        let text = none_if_missing(std::fs::read_to_string(&path)).with_context(context)?;
+        let file: Option<File> =
+            text.map(|text| toml::from_str(&text)).transpose().with_context(context)?;
+        let channels = file.map(|file| file.channels).unwrap_or_default();
         ensure!(
             channels.get(&Channel::Stable) != Some(&BuildKind::Development),
             "{path}: the channel `stable` is for all robots and must be signed by release keys\n\
