@@ -2,11 +2,19 @@
 
 use std::borrow::Cow;
 use std::fmt;
+use std::io;
+use std::path::Path;
 
 use serde::{Deserialize, Serialize};
 
 /// The result of everything that can be refused.
 pub type Result<T, E = Refusal> = std::result::Result<T, E>;
+
+/// For `map_err`: turns the error of an action on a path into a refusal; `action` is a gerund, such as `reading`.
+pub fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
+    let action = format!("{action} {}", path.display());
+    move |error| Refusal::io(&action, &error)
+}
 
 /// What a refusal concerns. The number is the exit code of `slotd`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
@@ -184,7 +192,7 @@ impl Refusal {
     }
 
     /// Reading or writing failed; `action` is a gerund phrase that names what and where.
-    pub fn io(action: impl fmt::Display, error: &std::io::Error) -> Self {
+    pub fn io(action: impl fmt::Display, error: &io::Error) -> Self {
         let help = "see `slotd log` and the kernel's messages; replace a failing card";
         Self::new("io", format!("{action}: {error}"), help)
     }

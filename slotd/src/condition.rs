@@ -10,7 +10,7 @@ use contract::answer::DataStatus;
 use rustix::fs::StatVfsMountFlags;
 
 use crate::durable;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 
 /// The condition of `data`.
@@ -38,9 +38,8 @@ impl DataState {
     /// `io`.
     pub fn read(root: &RootDir) -> Result<Self> {
         let data = root.data();
-        let about = rustix::fs::statvfs(&data).map_err(|error| {
-            Refusal::io(format!("reading the size of {}", data.display()), &error.into())
-        })?;
+        let about = rustix::fs::statvfs(&data)
+            .map_err(|error| failed("reading the size of", &data)(error.into()))?;
         let text = match fs::read_to_string(root.path("run/slipway/data-state")) {
             Ok(text) => text,
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use bundle::bootstate::Slot;
 pub use contract::device_file::{BootFlow, DeviceFile, EarlierLayout, PartitionExtent, SECTOR};
 
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 use crate::storage::BlockDevice;
 
@@ -136,8 +136,7 @@ impl RobotDevice {
         let Some(known) = self.about.partitions.get(role) else {
             return Err(wrong("device.toml does not list it".to_owned()));
         };
-        let listing = fs::read_dir(&self.disk)
-            .map_err(|error| Refusal::io(format!("reading {}", self.disk.display()), &error))?;
+        let listing = fs::read_dir(&self.disk).map_err(failed("reading", &self.disk))?;
         for entry in listing.flatten() {
             let folder = entry.path();
             if read_number(&folder, "partition").ok() != Some(u64::from(known.number)) {
@@ -165,8 +164,7 @@ impl RobotDevice {
 
     fn open(&self, folder: &Path, writable: bool) -> Result<BlockDevice> {
         let path = self.node(folder);
-        BlockDevice::open(&path, writable)
-            .map_err(|error| Refusal::io(format!("opening {}", path.display()), &error))
+        BlockDevice::open(&path, writable).map_err(failed("opening", &path))
     }
 }
 

@@ -71,10 +71,7 @@ pub(crate) fn record_free_space(root: &RootDir) {
 pub(crate) fn with_reserve_released<T>(root: &RootDir, work: impl FnOnce() -> T) -> T {
     let scarce = statvfs(root.data()).is_ok_and(|about| is_scarce(&about));
     let given_up = if scarce { reserved_bytes(root) / BYTES } else { 0 };
-    if scarce
-        && let Err(error) = fs::remove_dir_all(reserve_dir(root))
-        && error.kind() != io::ErrorKind::NotFound
-    {
+    if scarce && let Err(error) = durable::remove(&reserve_dir(root)) {
         crate::say!("slotd: cannot release the reserve on data: {error}");
     }
     let done = work();

@@ -14,7 +14,7 @@ use crate::durable;
 use crate::events::EventLog;
 use crate::files::DirectFileChanges;
 use crate::lock::private_dir;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Result, failed};
 use crate::reserve;
 use crate::root::RootDir;
 
@@ -56,8 +56,7 @@ pub fn prepare(root: &RootDir) -> Result<PreparedData> {
     let note =
         result.as_ref().map_or_else(|refusal| json!({ "refused": refusal }), |done| json!(done));
     let path = report_path(root);
-    durable::write_json(&path, &note)
-        .map_err(|error| Refusal::io(format!("writing {}", path.display()), &error))?;
+    durable::write_json(&path, &note).map_err(failed("writing", &path))?;
     result
 }
 

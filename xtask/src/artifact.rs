@@ -42,16 +42,28 @@ pub fn hash_bytes(bytes: &[u8]) -> String {
 /// When the file cannot be read.
 pub fn hash_file(path: &Utf8Path) -> Result<(u64, String)> {
     let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
-    let mut hasher = Sha256::new();
-    let mut buffer = vec![0; 1 << 20];
-    let mut size = 0;
+    hash_reader(&mut file, |error| error, |_| Ok(())).with_context(|| format!("reading {path}"))
+}
+
+/// Reads to the end, and passes each piece to `each`. Returns the number of bytes and their SHA-256.
+///
+/// # Errors
+/// When reading fails, as `failed` describes it; the errors of `each`.
+pub fn hash_reader<E>(
+    reader: &mut impl Read,
+    failed: impl Fn(io::Error) -> E,
+    mut each: impl FnMut(&[u8]) -> Result<(), E>,
+) -> Result<(u64, String), E> {
+    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
     loop {
-        let n = file.read(&mut buffer).with_context(|| format!("reading {path}"))?;
-        if n == 0 {
-            return Ok((size, hex(&hasher.finalize())));
+        match reader.read(&mut buffer).map_err(&failed)? {
+            0 => return Ok((size, hex(&hasher.finalize()))),
+            n => {
+                hasher.update(&buffer[..n]);
+                each(&buffer[..n])?;
+                size += n as u64;
+            }
         }
-        hasher.update(&buffer[..n]);
-        size += n as u64;
     }
 }
 
@@ -126,6 +138,17 @@ fn write_and_rename(
         // Best effort: the first error is the one to report.
         drop(std::fs::remove_file(&temporary));
     })
+}
+
+/// `None` for a file that does not exist: for the result of reading or removing it.
+///
+/// # Errors
+/// Every other error.
+pub fn none_if_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
+    match result {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+        result => result.map(Some),
+    }
 }
 
 /// The free space for this user in a directory in bytes.

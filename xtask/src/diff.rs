@@ -3,8 +3,6 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::{self, Write};
-use std::num::NonZero;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
@@ -15,6 +13,7 @@ use sha2::{Digest, Sha256};
 use crate::artifact::hex;
 pub(crate) use crate::disk::ext4_read::open_ext4;
 use crate::disk::ext4_read::{read_small, remaining_length};
+use crate::parallel;
 use crate::progress::format_bytes;
 use crate::text::printable;
 
@@ -461,29 +460,11 @@ fn hash_all(
     offset: u64,
     files: &[(String, Vec<u8>)],
 ) -> Result<Vec<(String, String)>> {
-    let threads = std::thread::available_parallelism().map_or(1, NonZero::get);
-    let next = AtomicUsize::new(0);
-    let work = || -> Result<Vec<(String, String)>> {
-        let filesystem = open_ext4(image, offset)?;
-        let mut done = Vec::new();
-        let mut buffer = vec![0; 64 * 1024];
-        while let Some((shown, stored)) = files.get(next.fetch_add(1, Ordering::Relaxed)) {
-            let hash = hash_file(&filesystem, stored, &mut buffer)
-                .with_context(|| format!("reading {shown} in {image}"))?;
-            done.push((shown.clone(), hash));
-        }
-        Ok(done)
-    };
-    std::thread::scope(|scope| {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let mut all = Vec::with_capacity(files.len());
-        for worker in workers {
-            match worker.join() {
-                Ok(done) => all.extend(done?),
-                Err(panic) => std::panic::resume_unwind(panic),
-            }
-        }
-        Ok(all)
+    let open = || Ok((open_ext4(image, offset)?, vec![0; 64 * 1024]));
+    parallel::map_with(files, parallel::cores(), open, |(filesystem, buffer), (shown, stored)| {
+        let hash = hash_file(filesystem, stored, buffer)
+            .with_context(|| format!("reading {shown} in {image}"))?;
+        Ok((shown.clone(), hash))
     })
 }
 

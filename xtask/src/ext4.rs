@@ -257,10 +257,7 @@ fn content_of(path: &Utf8Path) -> Result<TarContent> {
 }
 
 fn remove(path: &Utf8Path) -> Result<()> {
-    match std::fs::remove_file(path) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            Err(error).with_context(|| format!("removing {path}"))
-        }
-        _ => Ok(()),
-    }
+    artifact::none_if_missing(std::fs::remove_file(path))
+        .with_context(|| format!("removing {path}"))?;
+    Ok(())
 }

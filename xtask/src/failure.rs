@@ -3,7 +3,7 @@
 use anyhow::{Context, Result};
 use camino::Utf8Path;
 
-use crate::artifact::write_atomically;
+use crate::artifact::{none_if_missing, write_atomically};
 
 /// The file that a failed build leaves beside its results.
 pub const FAILURE: &str = "failure.json";
@@ -26,12 +26,8 @@ impl BuildFailure {
     /// When it exists and cannot be removed.
     pub fn forget(dist: &Utf8Path) -> Result<()> {
         let path = dist.join(FAILURE);
-        match std::fs::remove_file(&path) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                Err(error).with_context(|| format!("removing {path}"))
-            }
-            _ => Ok(()),
-        }
+        none_if_missing(std::fs::remove_file(&path)).with_context(|| format!("removing {path}"))?;
+        Ok(())
     }
 
     /// The note in a directory of results, if its build has failed.
@@ -40,13 +36,9 @@ impl BuildFailure {
     /// When it is there and cannot be read.
     pub fn read(dist: &Utf8Path) -> Result<Option<Self>> {
         let path = dist.join(FAILURE);
-        match std::fs::read(&path) {
-            Ok(text) => {
-                Ok(Some(serde_json::from_slice(&text).with_context(|| format!("reading {path}"))?))
-            }
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(None),
-            Err(error) => Err(error).with_context(|| format!("reading {path}")),
-        }
+        let context = || format!("reading {path}");
+        let text = none_if_missing(std::fs::read(&path)).with_context(context)?;
+        text.map(|text| serde_json::from_slice(&text).with_context(context)).transpose()
     }
 
     /// Writes the note into a directory of results.

@@ -4,8 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{Read, Seek, SeekFrom, Write};
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
@@ -15,6 +14,7 @@ use ureq::tls::TlsConfig;
 
 use crate::artifact::{Artifact, hash_file, partial_path};
 use crate::cache::{Cache, RemoteDownloads};
+use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit};
 use crate::tls::load_authorities;
 
@@ -155,29 +155,12 @@ impl Downloader {
     ) -> Result<()> {
         let total = missing.iter().map(|&i| wanted[i].size.unwrap_or(0)).sum();
         let step = ProgressStep::new(stage, what, total, ProgressUnit::Bytes);
-        let next = AtomicUsize::new(0);
-        let failed = AtomicBool::new(false);
-        let done: Mutex<Vec<(usize, Result<DownloadOutcome>)>> = Mutex::new(Vec::new());
-        std::thread::scope(|scope| {
-            for _ in 0..CONNECTIONS.min(missing.len()) {
-                scope.spawn(|| {
-                    while !failed.load(Ordering::Relaxed) {
-                        let Some(&i) = missing.get(next.fetch_add(1, Ordering::Relaxed)) else {
-                            break;
-                        };
-                        let result = self
-                            .download_one(&wanted[i], &step)
-                            .with_context(|| format!("fetching {}", wanted[i].name));
-                        failed.fetch_or(result.is_err(), Ordering::Relaxed);
-                        done.lock().unwrap_or_else(|e| e.into_inner()).push((i, result));
-                    }
-                });
-            }
-        });
-        let mut done = done.into_inner().unwrap_or_else(|e| e.into_inner());
-        done.sort_by_key(|(i, _)| *i);
-        for (i, result) in done {
-            outcomes[i] = Some(result?);
+        let done = parallel::map(missing, CONNECTIONS, |&i| {
+            self.download_one(&wanted[i], &step)
+                .with_context(|| format!("fetching {}", wanted[i].name))
+        })?;
+        for (&i, outcome) in missing.iter().zip(done) {
+            outcomes[i] = Some(outcome);
         }
         Ok(())
     }

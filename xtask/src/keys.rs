@@ -53,12 +53,14 @@ pub const AUTHORIZED_KEYS: &str = "authorized_keys";
 /// When it cannot be read, or contains a line that is not a public key.
 pub fn authorized_keys(dir: &Utf8Path) -> Result<String> {
     let path = dir.join(AUTHORIZED_KEYS);
-    match std::fs::read(&path) {
-        // A file without keys yet.
-        Ok(file) if file.trim_ascii().is_empty() => Ok(String::new()),
-        Ok(file) => ssh_keys::keys_as_lines(&file).map_err(|bad| bad.into_error(&path)),
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(String::new()),
-        Err(error) => Err(error).with_context(|| format!("reading {path}")),
+    let file = artifact::none_if_missing(std::fs::read(&path))
+        .with_context(|| format!("reading {path}"))?;
+    match file {
+        // It may be a file without keys yet.
+        Some(file) if !file.trim_ascii().is_empty() => {
+            ssh_keys::keys_as_lines(&file).map_err(|bad| bad.into_error(&path))
+        }
+        _ => Ok(String::new()),
     }
 }
 

@@ -25,6 +25,7 @@ pub mod inspect;
 pub mod keys;
 pub mod local;
 pub mod mutants;
+pub mod parallel;
 pub mod plan;
 pub mod program;
 pub mod progress;

@@ -16,6 +16,7 @@ use camino::Utf8PathBuf;
 use contract::Refusal;
 use contract::answer::{self as agent, Progress, RobotEvent, RobotStatus};
 use serde::Serialize;
+use serde::de::DeserializeOwned;
 
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::update;
@@ -183,15 +184,7 @@ impl RobotPush<'_> {
     fn push(mut self) -> PushOutcome {
         let started = Instant::now();
         let host = self.connection.host.clone();
-        let outcome = if self.api {
-            self.install_api()
-        } else {
-            self.install().and_then(|done| match self.request.wait {
-                None => Ok(self.not_waited(done)),
-                Some(timeout) => self.wait(done, timeout),
-            })
-        };
-        let outcome = outcome.unwrap_or_else(|error| match error.downcast::<Refusal>() {
+        let outcome = self.install().unwrap_or_else(|error| match error.downcast::<Refusal>() {
             Ok(refused) if refused.code == UNHEALTHY => PushOutcome {
                 why: Some(refused.message.clone()),
                 refused: Some(refused),
@@ -217,8 +210,28 @@ impl RobotPush<'_> {
         outcome
     }
 
-    /// Sends the bundle until the agent has installed or rejected it.
-    fn install(&mut self) -> Result<CompletedInstall> {
+    fn install(&mut self) -> Result<PushOutcome> {
+        if self.api {
+            // The robot does not restart.
+            let (_, api) = self.send::<agent::InstalledApi>()?;
+            let host = self.connection.host.clone();
+            return Ok(PushOutcome {
+                api: api.map(PushedApi::from),
+                ..PushOutcome::new(host, PushVerdict::Committed)
+            });
+        }
+        let (before, installed) = self.send::<agent::InstalledSystem>()?;
+        let done = CompletedInstall { before, installed: installed.map(PushedSystem::from) };
+        match self.request.wait {
+            None => Ok(self.not_waited(done)),
+            Some(timeout) => self.wait(done, timeout),
+        }
+    }
+
+    /// Sends the bundle until the agent has installed or rejected it: what has arrived before a broken
+    /// connection is not written again. Returns the robot's status before the install, and the answer;
+    /// `None` when the answer was lost.
+    fn send<T: DeserializeOwned>(&mut self) -> Result<(RobotStatus, Option<T>)> {
         let mut before = self.connection.first()?;
         let mut farthest = 0;
         let mut pauses = PAUSES.iter();
@@ -226,13 +239,11 @@ impl RobotPush<'_> {
             let bundle = &self.request.bundle;
             let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
             let mut shown = InstallDisplay::new(&self.connection.host);
-            let reply: RobotReply<agent::InstalledSystem> =
-                self.connection
-                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
+            let reply = self
+                .connection
+                .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
             let why = match reply {
-                RobotReply::Said(done) => {
-                    return Ok(CompletedInstall { before, installed: Some(done.into()) });
-                }
+                RobotReply::Said(answer) => return Ok((before, Some(answer))),
                 // The agent has not noticed yet that the previous connection is gone.
                 RobotReply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
                     refused.message
@@ -247,20 +258,20 @@ impl RobotPush<'_> {
                 (farthest, pauses) = (shown.written, PAUSES.iter());
             }
             drop(shown);
-            if let Some(done) = self.pause(&mut before, &mut pauses, why)? {
-                return Ok(done);
+            if self.pause(&mut before, &mut pauses, why)? {
+                return Ok((before, None));
             }
         }
     }
 
     /// After a broken connection: waits until the robot answers again, and returns whether the
-    /// install was completed already.
+    /// install of a system was completed already.
     fn pause(
         &self,
         before: &mut RobotStatus,
         pauses: &mut std::slice::Iter<'_, u64>,
         mut why: String,
-    ) -> Result<Option<CompletedInstall>> {
+    ) -> Result<bool> {
         let host = &self.connection.host;
         loop {
             let Some(seconds) = pauses.next() else {
@@ -284,46 +295,11 @@ impl RobotPush<'_> {
             let ours = status.other.as_ref().is_some_and(|other| other.manifest == self.sha256);
             let restarted = status.boot_id != before.boot_id;
             let armed = status.boot.trial.is_some() && (status.pending || restarted);
-            if status.running != before.running || ours && armed {
-                return Ok(Some(CompletedInstall { before: before.clone(), installed: None }));
+            if !self.api && (status.running != before.running || ours && armed) {
+                return Ok(true);
             }
             *before = status;
-            return Ok(None);
-        }
-    }
-
-    /// Sends an API until the agent has switched to it or rejected it: the robot does not restart,
-    /// and wheels that arrived before a broken connection are not written again.
-    fn install_api(&mut self) -> Result<PushOutcome> {
-        let mut before = self.connection.first()?;
-        let mut pauses = PAUSES.iter();
-        loop {
-            let bundle = &self.request.bundle;
-            let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
-            let mut shown = InstallDisplay::new(&self.connection.host);
-            let reply: RobotReply<agent::InstalledApi> =
-                self.connection
-                    .request(&["install", "-"], Some(file), |at| shown.show_progress(at))?;
-            drop(shown);
-            let why = match reply {
-                RobotReply::Said(api) => {
-                    let host = self.connection.host.clone();
-                    return Ok(PushOutcome {
-                        api: Some(api.into()),
-                        ..PushOutcome::new(host, PushVerdict::Committed)
-                    });
-                }
-                RobotReply::Refused(refused) if refused.code == "busy" && self.breaks > 0 => {
-                    refused.message
-                }
-                RobotReply::Refused(refused) => return Err(refused.into()),
-                RobotReply::Broken(why) => {
-                    self.breaks += 1;
-                    why
-                }
-            };
-            // Sending it again repeats nothing.
-            self.pause(&mut before, &mut pauses, why)?;
+            return Ok(false);
         }
     }
 

@@ -7,7 +7,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{Read, Write};
 use std::os::unix::fs::PermissionsExt;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -15,11 +15,11 @@ use anyhow::{Context, Result, bail, ensure};
 use bundle::{BuildKind, KeySet};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::Value;
-use sha2::{Digest, Sha256};
 
-use crate::artifact::{Artifact, hash_file, hex};
+use crate::artifact::{Artifact, hash_file, hash_reader};
 use crate::cache::{self, Cache, FinishedStage, RemoteDownloads, RemoteStages};
 use crate::keys::{self, KeyDirectory, SigningKey};
+use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::store::client::ServerTimeouts;
 use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
@@ -311,27 +311,12 @@ impl SharedCache {
         let total = record.files.iter().map(|file| file.object.size).sum();
         let step =
             ProgressStep::new(&record.stage, "from the shared cache", total, ProgressUnit::Bytes);
-        let (next, failed) = (AtomicUsize::new(0), AtomicBool::new(false));
-        let error = Mutex::new(None);
-        std::thread::scope(|scope| {
-            for _ in 0..CONNECTIONS.min(record.files.len()) {
-                scope.spawn(|| {
-                    while !failed.load(Ordering::Relaxed) {
-                        let index = next.fetch_add(1, Ordering::Relaxed);
-                        let Some(file) = record.files.get(index) else { break };
-                        if let Err(why) = self.fetch_file(file, index, dir, &step) {
-                            failed.store(true, Ordering::Relaxed);
-                            let mut first = error.lock().unwrap_or_else(PoisonError::into_inner);
-                            first.get_or_insert(why.context(format!("fetching {}", file.path)));
-                        }
-                    }
-                });
-            }
-        });
-        match error.into_inner().unwrap_or_else(PoisonError::into_inner) {
-            Some(error) => Err(error),
-            None => Ok(()),
-        }
+        let files: Vec<_> = record.files.iter().enumerate().collect();
+        parallel::map(&files, CONNECTIONS, |&(index, file)| {
+            self.fetch_file(file, index, dir, &step)
+                .with_context(|| format!("fetching {}", file.path))
+        })?;
+        Ok(())
     }
 
     fn fetch_file(
@@ -460,7 +445,8 @@ impl SharedCache {
 fn pack_file(from: &Utf8Path, into: &File) -> Result<(u64, String)> {
     let work = || {
         let mut encoder = zstd::Encoder::new(into, LEVEL)?;
-        let plain = copy_and_hash(&mut File::open(from)?, &mut encoder)?;
+        let plain =
+            hash_reader(&mut File::open(from)?, |error| error, |bytes| encoder.write_all(bytes))?;
         encoder.finish()?;
         Ok::<_, std::io::Error>(plain)
     };
@@ -472,8 +458,10 @@ fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result
     let context = || format!("unpacking {}", file.path);
     let work = || {
         let decoder = zstd::Decoder::new(File::open(packed)?)?;
+        let mut out = File::create(into)?;
         // One additional byte is enough to detect a wrong object.
-        copy_and_hash(&mut decoder.take(file.size.saturating_add(1)), &mut File::create(into)?)
+        let mut decoder = decoder.take(file.size.saturating_add(1));
+        hash_reader(&mut decoder, |error| error, |bytes| out.write_all(bytes))
     };
     let (size, found) = work().with_context(context)?;
     ensure!(
@@ -484,19 +472,4 @@ fn unpack_object(packed: &Utf8Path, into: &Utf8Path, file: &StageFile) -> Result
         file.sha256
     );
     Ok(())
-}
-
-/// Copies to the end: returns the number of bytes and their SHA-256.
-fn copy_and_hash(from: &mut impl Read, to: &mut impl Write) -> std::io::Result<(u64, String)> {
-    let (mut hasher, mut buffer, mut size) = (Sha256::new(), vec![0; 1 << 18], 0);
-    loop {
-        match from.read(&mut buffer)? {
-            0 => return Ok((size, hex(&hasher.finalize()))),
-            n => {
-                hasher.update(&buffer[..n]);
-                to.write_all(&buffer[..n])?;
-                size += n as u64;
-            }
-        }
-    }
 }

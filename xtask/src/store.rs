@@ -128,6 +128,22 @@ pub trait ReleaseStore: FileStore {
     fn make_visible(&self, channel: Channel) -> Result<()>;
 }
 
+/// The newest file of a channel in a store that keeps each serial, and its token: the visible file with
+/// its serial, or the one with the serial `newest`, which `read` reads.
+fn newest_index(
+    (visible, seen): (Option<Vec<u8>>, Option<u64>),
+    newest: Option<u64>,
+    read: impl FnOnce(u64) -> Result<Vec<u8>>,
+) -> Result<(Option<Vec<u8>>, ChannelToken)> {
+    let token = |serial: u64| ChannelToken::Version(serial.to_string());
+    match (newest, seen) {
+        // A copy of a store may lack the directory of serials.
+        (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
+        (Some(newest), _) => Ok((Some(read(newest)?), token(newest))),
+        (None, _) => Ok((None, ChannelToken::Absent)),
+    }
+}
+
 /// Options of a store's address.
 #[derive(Debug, Clone, Default)]
 pub struct StoreOptions {

@@ -302,8 +302,7 @@ fn compress_payloads(
     key_epoch: u32,
     spool: &mut File,
 ) -> Result<(BundleManifest, Vec<PackedPayload>, Vec<Vec<u8>>)> {
-    let cores = || std::thread::available_parallelism().map_or(1, usize::from);
-    let workers = request.workers.unwrap_or_else(cores);
+    let workers = request.workers.unwrap_or_else(crate::parallel::cores);
     let (mut packed, mut indices, mut components) = (Vec::new(), Vec::new(), Vec::new());
     for component in &request.components {
         let mut described: Vec<Payload> = Vec::new();

@@ -15,7 +15,7 @@ use super::fat::{self, FatFileSectors};
 use super::{BootControl, BootStatus, SlotTrial};
 use crate::device::other_slot;
 use crate::durable;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 use crate::storage::Storage;
 
@@ -231,8 +231,7 @@ impl<S: Storage> Tryboot<S> {
 
     fn forget(&self) -> Result<()> {
         for path in self.records().iter().filter(|path| path.symlink_metadata().is_ok()) {
-            durable::remove(path)
-                .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))?;
+            durable::remove(path).map_err(failed("removing", &path))?;
         }
         Ok(())
     }

@@ -22,7 +22,6 @@ mod tree;
 mod version;
 mod whole;
 
-use std::io;
 use std::path::{Path, PathBuf};
 
 pub use install::InstalledApi;
@@ -36,7 +35,7 @@ pub use whole::ApiVerifyOutcome;
 pub(crate) use whole::verify;
 
 use crate::files::{DirectFileChanges, FileChanges};
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Result, failed};
 use crate::root::RootDir;
 
 /// The suffix of names that are not complete yet.
@@ -127,10 +126,4 @@ fn is_version(name: &str) -> bool {
             && id.len() == 8
             && id.bytes().all(digit)
     })
-}
-
-/// An `io` refusal that names the operation and the path.
-fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal {
-    let action = format!("{action} {}", path.display());
-    move |error| Refusal::io(&action, &error)
 }

@@ -2,13 +2,14 @@
 //! wheels.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::path::{Path, PathBuf};
 
 use bundle::component::{ComponentLock, ComponentWheel};
 use serde_json::json;
 
 use super::state::{self, ApiState};
 use super::{ApiDir, NEW, failed, is_version, whole};
+use crate::durable;
 use crate::events::EventLog;
 use crate::refusal::{Refusal, Result};
 use crate::root::RootDir;
@@ -162,17 +163,8 @@ fn free_and_total_bytes(root: &RootDir) -> Result<(u64, u64)> {
 }
 
 /// Names in a directory; empty when it does not exist.
-fn names_in(folder: &std::path::Path) -> Result<Vec<String>> {
-    let entries = match fs::read_dir(folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed("reading", folder)(error)),
-    };
-    let mut names = Vec::new();
-    for entry in entries {
-        let name = entry.map_err(failed("reading", folder))?.file_name();
-        names.extend(name.into_string());
-    }
-    names.sort();
-    Ok(names)
+fn names_in(folder: &Path) -> Result<Vec<String>> {
+    let paths = durable::list(folder).map_err(failed("reading", folder))?;
+    let name = |path: &PathBuf| Some(path.file_name()?.to_str()?.to_owned());
+    Ok(paths.iter().filter_map(name).collect())
 }

@@ -70,9 +70,8 @@ impl ArchiveLimits {
     /// # Errors
     /// `io`.
     pub fn backup(folder: &Path) -> Result<Self> {
-        let about = rustix::fs::statvfs(folder).map_err(|error| {
-            Refusal::io(format!("reading the size of {}", folder.display()), &error.into())
-        })?;
+        let about = rustix::fs::statvfs(folder)
+            .map_err(|error| failed("reading the size of", folder)(error.into()))?;
         let whole = about.f_blocks.saturating_mul(about.f_frsize);
         // Each entry is rounded up to a block, and occupies one more.
         Ok(Self { bytes: whole.saturating_add(MOST_ENTRIES * 2 * BLOCK), ..Self::BACKUP })
@@ -83,9 +82,8 @@ impl ArchiveLimits {
     /// # Errors
     /// `io`.
     pub fn free_space(folder: &Path) -> Result<Self> {
-        let about = rustix::fs::statvfs(folder).map_err(|error| {
-            Refusal::io(format!("reading the size of {}", folder.display()), &error.into())
-        })?;
+        let about = rustix::fs::statvfs(folder)
+            .map_err(|error| failed("reading the size of", folder)(error.into()))?;
         let bytes = about.f_bavail.saturating_mul(about.f_frsize);
         // Some file systems create inodes on demand and report 0.
         let entries = if about.f_files == 0 { u64::MAX } else { about.f_favail };

@@ -75,6 +75,13 @@ impl Record {
         let kind = mbr.get(at + 4).copied().unwrap_or(0);
         Self { at, kind, first: read_u32(mbr, at + 8), sectors: read_u32(mbr, at + 12) }
     }
+
+    /// Writes another length into the sector that the record is in.
+    fn set_sectors(self, sector: &mut [u8], sectors: u64) {
+        // Cylinder, head and sector: the maximum, which means that they do not apply.
+        set_bytes(sector, self.at + 5, &[0xfe, 0xff, 0xff]);
+        set_bytes(sector, self.at + 12, &u32::try_from(sectors).unwrap_or(u32::MAX).to_le_bytes());
+    }
 }
 
 fn grow_mbr(
@@ -97,9 +104,7 @@ fn grow_mbr(
     let Some(to) = growable_sectors(start, record.sectors, end) else {
         return Ok(GrowOutcome { from: record.sectors, to: record.sectors });
     };
-    // Cylinder, head and sector: the maximum, which means that they do not apply.
-    set_bytes(mbr, record.at + 5, &[0xfe, 0xff, 0xff]);
-    set_bytes(mbr, record.at + 12, &u32::try_from(to).unwrap_or(u32::MAX).to_le_bytes());
+    record.set_sectors(mbr, to);
     write(disk, 0, mbr)?;
     Ok(GrowOutcome { from: record.sectors, to })
 }
@@ -162,16 +167,13 @@ fn grow_last_logical(
     let Some(to) = growable_sectors(start, own.sectors, end) else {
         return Ok(GrowOutcome { from: own.sectors, to: own.sectors });
     };
-    let number = |sectors: u64| u32::try_from(sectors).unwrap_or(u32::MAX).to_le_bytes();
     // The extended partition first: its size does not affect the partitions in it.
     let around = start.saturating_add(to).saturating_sub(extended.first);
     if around > extended.sectors {
-        set_bytes(mbr, extended.at + 5, &[0xfe, 0xff, 0xff]);
-        set_bytes(mbr, extended.at + 12, &number(around));
+        extended.set_sectors(mbr, around);
         write(disk, 0, mbr)?;
     }
-    set_bytes(sector, own.at + 5, &[0xfe, 0xff, 0xff]);
-    set_bytes(sector, own.at + 12, &number(to));
+    own.set_sectors(sector, to);
     write(disk, at.saturating_mul(SECTOR), sector)?;
     Ok(GrowOutcome { from: own.sectors, to })
 }

@@ -15,7 +15,7 @@ use super::pending::private_folder;
 use crate::durable;
 use crate::files::{DirectFileChanges, FileAppender, FileChanges, make_dirs};
 use crate::process::run_program;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 
 /// The directory in the image where the steps are declared, one TOML file each.
@@ -193,25 +193,14 @@ pub enum MigrationOutcome {
     },
 }
 
-fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
-    let action = format!("{action} {}", path.display());
-    move |error| Refusal::io(&action, &error)
-}
-
 /// The steps of this system, in the order in which they run.
 ///
 /// # Errors
 /// `bad-migration`: a file is invalid.
 pub fn read_steps(root: &RootDir) -> Result<Vec<MigrationStep>> {
     let folder = root.path(FOLDER);
-    let listing = match fs::read_dir(&folder) {
-        Ok(listing) => listing,
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        Err(error) => return Err(failed("reading", &folder)(error)),
-    };
     let mut all = Vec::new();
-    for entry in listing {
-        let path = entry.map_err(failed("reading", &folder))?.path();
+    for path in durable::list(&folder).map_err(failed("reading", &folder))? {
         if path.extension().is_none_or(|ending| ending != "toml") {
             continue;
         }

@@ -18,7 +18,7 @@ use super::archive::{self, ArchiveLimits, none_if_missing};
 use super::migrate;
 use crate::durable;
 use crate::files::{DirectFileChanges, FileAppender, FileChanges};
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 
 /// The files that will replace everything.
@@ -111,11 +111,6 @@ fn backup_dir(root: &RootDir) -> PathBuf {
 /// The backup itself, and next to it the mark that the pending reset made it.
 const BACKUP: &str = "before-reset.tar.zst";
 const OF_THIS_RESET: &str = "keep";
-
-fn failed(action: &str, path: &Path) -> impl Fn(io::Error) -> Refusal + use<> {
-    let action = format!("{action} {}", path.display());
-    move |error| Refusal::io(&action, &error)
-}
 
 fn is_there(path: &Path) -> Result<bool> {
     let found = none_if_missing(fs::symlink_metadata(path)).map_err(failed("reading", path))?;

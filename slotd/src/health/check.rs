@@ -10,6 +10,7 @@ use contract::health_file::{CheckTarget, FOLDER, HealthFile, TIMEOUT};
 use ureq::http::Uri;
 
 use super::probe;
+use crate::durable;
 use crate::root::RootDir;
 
 /// A check.
@@ -75,22 +76,10 @@ pub fn load_checks(root: &RootDir) -> Vec<HealthCheck> {
         kind: Err(why),
         timeout: TIMEOUT,
     };
-    let entries = match fs::read_dir(&folder) {
-        Ok(entries) => entries,
-        Err(error) if error.kind() == std::io::ErrorKind::NotFound => return checks,
-        Err(error) => {
-            checks.push(broken("health.d", format!("reading {}: {error}", folder.display())));
-            return checks;
-        }
-    };
-    let mut files = Vec::new();
-    for entry in entries {
-        match entry {
-            Ok(entry) => files.push(entry.path()),
-            Err(error) => checks.push(broken("health.d", error.to_string())),
-        }
-    }
-    files.sort();
+    let files = durable::list(&folder).unwrap_or_else(|error| {
+        checks.push(broken("health.d", format!("reading {}: {error}", folder.display())));
+        Vec::new()
+    });
     for path in files.iter().filter(|path| path.extension().is_some_and(|e| e == "toml")) {
         let name = path.file_stem().unwrap_or_default().to_string_lossy();
         let text = fs::read_to_string(path).map_err(|error| error.to_string());

@@ -9,7 +9,7 @@ pub use contract::answer::{TrialPhase, TrialState};
 
 use super::check::{CheckOutcome, HealthCheck};
 use crate::durable;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 
 /// How long all checks must pass before a trial is committed: long enough to notice a service that dies
@@ -60,8 +60,7 @@ impl TrialRecord {
     /// `io`.
     pub(super) fn forget(root: &RootDir) -> Result<()> {
         let path = Self::file(root);
-        durable::remove(&path)
-            .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))
+        durable::remove(&path).map_err(failed("removing", &path))
     }
 }
 
@@ -75,8 +74,7 @@ fn state_file(root: &RootDir) -> PathBuf {
 /// `io`, when the file cannot be read.
 pub fn read_state(root: &RootDir) -> Result<Option<TrialState>> {
     let path = state_file(root);
-    durable::read_json(&path)
-        .map_err(|error| Refusal::io(format!("reading {}", path.display()), &error))
+    durable::read_json(&path).map_err(failed("reading", &path))
 }
 
 /// The result of the watch.

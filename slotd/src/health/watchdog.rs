@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::trial::TrialRecord;
 use crate::durable;
-use crate::refusal::{Refusal, Result};
+use crate::refusal::{Refusal, Result, failed};
 use crate::root::RootDir;
 
 /// The drop-in with which the initrd prevents systemd from feeding the watchdog.
@@ -23,8 +23,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub fn hand_over(root: &RootDir) -> Result<()> {
     let Some(trial) = TrialRecord::read(root)? else { return Ok(()) };
     let path = root.path(HOLD);
-    durable::remove(&path)
-        .map_err(|error| Refusal::io(format!("removing {}", path.display()), &error))?;
+    durable::remove(&path).map_err(failed("removing", &path))?;
     // Without a bus: systemd's own socket answers as long as process 1 does.
     let status = Command::new("systemctl").arg("daemon-reload").status();
     let failed = |why: String| {

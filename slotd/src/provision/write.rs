@@ -29,9 +29,8 @@ pub(super) fn remove_staging(files: &dyn FileChanges, staging: &Path) -> Result<
 /// # Errors
 /// `no-space`, `io`.
 pub(super) fn check_space(wanted: &ResourceTree, data: &Path) -> Result<()> {
-    let about = rustix::fs::statvfs(data).map_err(|error| {
-        Refusal::io(format!("reading the size of {}", data.display()), &error.into())
-    })?;
+    let about = rustix::fs::statvfs(data)
+        .map_err(|error| failed("reading the size of", data, &error.into()))?;
     let free = about.f_bavail.saturating_mul(about.f_frsize);
     let sizes = wanted.entries.values().map(|item| match item {
         ResourceKind::File { size, .. } => size.next_multiple_of(BLOCK),

@@ -2,7 +2,6 @@
 //! updates with an old bundle. A bundle itself is trusted because of its signature, whichever server sends it.
 
 use std::fmt;
-use std::fs;
 use std::io;
 
 use rustls::CertificateError;
@@ -26,13 +25,7 @@ pub(super) fn tls_config(root: &RootDir) -> Result<TlsConfig> {
         let folder = root.path(folder);
         let failed =
             |error: io::Error| Refusal::io(format!("reading {}", folder.display()), &error);
-        let entries = match fs::read_dir(&folder) {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
-            Err(error) => return Err(failed(error)),
-        };
-        for entry in entries {
-            let path = entry.map_err(failed)?.path();
+        for path in durable::list(&folder).map_err(failed)? {
             if !path.extension().is_some_and(|ending| ending == "pem" || ending == "crt") {
                 continue;
             }

@@ -5,7 +5,7 @@ use camino::Utf8Path;
 
 use super::BuildContext;
 use super::base::{self, BuiltBase, prune_rules};
-use crate::artifact::{hash_bytes, hash_file};
+use crate::artifact::{hash_bytes, hash_file, none_if_missing};
 use crate::cache::CacheKey;
 use crate::config;
 use crate::config::product::Engine;
@@ -113,12 +113,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
 fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Result<()> {
     let dir = engine::legal_info(request)?;
     let link = build.dist.join("legal-info");
-    match std::fs::remove_file(&link) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(error).with_context(|| format!("replacing {link}"));
-        }
-        _ => {}
-    }
+    none_if_missing(std::fs::remove_file(&link)).with_context(|| format!("replacing {link}"))?;
     std::os::unix::fs::symlink(&dir, &link).with_context(|| format!("linking {link}"))?;
     say("legal", format!("{} -> {dir}", link.strip_prefix(build.root).unwrap_or(&link)));
     Ok(())

@@ -6,14 +6,13 @@ use camino::Utf8PathBuf;
 use serde::Serialize;
 
 use super::{BuildContext, BuildOptions, BuiltBase, base, buildroot, image, open_build_keys};
-use crate::artifact::{Artifact, flush_file};
+use crate::artifact::Artifact;
 use crate::build::BuildKeys;
 use crate::cache::{Cache, CacheKey};
 use crate::config::product::Engine;
-use crate::keys::SigningKey;
 use crate::progress::{format_bytes, say};
 use crate::shared;
-use crate::update::{self, ComponentRequest, PackRequest, PayloadRequest};
+use crate::update::{ComponentRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
 use crate::wheel::{self, BasePython, WheelComponent};
 use crate::workspace::{dist_dir, lock_dist_dir, resolve_plan};
@@ -109,53 +108,27 @@ fn pack_component(
     let api = bundle::component::API;
     let (product, board) = (&plan.product, &plan.board.name);
     let name = format!("{}-{}-{board}.{api}.bundle", product.name, component.version);
-    let (root, out) = (build.root, build.dist.join(name));
-    let signers = signing.signers.iter().map(SigningKey::key);
-    let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
+    let out = build.dist.join(name);
     let level = image::compression_level(build.options.compression);
     let hashes: Vec<&str> = component.payloads.iter().map(|(_, a)| a.sha256.as_str()).collect();
     let key = CacheKey::new("component bundle", BUNDLE_VERSION)
         .with("out", out.as_str())
         .with_json("payloads", &hashes)?
         .with("epoch", plan.epoch.to_string())
-        .with("signer", ids.join(" "))
+        .with("signer", signing.signer_ids().join(" "))
         .with_json("product", &(product, board, &plan.update))?
         .with("level", format!("{level:?}"));
-    let payloads = component
-        .payloads
-        .iter()
-        .map(|(role, artifact)| PayloadRequest { role: role.clone(), path: artifact.path.clone() });
-    let request = PackRequest {
-        product: product.name.clone(),
-        version: product.version.clone(),
-        kind: product.kind,
-        boards: vec![board.clone()],
-        minimum_version: plan.update.minimum_version.clone(),
-        key_epoch: None,
-        epoch: plan.epoch,
-        components: vec![ComponentRequest {
-            name: api.to_owned(),
-            version: bundle::Version::parse(&component.version)
-                .context("converting the API's version")?,
-            payloads: payloads.collect(),
-        }],
-        level,
-        workers: None,
-        signers: &signing.signers,
-    };
-    build.stage(
-        "bundle",
-        key,
-        |bundle: &Artifact| vec![bundle.path.clone()],
-        |bundle| {
-            let size = format_bytes(bundle.size);
-            let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
-            format!("{shown}  {size}, signed by the {} key {}", product.kind, ids.join(" and "))
-        },
-        |_, _| {
-            let packed = update::pack_bundle(&request, &out)?.artifact;
-            flush_file(&packed.path)?;
-            Ok(packed)
-        },
-    )
+    let version =
+        bundle::Version::parse(&component.version).context("converting the API's version")?;
+    image::pack_component(build, signing, key, &out, |_, _| {
+        let payloads = component
+            .payloads
+            .iter()
+            .map(|(role, artifact)| PayloadRequest {
+                role: role.clone(),
+                path: artifact.path.clone(),
+            })
+            .collect();
+        Ok(ComponentRequest { name: api.to_owned(), version, payloads })
+    })
 }

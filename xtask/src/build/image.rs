@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 use super::key::{BOOT_SLOTS, ComposeInputs, partition_size};
 use super::{BuildContext, BuildKeys, BuiltBase, BundleCompression, alias, base, environment, key};
 use crate::artifact::{Artifact, flush_file, write_atomically, write_large};
+use crate::cache::CacheKey;
 use crate::compose::{self, ComposeParts, lint, programs, sizes};
 use crate::config::board::BootFileFormat;
 use crate::disk::{
@@ -17,7 +18,6 @@ use crate::disk::{
 };
 use crate::exec::Tool;
 use crate::ext4::{self, Ext4Request};
-use crate::keys::SigningKey;
 use crate::plan::{BootSourcePlan, Plan};
 use crate::progress::{format_bytes, say, warn};
 use crate::render::{INIT, RenderedFiles};
@@ -480,11 +480,41 @@ pub fn build_bundle(
     signing: &BuildKeys,
 ) -> Result<Artifact> {
     let plan = build.plan;
-    let (root, out) = (build.root, build.output("bundle"));
-    let signers = signing.signers.iter().map(SigningKey::key);
-    let ids: Vec<&str> = signers.map(|key| key.id.as_str()).collect();
+    let (out, ids) = (build.output("bundle"), signing.signer_ids());
     let level = compression_level(build.options.compression);
     let key = key::bundle_key(plan, rendered, base, &system.key, &ids, level, &out)?;
+    pack_component(build, signing, key, &out, |build, dir| {
+        let mut payloads = Vec::new();
+        // Install the firmware's files first: a root filesystem that does not match its kernel
+        // does not boot.
+        let boot = dir.join("boot.vfat");
+        let role = BOOT_SLOTS[0];
+        if let Some(placed) = plan.disk.partition(role) {
+            let mut files = boot_partitions(build, rendered, base, system, dir)?;
+            let content = fat_content(plan, role, files.remove(role).unwrap_or_default());
+            let size_key = format!("the size of {role} in board/{}/board.toml", plan.board.name);
+            disk::write_shared(placed, &content, plan.epoch, &size_key, &boot)?;
+            payloads.push(PayloadRequest { role: "boot".to_owned(), path: boot });
+        }
+        payloads.push(PayloadRequest { role: "root".to_owned(), path: system.root.path.clone() });
+        let version = plan.product.version.clone();
+        Ok(ComponentRequest { name: "system".to_owned(), version, payloads })
+    })
+}
+
+/// The stage `bundle` with this key: packs a component into the bundle `out`. Payloads that `component`
+/// creates in the stage's directory are removed afterwards.
+///
+/// # Errors
+/// As [`update::pack_bundle`], and the errors of `component`.
+pub(super) fn pack_component(
+    build: &mut BuildContext<'_>,
+    signing: &BuildKeys,
+    key: CacheKey,
+    out: &Utf8Path,
+    component: impl FnOnce(&BuildContext<'_>, &Utf8Path) -> Result<ComponentRequest>,
+) -> Result<Artifact> {
+    let (plan, root) = (build.plan, build.root);
     build.stage(
         "bundle",
         key,
@@ -492,28 +522,13 @@ pub fn build_bundle(
         |bundle| {
             let size = format_bytes(bundle.size);
             let shown = bundle.path.strip_prefix(root).unwrap_or(&bundle.path);
-            format!(
-                "{shown}  {size}, signed by the {} key {}",
-                plan.product.kind,
-                ids.join(" and ")
-            )
+            let (kind, ids) = (plan.product.kind, signing.signer_ids().join(" and "));
+            format!("{shown}  {size}, signed by the {kind} key {ids}")
         },
         |build, dir| {
-            let mut payloads = Vec::new();
-            // Install the firmware's files first: a root filesystem that does not match its kernel
-            // does not boot.
-            let boot = dir.join("boot.vfat");
-            let role = BOOT_SLOTS[0];
-            if let Some(placed) = plan.disk.partition(role) {
-                let mut files = boot_partitions(build, rendered, base, system, dir)?;
-                let content = fat_content(plan, role, files.remove(role).unwrap_or_default());
-                let size_key =
-                    format!("the size of {role} in board/{}/board.toml", plan.board.name);
-                disk::write_shared(placed, &content, plan.epoch, &size_key, &boot)?;
-                payloads.push(PayloadRequest { role: "boot".to_owned(), path: boot.clone() });
-            }
-            payloads
-                .push(PayloadRequest { role: "root".to_owned(), path: system.root.path.clone() });
+            let component = component(build, dir)?;
+            let payloads = component.payloads.iter().map(|payload| payload.path.clone());
+            let created: Vec<_> = payloads.filter(|path| path.starts_with(dir)).collect();
             let request = PackRequest {
                 product: plan.product.name.clone(),
                 version: plan.product.version.clone(),
@@ -522,19 +537,15 @@ pub fn build_bundle(
                 minimum_version: plan.update.minimum_version.clone(),
                 key_epoch: None,
                 epoch: plan.epoch,
-                components: vec![ComponentRequest {
-                    name: "system".to_owned(),
-                    version: plan.product.version.clone(),
-                    payloads,
-                }],
-                level,
+                components: vec![component],
+                level: compression_level(build.options.compression),
                 workers: None,
                 signers: &signing.signers,
             };
-            let packed = update::pack_bundle(&request, &out)?.artifact;
+            let packed = update::pack_bundle(&request, out)?.artifact;
             flush_file(&packed.path)?;
-            if boot.exists() {
-                std::fs::remove_file(&boot).with_context(|| format!("removing {boot}"))?;
+            for path in created {
+                std::fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
             }
             Ok(packed)
         },

@@ -183,6 +183,13 @@ pub struct BuildKeys {
     pub key_set: Vec<u8>,
 }
 
+impl BuildKeys {
+    /// The ids of the keys that sign bundles.
+    fn signer_ids(&self) -> Vec<&str> {
+        self.signers.iter().map(|signer| signer.key().id.as_str()).collect()
+    }
+}
+
 fn open_build_keys(plan: &Plan) -> Result<BuildKeys> {
     let kind = plan.product.kind;
     let mut keys = KeyDirectory::open(&keys::key_directory()?)?;

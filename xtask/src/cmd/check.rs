@@ -1,7 +1,6 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::num::NonZero;
 
 use anyhow::{Context, Result, ensure};
 use camino::Utf8Path;
@@ -172,7 +171,7 @@ const SYSTEM_TESTS: usize = 4;
 /// The system tests with these names, one for each core: each builds an image or boots one, reports
 /// its progress, and is idle for much of its time.
 fn run_system_tests(what: &str, names: &[&str], all: bool) -> Result<()> {
-    let cores = std::thread::available_parallelism().map_or(1, NonZero::get);
+    let cores = crate::parallel::cores();
     let threads = format!("--test-threads={}", cores.min(SYSTEM_TESTS));
     let words = ["test", "--package", "xtask", "--test", "system", "--", "--nocapture", &threads];
     run_cargo(what, &[&words[..], names].concat(), all)

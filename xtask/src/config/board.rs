@@ -332,13 +332,14 @@ pub enum BootFileFormat {
 words!(BootFileFormat, "\"boot-script\" or \"u-boot-environment\"",
     "boot-script" => Self::BootScript, "u-boot-environment" => Self::UbootEnvironment);
 
-/// Where a boot file comes from.
-#[derive(Debug)]
-pub enum BootSourceConfig {
-    /// A template, looked up in the board's directory, then in `board/common`.
+/// Where a boot file comes from; `T` names a template.
+#[derive(Debug, Clone, PartialEq, Eq, serde::Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum BootSource<T> {
+    /// A rendered template.
     Template {
-        /// File name.
-        name: Located<Utf8PathBuf>,
+        /// The template.
+        source: T,
         /// How it is processed; `None`: a plain text file.
         compile: Option<BootFileFormat>,
     },
@@ -354,6 +355,26 @@ pub enum BootSourceConfig {
     Kernel,
     /// The initrd.
     Initrd,
+}
+
+/// The name of a template's file is looked up in the board's directory, then in `board/common`.
+pub type BootSourceConfig = BootSource<Located<Utf8PathBuf>>;
+
+impl<T> BootSource<T> {
+    /// The same source, with another name of the template.
+    pub fn map_template<U>(&self, map: impl FnOnce(&T) -> U) -> BootSource<U> {
+        match self {
+            Self::Template { source, compile } => {
+                BootSource::Template { source: map(source), compile: *compile }
+            }
+            Self::Firmware => BootSource::Firmware,
+            Self::DeviceTrees => BootSource::DeviceTrees,
+            Self::DeviceTree(path) => BootSource::DeviceTree(path.clone()),
+            Self::Bootloader => BootSource::Bootloader,
+            Self::Kernel => BootSource::Kernel,
+            Self::Initrd => BootSource::Initrd,
+        }
+    }
 }
 
 impl FromToml for BootSourceConfig {
@@ -558,7 +579,7 @@ fn boot_file(f: &mut TableFields<'_>) -> Option<BootFileConfig> {
     let partition = partition?.unwrap_or(Located { value: SafeName("boot".to_owned()), place });
     let compile = compile?.map(|located| located.value);
     let source = match (template?, source?, device_tree?) {
-        (Some(name), None, None) => BootSourceConfig::Template { name, compile },
+        (Some(name), None, None) => BootSourceConfig::Template { source: name, compile },
         (None, Some(source), None) => source.value,
         (None, None, Some(path)) => BootSourceConfig::DeviceTree(path.value),
         _ => {

@@ -240,7 +240,7 @@ fn require_known(noun: &str, name: &str, names: &[String]) -> Result<()> {
 fn template_paths(root: &Utf8Path, board: &BoardConfig) -> BTreeMap<Utf8PathBuf, Utf8PathBuf> {
     let dir = Utf8Path::new("board").join(&board.name.value.0);
     let names = board.boot_files.iter().filter_map(|file| match &file.source {
-        board::BootSourceConfig::Template { name, .. } => Some(&name.value),
+        board::BootSourceConfig::Template { source, .. } => Some(&source.value),
         _ => None,
     });
     names.map(|name| (name.clone(), template_path(root, &dir, name))).collect()

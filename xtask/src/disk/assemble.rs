@@ -50,12 +50,8 @@ pub fn assemble_checked<T>(
         let (map, written) = write_image(spec, &temporary)?;
         let found = check(&temporary)?;
         // The old image is kept until the new one is complete, and is removed before its map.
-        match std::fs::remove_file(out) {
-            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-                return Err(error).with_context(|| format!("removing the old {out}"));
-            }
-            _ => {}
-        }
+        artifact::none_if_missing(std::fs::remove_file(out))
+            .with_context(|| format!("removing the old {out}"))?;
         let mapped = map.mapped_blocks() * BLOCK;
         let bmap = map.write(&map_path)?;
         std::fs::rename(&temporary, out).with_context(|| format!("renaming {temporary}"))?;

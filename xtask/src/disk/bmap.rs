@@ -4,7 +4,6 @@
 use std::fmt::Write as _;
 use std::fs::File;
 use std::os::unix::fs::FileExt;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, anyhow, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -13,6 +12,7 @@ use sha2::{Digest, Sha256};
 
 use super::layout::BLOCK;
 use crate::artifact::{self, Artifact};
+use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit};
 
 /// A run of blocks with one checksum. Runs are at most [`LONGEST_RANGE`] long, so that a check can
@@ -201,31 +201,16 @@ pub fn check_image(image: &Utf8Path, map: &Utf8Path) -> Result<BlockMap> {
         total,
         ProgressUnit::Bytes,
     );
-    let next = AtomicUsize::new(0);
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    let work = || -> Result<Vec<&BlockRange>> {
-        let mut damaged = Vec::new();
-        let mut buffer = vec![0; READ];
-        while let Some(range) = map.ranges.get(next.fetch_add(1, Ordering::Relaxed)) {
-            if hash_range(&file, &map, range, &mut buffer, &step)? != range.sha256 {
-                damaged.push(range);
-            }
-        }
-        Ok(damaged)
-    };
-    let mut damaged = std::thread::scope(|scope| -> Result<Vec<&BlockRange>> {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            all.extend(worker.join().map_err(|_| anyhow!("a checking thread panicked"))??);
-        }
-        Ok(all)
+    let buffer = || Ok(vec![0; READ]);
+    let intact = parallel::map_with(&map.ranges, parallel::cores(), buffer, |buffer, range| {
+        Ok(hash_range(&file, &map, range, buffer, &step)? == range.sha256)
     })
     .with_context(context)?;
+    let ranges = map.ranges.iter().zip(intact);
+    let damaged: Vec<_> = ranges.filter(|(_, intact)| !intact).map(|(range, _)| range).collect();
     if damaged.is_empty() {
         return Ok(map);
     }
-    damaged.sort();
     let count = damaged.len();
     let mut message = format!("{}: {count} of {} ranges are damaged", context(), map.ranges.len());
     for range in damaged.iter().take(8) {

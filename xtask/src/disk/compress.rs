@@ -42,7 +42,7 @@ pub fn compress_to(image: &Utf8Path, out: &Utf8Path, level: i32) -> Result<Artif
         size,
         ProgressUnit::Bytes,
     );
-    let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+    let threads = crate::parallel::cores() as u64;
     artifact::write_atomically(out, |writer| {
         std::thread::scope(|scope| {
             // Worker n compresses the frames n, n + threads, …; reading them in turn keeps their

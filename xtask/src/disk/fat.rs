@@ -16,6 +16,7 @@ use super::pages::SparsePages;
 use super::spec::{FatFile, FileSource, PartitionContent};
 use super::table::{HEADS, SECTORS_PER_TRACK};
 use crate::progress;
+use crate::time::civil_date;
 
 /// From this size on a volume with clusters of one sector has more than the 65,524 clusters of a
 /// FAT16 (Microsoft's FAT specification 1.03), and is a FAT32, which then has about 80,000
@@ -289,18 +290,7 @@ fn dos_time(epoch: u64) -> DateTime {
     /// 31 December 2107, 23:59:58.
     const LAST: u64 = 4_354_819_198;
     let seconds = epoch.clamp(FIRST, LAST);
-    // Civil date from days (Howard Hinnant, "chrono-compatible low-level date algorithms").
-    let days = seconds / 86_400 + 719_468;
-    let era = days / 146_097;
-    let day_of_era = days % 146_097;
-    let year_of_era =
-        (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = era * 400 + year_of_era + u64::from(month <= 2);
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let second = seconds % 86_400;
+    let ((year, month, day), second) = (civil_date(seconds / 86_400), seconds % 86_400);
     DateTime {
         date: Date { year: year as u16, month: month as u16, day: day as u16 },
         time: Time {

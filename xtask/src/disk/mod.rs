@@ -16,6 +16,8 @@ mod sums;
 mod table;
 mod windows;
 
+use std::io::SeekFrom;
+
 pub use assemble::{assemble, assemble_checked};
 pub use ext4_blocks::{Ext4Usage, read_usage};
 pub use fat::write_shared;
@@ -25,3 +27,12 @@ pub use layout::{
 };
 pub use spec::{DiskImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec};
 pub use sums::{ChecksummedImage, sum_image};
+
+/// The position that a seek leads to in something of this length; `None`: before its start.
+pub(crate) fn seek_position(to: SeekFrom, length: u64, position: u64) -> Option<u64> {
+    match to {
+        SeekFrom::Start(offset) => Some(offset),
+        SeekFrom::End(offset) => length.checked_add_signed(offset),
+        SeekFrom::Current(offset) => position.checked_add_signed(offset),
+    }
+}

@@ -4,6 +4,7 @@
 use std::io::{self, Read, Seek, SeekFrom, Write};
 
 use super::layout::BLOCK;
+use super::seek_position;
 
 const PAGE: usize = BLOCK as usize;
 
@@ -108,12 +109,7 @@ impl Write for SparsePages {
 
 impl Seek for SparsePages {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::End(offset) => self.length.checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or_else(|| {
+        self.position = seek_position(to, self.length, self.position).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "seeking to before the region's start")
         })?;
         Ok(self.position)

@@ -17,6 +17,7 @@ use serde::{Deserialize, Serialize};
 
 use super::layout::FIRST_LOGICAL;
 use super::layout::{DiskLayout, SECTOR, TableKind, exact_size};
+use super::seek_position;
 use super::table::{EXTENDED_KINDS, PROTECTIVE, mbr_type};
 
 /// The largest file that is read whole from a FAT.
@@ -449,11 +450,7 @@ impl Read for Part {
 
 impl Seek for Part {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::End(offset) => self.size.checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
+        let position = seek_position(to, self.size, self.position);
         self.position = position.ok_or(io::ErrorKind::InvalidInput)?;
         Ok(self.position)
     }

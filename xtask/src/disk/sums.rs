@@ -2,9 +2,8 @@
 //! once, by the stage that creates the image, on all cores; assembling only copies.
 
 use std::fs::File;
-use std::sync::atomic::{AtomicU64, Ordering};
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
@@ -14,6 +13,7 @@ use super::ext4_blocks;
 use super::layout::BLOCK;
 use super::windows::{FileWindows, set_bit_runs};
 use crate::artifact;
+use crate::parallel;
 
 /// The first bytes of each partition are mapped even where they are zero: the superblocks of an old
 /// filesystem on the card are in the first 64 KiB (btrfs), an old journal follows.
@@ -42,35 +42,18 @@ pub fn sum_image(path: &Utf8Path) -> Result<ChecksummedImage> {
     let size = file.metadata().with_context(context)?.len();
     let needed = always_mapped_blocks(&file, size).with_context(context)?;
     // Ranges end at multiples of the longest one, so the pieces between them are independent.
-    let next = AtomicU64::new(0);
-    let work = || -> Result<Vec<BlockRange>> {
-        let mut ranges = Vec::new();
-        loop {
-            let first = next.fetch_add(LONGEST_RANGE, Ordering::Relaxed);
-            if first * BLOCK >= size {
-                return Ok(ranges);
-            }
-            let piece = first..first + LONGEST_RANGE;
-            let mut sums = BlockChecksums::default();
-            FileWindows::new(&file, size, piece, &needed).each(|window| {
-                sums.add(window.first, window.mapped | window.filled, window.bytes);
-                Ok(())
-            })?;
-            ranges.extend(sums.finish());
-        }
-    };
-    let threads = std::thread::available_parallelism().map_or(1, usize::from);
-    let mut ranges = std::thread::scope(|scope| -> Result<Vec<BlockRange>> {
-        let workers: Vec<_> = (0..threads).map(|_| scope.spawn(work)).collect();
-        let mut all = Vec::new();
-        for worker in workers {
-            all.extend(worker.join().map_err(|_| anyhow!("a checksum thread panicked"))??);
-        }
-        Ok(all)
+    let pieces: Vec<u64> = (0..size.div_ceil(BLOCK)).step_by(LONGEST_RANGE as usize).collect();
+    let ranges = parallel::map(&pieces, parallel::cores(), |&first| {
+        let piece = first..first + LONGEST_RANGE;
+        let mut sums = BlockChecksums::default();
+        FileWindows::new(&file, size, piece, &needed).each(|window| {
+            sums.add(window.first, window.mapped | window.filled, window.bytes);
+            Ok(())
+        })?;
+        Ok(sums.finish())
     })
     .with_context(context)?;
-    ranges.sort();
-    Ok(ChecksummedImage { path: path.to_owned(), size, ranges })
+    Ok(ChecksummedImage { path: path.to_owned(), size, ranges: ranges.concat() })
 }
 
 /// Blocks that are mapped even where they are zero, in order and without overlap.

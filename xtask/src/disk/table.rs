@@ -16,6 +16,7 @@ use super::layout::{
     BLOCK, DiskLayout, Filesystem, GPT_HEAD_SECTORS, PlacedPartition, SECTOR, TableKind,
 };
 use super::pages::SparsePages;
+use super::seek_position;
 
 /// Type of the protective MBR record (UEFI specification 2.10, table 5.4).
 pub const PROTECTIVE: u8 = 0xee;
@@ -105,12 +106,7 @@ impl Write for TableBlocks {
 
 impl Seek for TableBlocks {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
-        let position = match to {
-            SeekFrom::Start(offset) => Some(offset),
-            SeekFrom::End(offset) => self.size.checked_add_signed(offset),
-            SeekFrom::Current(offset) => self.position.checked_add_signed(offset),
-        };
-        self.position = position.ok_or_else(|| {
+        self.position = seek_position(to, self.size, self.position).ok_or_else(|| {
             io::Error::new(io::ErrorKind::InvalidInput, "seeking before the disk")
         })?;
         Ok(self.position)

@@ -134,7 +134,7 @@ impl FrameUnpacker {
             ranges.get(next).is_some_and(|r| r.offset < frame.offset + frame.size)
         };
         let wanted: Vec<ImageFrame> = frames.iter().filter(reaches).cloned().collect();
-        let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+        let cores = crate::parallel::cores();
         let threads = cores.min(THREADS).min(wanted.len().max(1));
         let (file, spare) = (Arc::new(file), Spare::default());
         let unpacked = (0..threads)

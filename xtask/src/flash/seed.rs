@@ -17,6 +17,7 @@ use super::card::{AlignedMemory, CardIo};
 use super::write::ImagePiece;
 use crate::disk::layout::BLOCK;
 use crate::disk::read::{self, FoundPartition};
+use crate::disk::seek_position;
 use crate::ssh_keys;
 
 /// The environment variable with the Wi-Fi password.
@@ -260,11 +261,7 @@ impl Write for Volume<'_> {
 impl Seek for Volume<'_> {
     fn seek(&mut self, to: SeekFrom) -> io::Result<u64> {
         let size = self.place.end - self.place.start;
-        let position = match to {
-            SeekFrom::Start(at) => Some(at),
-            SeekFrom::End(by) => size.checked_add_signed(by),
-            SeekFrom::Current(by) => self.position.checked_add_signed(by),
-        };
+        let position = seek_position(to, size, self.position);
         let outside = || io::Error::from(io::ErrorKind::InvalidInput);
         self.position = position.filter(|at| *at <= size).ok_or_else(outside)?;
         Ok(self.position)

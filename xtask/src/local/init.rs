@@ -3,7 +3,7 @@
 //! over its standard output, a socket, and exits with it; the kernel then ends all other processes.
 
 use std::fs::{self, File};
-use std::io::{BufRead, BufReader, ErrorKind, Read, Write};
+use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{Ipv4Addr, Shutdown, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::os::unix::fs::{PermissionsExt, chown};
@@ -24,6 +24,7 @@ use super::units::{
     StartCriterion, UnitCondition,
 };
 use super::{Event, LocalPrivileges, Order, PORT, ServiceState, mounts};
+use crate::artifact::none_if_missing;
 use crate::exec::Tool;
 
 /// The first user id for dynamic users of systemd (systemd.exec(5), DynamicUser=). Any id other
@@ -463,12 +464,7 @@ impl Notified {
         let run = File::open(root.join("run")).with_context(context)?;
         let name = format!("{unit}.notify");
         let inside = format!("/run/{name}");
-        match fs::remove_file(root.join("run").join(&name)) {
-            Err(error) if error.kind() != ErrorKind::NotFound => {
-                return Err(error).with_context(context);
-            }
-            _ => {}
-        }
+        none_if_missing(fs::remove_file(root.join("run").join(&name))).with_context(context)?;
         // A socket's path has at most 107 bytes; the root's own may have more.
         let path = format!("{}/{name}", mounts::by_descriptor(&run));
         let socket = UnixDatagram::bind(path).with_context(context)?;

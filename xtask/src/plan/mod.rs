@@ -14,7 +14,7 @@ use std::collections::BTreeMap;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use crate::config::board::{BootFileFormat, BootFlowKind, ConsoleConfig, DiskBus, QemuConfig};
+use crate::config::board::{BootFlowKind, BootSource, ConsoleConfig, DiskBus, QemuConfig};
 use crate::config::overlay::{FileAttributes, OverlayFileKind};
 use crate::config::product::{BuildKind, Engine, NetworkConfig, SshConfig, Version};
 use crate::config::reader::{ConfigFinding, ConfigPlace};
@@ -285,30 +285,8 @@ pub struct BootFilePlan {
     pub aliases: Vec<String>,
 }
 
-/// Where a boot file comes from.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
-#[serde(rename_all = "kebab-case")]
-pub enum BootSourcePlan {
-    /// A rendered template.
-    Template {
-        /// Path in the workspace.
-        source: Utf8PathBuf,
-        /// How it is processed; `None`: a plain text file.
-        compile: Option<BootFileFormat>,
-    },
-    /// Firmware files.
-    Firmware,
-    /// Device trees.
-    DeviceTrees,
-    /// One device tree, by its path in the base system.
-    DeviceTree(String),
-    /// The boot loader.
-    Bootloader,
-    /// The kernel.
-    Kernel,
-    /// The initrd.
-    Initrd,
-}
+/// Where a boot file comes from; a template by its path in the workspace.
+pub type BootSourcePlan = BootSource<Utf8PathBuf>;
 
 /// Finds fault with a file that a configuration names and that is not there.
 fn must_exist(

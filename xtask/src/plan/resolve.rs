@@ -8,11 +8,11 @@ use camino::Utf8Path;
 use super::boards;
 use super::fragment;
 use super::{
-    ApiPlan, BootFilePlan, BootSourcePlan, BuildrootPlan, CheckoutFacts, DiskIdentifiers,
-    OverlayPlan, Plan, ProductPlan, RootfsPlan, UpdatePlan, UserPlan, must_exist,
+    ApiPlan, BootFilePlan, BuildrootPlan, CheckoutFacts, DiskIdentifiers, OverlayPlan, Plan,
+    ProductPlan, RootfsPlan, UpdatePlan, UserPlan, must_exist,
 };
 use crate::config::Config;
-use crate::config::board::{BoardConfig, BootSourceConfig};
+use crate::config::board::BoardConfig;
 use crate::config::product::{BuildKind, Engine, ProductConfig, UserConfig};
 use crate::config::reader::{ConfigFinding, ConfigFindings, Located};
 use crate::ssh_keys;
@@ -460,20 +460,12 @@ fn boot_files(config: &Config, out: &mut Vec<ConfigFinding>) -> Vec<BootFilePlan
     let mut files = Vec::new();
     let engine = config.product.rootfs.engine.value;
     for file in board.boot_files.iter().filter(|f| f.engine.is_none_or(|only| only == engine)) {
-        let source = match &file.source {
-            BootSourceConfig::Template { name, compile } => {
-                let source = config.templates.get(&name.value).unwrap_or(&name.value).clone();
-                let help = format!("looked in {dir} and board/common");
-                must_exist(config, &name.place, &source, &help, out);
-                BootSourcePlan::Template { source, compile: *compile }
-            }
-            BootSourceConfig::Firmware => BootSourcePlan::Firmware,
-            BootSourceConfig::DeviceTrees => BootSourcePlan::DeviceTrees,
-            BootSourceConfig::DeviceTree(path) => BootSourcePlan::DeviceTree(path.clone()),
-            BootSourceConfig::Bootloader => BootSourcePlan::Bootloader,
-            BootSourceConfig::Kernel => BootSourcePlan::Kernel,
-            BootSourceConfig::Initrd => BootSourcePlan::Initrd,
-        };
+        let source = file.source.map_template(|name| {
+            let path = config.templates.get(&name.value).unwrap_or(&name.value).clone();
+            let help = format!("looked in {dir} and board/common");
+            must_exist(config, &name.place, &path, &help, out);
+            path
+        });
         let roles: &[&str] = match file.partition.value.0.as_str() {
             "boot-slot" => &["boot-a", "boot-b"],
             "boot" => &["boot"],

@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8PathBuf;
 use serde::{Deserialize, Serialize};
 
-use crate::artifact::{hash_bytes, write_atomically};
+use crate::artifact::{hash_bytes, none_if_missing, write_atomically};
 use crate::progress::warn;
 use crate::store::ReleaseStore;
 use crate::store::format::{Channel, to_pretty_json};
@@ -91,11 +91,8 @@ impl IndexMemory {
         let empty =
             || StoreRecord { format: FORMAT, store: store.to_owned(), channels: BTreeMap::new() };
         let read = || -> Result<StoreRecord> {
-            let text = match std::fs::read(&path) {
-                Ok(text) => text,
-                Err(error) if error.kind() == std::io::ErrorKind::NotFound => return Ok(empty()),
-                Err(error) => return Err(error).context("the file cannot be read"),
-            };
+            let text = none_if_missing(std::fs::read(&path)).context("the file cannot be read")?;
+            let Some(text) = text else { return Ok(empty()) };
             let record: StoreRecord =
                 serde_json::from_slice(&text).context("the file is damaged")?;
             ensure!(record.format == FORMAT, "the file has the format {}", record.format);

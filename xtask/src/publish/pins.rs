@@ -8,6 +8,7 @@ use bundle::{BuildKind, KeySet};
 use camino::Utf8Path;
 use serde::Deserialize;
 
+use crate::artifact::none_if_missing;
 use crate::config;
 use crate::store::format::{Channel, ChannelEntry, ChannelIndex};
 use crate::store::index;
@@ -35,11 +36,9 @@ impl File {
     /// The file of a workspace; empty when there is none.
     fn read(root: &Utf8Path) -> Result<Self> {
         let path = root.join(FILE);
-        match std::fs::read_to_string(&path) {
-            Ok(text) => toml::from_str(&text).with_context(|| format!("reading {path}")),
-            Err(error) if error.kind() == std::io::ErrorKind::NotFound => Ok(Self::default()),
-            Err(error) => Err(error).with_context(|| format!("reading {path}")),
-        }
+        let context = || format!("reading {path}");
+        let text = none_if_missing(std::fs::read_to_string(&path)).with_context(context)?;
+        text.map_or_else(|| Ok(Self::default()), |text| toml::from_str(&text)).with_context(context)
     }
 }
 

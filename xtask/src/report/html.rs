@@ -15,6 +15,7 @@ use super::{
 use crate::progress::format_bytes;
 use crate::report::disk_map::DiskMap;
 use crate::report::{ReportRegion, ReportStage};
+use crate::time::civil_date;
 
 /// The name ends in `.html.j2`: this enables escaping.
 const TEMPLATE: &str = "report.html.j2";
@@ -285,17 +286,9 @@ fn tiles(class: &'static str, items: &[Item], area: Rect, smallest: u64) -> Vec<
     squarify(&sizes, area).into_iter().zip(shown).map(tile).collect()
 }
 
-/// Seconds since 1970 as `2026-11-05 00:00 UTC`. The calendar is Howard Hinnant's
-/// `civil_from_days`, with years that begin in March so that the leap day comes last.
+/// Seconds since 1970 as `2026-11-05 00:00 UTC`.
 fn format_date(epoch: u64) -> String {
-    let (days, seconds) = (epoch / 86_400 + 719_468, epoch % 86_400);
-    let (era, day_of_era) = (days / 146_097, days % 146_097);
-    let year = (day_of_era - day_of_era / 1460 + day_of_era / 36_524 - day_of_era / 146_096) / 365;
-    let day_of_year = day_of_era - (365 * year + year / 4 - year / 100);
-    let shifted = (5 * day_of_year + 2) / 153;
-    let day = day_of_year - (153 * shifted + 2) / 5 + 1;
-    let month = if shifted < 10 { shifted + 3 } else { shifted - 9 };
-    let year = year + era * 400 + u64::from(month <= 2);
+    let ((year, month, day), seconds) = (civil_date(epoch / 86_400), epoch % 86_400);
     format!("{year:04}-{month:02}-{day:02} {:02}:{:02} UTC", seconds / 3600, seconds / 60 % 60)
 }
 

@@ -7,14 +7,13 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use camino::Utf8Path;
-use sha2::{Digest, Sha256};
 use ureq::http::Response;
 use ureq::tls::TlsConfig;
 use ureq::{Agent, RequestBuilder};
 
 use super::ObjectError;
 use super::format::LARGEST_TEXT;
-use crate::artifact::hex;
+use crate::artifact::hash_reader;
 use crate::tls::load_authorities;
 
 /// The timeouts of a server.
@@ -166,18 +165,12 @@ impl HttpClient {
         // One additional byte is enough to detect a wrong object.
         let mut body = body.take(limit.saturating_add(1));
         let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
-        let (mut hasher, mut buffer) = (Sha256::new(), vec![0; 1 << 18]);
-        loop {
-            match body.read(&mut buffer).with_context(context)? {
-                0 => break,
-                n => {
-                    hasher.update(&buffer[..n]);
-                    out.write_all(&buffer[..n]).with_context(|| format!("writing {into}"))?;
-                    received(n as u64);
-                }
-            }
-        }
-        let found = hex(&hasher.finalize());
+        let failed = |error| anyhow::Error::new(error).context(context());
+        let (_, found) = hash_reader(&mut body, failed, |bytes| {
+            out.write_all(bytes).with_context(|| format!("writing {into}"))?;
+            received(bytes.len() as u64);
+            Ok(())
+        })?;
         if found != sha256 {
             drop(fs::remove_file(into));
             return Err(ObjectError::Damaged(format!(

@@ -13,11 +13,10 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renameat_with};
 use rustix::io::Errno;
-use sha2::{Digest, Sha256};
 
 use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
-use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
-use crate::artifact::{hash_bytes, hash_file, hex};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, newest_index};
+use crate::artifact::{hash_bytes, hash_file, hash_reader, none_if_missing};
 use crate::scratch::unique_name;
 
 /// The suffix of unfinished files; `release gc` removes those of interrupted publishers.
@@ -136,14 +135,11 @@ impl DirectoryStore {
     /// The highest existing serial.
     fn newest(&self, channel: Channel) -> Result<Option<u64>> {
         let dir = self.generations(channel);
-        let entries = match dir.read_dir_utf8() {
-            Ok(entries) => entries,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("reading {dir}")),
-        };
+        let context = || format!("reading {dir}");
+        let entries = none_if_missing(dir.read_dir_utf8()).with_context(context)?;
         let mut newest = None;
-        for entry in entries {
-            let entry = entry.with_context(|| format!("reading {dir}"))?;
+        for entry in entries.into_iter().flatten() {
+            let entry = entry.with_context(context)?;
             newest = newest.max(entry.file_name().parse::<u64>().ok());
         }
         Ok(newest)
@@ -182,11 +178,8 @@ impl FileStore for DirectoryStore {
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let path = self.root.join(path);
-        let file = match File::open(&path) {
-            Ok(file) => file,
-            Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
-            Err(error) => return Err(error).with_context(|| format!("opening {path}")),
-        };
+        let file = none_if_missing(File::open(&path)).with_context(|| format!("opening {path}"))?;
+        let Some(file) = file else { return Ok(None) };
         let mut content = Vec::new();
         file.take(LARGEST_TEXT + 1)
             .read_to_end(&mut content)
@@ -216,18 +209,9 @@ impl FileStore for DirectoryStore {
     fn put(&self, sha256: &str, from: &Utf8Path) -> Result<()> {
         let mut source = File::open(from).with_context(|| format!("opening {from}"))?;
         self.write_and_rename(&self.object(sha256), true, |file| {
-            let mut hasher = Sha256::new();
-            let mut buffer = vec![0; 1 << 20];
-            loop {
-                match source.read(&mut buffer).with_context(|| format!("reading {from}"))? {
-                    0 => break,
-                    n => {
-                        hasher.update(&buffer[..n]);
-                        file.write_all(&buffer[..n]).context("writing")?;
-                    }
-                }
-            }
-            let found = hex(&hasher.finalize());
+            let failed = |error| anyhow::Error::new(error).context(format!("reading {from}"));
+            let (_, found) =
+                hash_reader(&mut source, failed, |bytes| file.write_all(bytes).context("writing"))?;
             ensure!(
                 found == sha256,
                 "{from} has the SHA-256 {found}, expected {sha256}\n\
@@ -241,15 +225,9 @@ impl FileStore for DirectoryStore {
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let from = self.object(sha256);
         let bad = |what: String| Err(ObjectError::Damaged(format!("{from} {what}")).into());
-        let size = match fs::metadata(&from) {
-            Ok(metadata) => metadata.len(),
-            Err(error) if error.kind() == ErrorKind::NotFound => {
-                return Err(ObjectError::Missing(format!("{from} is missing")).into());
-            }
-            Err(error) => {
-                return Err(error).with_context(|| format!("reading the metadata of {from}"));
-            }
-        };
+        let size = none_if_missing(fs::metadata(&from).map(|metadata| metadata.len()))
+            .with_context(|| format!("reading the metadata of {from}"))?
+            .ok_or_else(|| ObjectError::Missing(format!("{from} is missing")))?;
         if size > limit {
             return bad(format!("has {size} bytes, expected at most {limit}"));
         }
@@ -293,19 +271,10 @@ impl ReleaseStore for DirectoryStore {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose();
         let seen = seen.with_context(|| format!("reading {} of {}", channel.path(), self.root))?;
-        let newest = self.newest(channel)?;
-        let token = |serial: u64| ChannelToken::Version(serial.to_string());
-        match (newest, seen) {
-            // A copy of a store may lack the directory of serials.
-            (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
-            (Some(newest), _) => {
-                let path = format!("channels/{channel}.d/{newest}");
-                let content = self.read(&path)?;
-                ensure!(content.is_some(), "{path} of {} no longer exists", self.root);
-                Ok((content, token(newest)))
-            }
-            (None, _) => Ok((None, ChannelToken::Absent)),
-        }
+        newest_index((visible, seen), self.newest(channel)?, |newest| {
+            let path = format!("channels/{channel}.d/{newest}");
+            self.read(&path)?.with_context(|| format!("{path} of {} no longer exists", self.root))
+        })
     }
 
     fn swap(

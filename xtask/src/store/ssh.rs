@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
 
 use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
-use super::{ChannelToken, FileStore, ObjectError, ReleaseStore};
+use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, newest_index};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::exec::Tool;
 use crate::scratch::{create_scratch_dir, unique_name};
@@ -340,19 +340,12 @@ impl ReleaseStore for SshStore {
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {
         let visible = self.read(&channel.path())?;
         let seen = visible.as_deref().map(ChannelIndex::serial_of).transpose()?;
-        let token = |serial: u64| ChannelToken::Version(serial.to_string());
-        match (self.newest(channel)?, seen) {
-            (newest, Some(seen)) if newest.is_none_or(|n| n <= seen) => Ok((visible, token(seen))),
-            (Some(newest), _) => {
-                let content = self.read(&format!("channels/{channel}.d/{newest}"))?;
-                ensure!(
-                    content.is_some(),
-                    "the file of the serial {newest} of {channel} no longer exists"
-                );
-                Ok((content, token(newest)))
-            }
-            (None, _) => Ok((None, ChannelToken::Absent)),
-        }
+        newest_index((visible, seen), self.newest(channel)?, |newest| {
+            let content = self.read(&format!("channels/{channel}.d/{newest}"))?;
+            content.with_context(|| {
+                format!("the file of the serial {newest} of {channel} no longer exists")
+            })
+        })
     }
 
     fn swap(

@@ -171,7 +171,7 @@ fn run_compiler(
     }
     std::fs::write(dir.join("groups"), groups).with_context(|| format!("writing {dir}/groups"))?;
 
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
+    let cores = crate::parallel::cores();
     let step = ProgressStep::new("wheels", "compiling modules", total, ProgressUnit::Items);
     let mut failed = 0;
     let mut tool = python

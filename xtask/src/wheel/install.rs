@@ -4,7 +4,7 @@
 use std::collections::{BTreeMap, BTreeSet};
 use std::io::Write;
 
-use anyhow::{Context, Result, anyhow, bail, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
@@ -16,6 +16,7 @@ use super::fetch::DownloadedWheel;
 use super::lock::WheelLock;
 use super::metadata::{EntryPoint, License, RecordLine, format_record};
 use crate::artifact::{Artifact, write_atomically};
+use crate::parallel;
 use crate::progress::warn;
 
 /// The content of INSTALLER (PEP 376).
@@ -302,32 +303,15 @@ pub fn preview_files(
 
 /// Reads and checks all wheels, on all cores.
 fn open_all(fetched: &[DownloadedWheel]) -> Result<Vec<CheckedWheel>> {
-    let next = std::sync::atomic::AtomicUsize::new(0);
-    let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
     // The largest first, so that the cores finish at about the same time.
     let mut order: Vec<usize> = (0..fetched.len()).collect();
     order.sort_by_key(|i| std::cmp::Reverse(fetched[*i].locked.size));
-    let work = || {
-        let mut done = Vec::new();
-        while let Some(index) =
-            order.get(next.fetch_add(1, std::sync::atomic::Ordering::Relaxed)).copied()
-        {
-            let DownloadedWheel { locked, path } = &fetched[index];
-            done.push((index, CheckedWheel::open(path, &locked.file, Some(&locked.sha256))));
-        }
-        done
-    };
-    let mut all = std::thread::scope(|scope| {
-        let threads: Vec<_> = (0..cores).map(|_| scope.spawn(work)).collect();
-        let mut all = Vec::new();
-        for thread in threads {
-            all.extend(thread.join().map_err(|_| anyhow!("a thread that reads wheels panicked"))?);
-        }
-        anyhow::Ok(all)
+    let mut wheels = parallel::map(&order, parallel::cores(), |&index| {
+        let DownloadedWheel { locked, path } = &fetched[index];
+        Ok((index, CheckedWheel::open(path, &locked.file, Some(&locked.sha256))?))
     })?;
-    // The first error in the lock's order, whichever thread was faster.
-    all.sort_by_key(|(index, _)| *index);
-    all.into_iter().map(|(_, wheel)| wheel).collect()
+    wheels.sort_by_key(|(index, _)| *index);
+    Ok(wheels.into_iter().map(|(_, wheel)| wheel).collect())
 }
 
 /// The input of `write_records` from `place`: the distribution, and the path of its RECORD.

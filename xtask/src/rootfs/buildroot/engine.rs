@@ -61,7 +61,7 @@ pub fn run_build(request: &BuildrootRequest<'_>) -> Result<BuildrootInfo> {
         say("base", format!("{done} of {total} packages are already finished"));
     }
     let step = ProgressStep::new("base", "building packages", total as u64, ProgressUnit::Items);
-    let jobs = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) + 1;
+    let jobs = crate::parallel::cores() + 1;
     let make = setup
         .fetching(request.site)
         .arg(format!("-j{jobs}"))

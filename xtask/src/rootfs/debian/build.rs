@@ -4,8 +4,6 @@
 use std::collections::BTreeSet;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -17,6 +15,7 @@ use super::scratch::ScratchDirectory;
 use super::{DebianSpec, binfmt, inventory, repo, unpack};
 use crate::artifact::{Artifact, write_atomically};
 use crate::exec::Tool;
+use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit};
 use crate::rootfs::kernel::{self, ModuleRules};
 use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches, files_below};
@@ -250,29 +249,11 @@ fn plain_archive(debs: &[&LockedDeb], dir: &Utf8Path) -> Result<()> {
     make_readable(dir, 0o755)?;
     let step =
         ProgressStep::new("base", "reading packages", debs.len() as u64, ProgressUnit::Items);
-    let next = AtomicUsize::new(0);
-    let stanzas: Mutex<Vec<(usize, Result<String>)>> = Mutex::new(Vec::new());
-    let workers = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-    std::thread::scope(|scope| {
-        for _ in 0..workers {
-            scope.spawn(|| {
-                while let Some(deb) = debs.get(next.fetch_add(1, Ordering::Relaxed)) {
-                    let made = plain_deb(deb, dir);
-                    step.advance(1);
-                    let index = debs.iter().position(|d| std::ptr::eq(*d, *deb)).unwrap_or(0);
-                    stanzas.lock().unwrap_or_else(|e| e.into_inner()).push((index, made));
-                }
-            });
-        }
-    });
-    let mut stanzas = stanzas.into_inner().unwrap_or_else(|e| e.into_inner());
-    stanzas.sort_by_key(|(index, _)| *index);
-    let mut text = String::new();
-    for (_, stanza) in stanzas {
-        text.push_str(&stanza?);
-    }
+    let stanzas = parallel::map(debs, parallel::cores(), |deb| {
+        plain_deb(deb, dir).inspect(|_| step.advance(1))
+    })?;
     let path = dir.join("Packages");
-    fs::write(&path, text).with_context(|| format!("writing {path}"))?;
+    fs::write(&path, stanzas.concat()).with_context(|| format!("writing {path}"))?;
     make_readable(&path, 0o644)
 }
 
