@@ -4,29 +4,18 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use xtask::cli::{Command, CommandLine};
-use xtask::{bench, cmd, local};
+use xtask::{cmd, local, text};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    // The benchmark runs itself as a child process, to measure its memory separately.
-    let outcome = match arguments.get(1).map(String::as_str) {
-        Some(bench::bundle::CHILD) => {
-            bench::bundle::run_child(arguments.get(2..).unwrap_or_default())
-        }
+    text::report_outcome(match arguments.get(1).map(String::as_str) {
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
         _ => {
             let cli = CommandLine::parse();
             check_temporary_folder().and_then(|()| run(&cli))
         }
-    };
-    match outcome {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            xtask::errln!("error: {}", xtask::text::describe_error(&error));
-            ExitCode::FAILURE
-        }
-    }
+    })
 }
 
 /// Every program that we start inherits it, and each would report the missing directory in its own
@@ -54,7 +43,7 @@ fn run(cli: &CommandLine) -> anyhow::Result<()> {
         Command::Push(options) => cmd::push::push(options),
         Command::Release(verb) => cmd::release::release(verb),
         Command::Publish(options) => cmd::publish::publish(options),
-        Command::Bench(options) => cmd::bench::bench(options),
+        Command::Bench(_) => cmd::bench::bench(),
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
         Command::Keys(verb) => cmd::keys::keys(verb),

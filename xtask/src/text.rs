@@ -122,6 +122,17 @@ pub fn describe_error(error: &anyhow::Error) -> String {
     causes.join(": ") + &help
 }
 
+/// Prints the error of a program, and returns its exit status.
+pub fn report_outcome(outcome: anyhow::Result<()>) -> std::process::ExitCode {
+    match outcome {
+        Ok(()) => std::process::ExitCode::SUCCESS,
+        Err(error) => {
+            crate::errln!("error: {}", describe_error(&error));
+            std::process::ExitCode::FAILURE
+        }
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

@@ -192,7 +192,7 @@ fn every_command_shown_is_one_that_the_tool_accepts() {
 }
 
 /// Crates besides `xtask` whose modules are all on the map.
-const CRATES: [&str; 4] = ["bundle/src", "contract/src", "slotd/src", "bootmodel/src"];
+const CRATES: [&str; 5] = ["bench/src", "bundle/src", "contract/src", "slotd/src", "bootmodel/src"];
 
 #[test]
 fn every_module_is_on_the_map() {
