@@ -3,32 +3,13 @@
 mod floors;
 mod names;
 mod style;
+#[path = "common/workspace.rs"]
+mod workspace;
 
 use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
-
-fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// Files that git tracks or would track, with their text; what is not UTF-8 is left out.
-fn files() -> Vec<(Utf8PathBuf, String)> {
-    let output = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-        .current_dir(root())
-        .output()
-        .expect("git runs");
-    assert!(output.status.success(), "git ls-files failed");
-    String::from_utf8(output.stdout)
-        .expect("UTF-8")
-        .lines()
-        .filter_map(|line| {
-            let text = std::fs::read_to_string(root().join(line)).ok()?;
-            Some((Utf8PathBuf::from(line), text))
-        })
-        .collect()
-}
+use workspace::{complain, files, root};
 
 fn rust() -> Vec<(Utf8PathBuf, String)> {
     files().into_iter().filter(|(path, _)| path.extension() == Some("rs")).collect()
@@ -37,10 +18,6 @@ fn rust() -> Vec<(Utf8PathBuf, String)> {
 /// Whether a file is the host tool's, whose benchmarks are a crate of their own.
 fn is_host_tool(path: &Utf8Path) -> bool {
     ["xtask/src", "bench/src"].iter().any(|tree| path.starts_with(tree))
-}
-
-fn complain(findings: Vec<String>) {
-    assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
 }
 
 #[test]
