@@ -225,7 +225,7 @@ impl Scene<'_> {
                 starts += 1;
                 let expected = then(moment.1.clone().unwrap_or(now));
                 seen.insert(moment);
-                put(&state, &data);
+                state.write(&data);
                 start(robot);
                 check_started(robot, &known, &expected, &at);
                 if starts % INSTALLS == 0 {
@@ -253,11 +253,6 @@ impl Scene<'_> {
 fn snapshot_of(files: &Recorder, known: &Known) -> BTreeSet<String> {
     let states = files.states(files.points() - 1);
     states.iter().map(|state| known.serves(&state.below("apps"), "at the end")).collect()
-}
-
-fn put(state: &State, data: &Path) {
-    fs::remove_dir_all(data).unwrap();
-    state.write(data);
 }
 
 /// The confirmed version serves.
@@ -352,7 +347,7 @@ fn a_wheel_that_rotted_heals_in_all_versions() {
             assert!(count == 0 || point + 1 < files.points(), "{at}: the end is not on the disk");
             if different.len().is_multiple_of(INSTALLS) {
                 installs += 1;
-                put(&state, &data);
+                state.write(&data);
                 start(&robot);
                 install(&robot, "10.1.0", &DirectFileChanges).unwrap();
                 check_started(&robot, &known, "10.1.0", &at);
@@ -442,7 +437,7 @@ fn the_start_that_takes_an_unconfirmed_api_back() {
         pending && system.get(Path::new("version.txt")).is_some_and(|text| text.ends_with("10.1.0"))
     };
     let states = (0..files.points()).rev().map(|point| files.states(point).swap_remove(0));
-    put(&states.into_iter().find(on_trial).unwrap(), &robot.path("data"));
+    states.into_iter().find(on_trial).unwrap().write(&robot.path("data"));
     let (root, events) = (robot.root(), EventLog::new(&robot.root()));
     scene.cut(&robot, |files| {
         settle(&root, &events, files).unwrap();
@@ -474,7 +469,7 @@ fn the_start_of_a_base_that_the_api_does_not_fit() {
             if !different.insert(state.key(&|_| false)) {
                 continue;
             }
-            put(&state, &robot.path("data"));
+            state.write(&robot.path("data"));
             start(&robot);
             check_started(&robot, &versions, OWN, "with a damaged note");
             // The previous base starts again, and finds its API.
@@ -502,7 +497,7 @@ fn a_disk_that_fails_at_any_change_leaves_one_whole_api() {
     let mut failed = 0;
     for version in ["10.1.0", "10.1.9"] {
         for call in 0.. {
-            put(&fresh, &data);
+            fresh.write(&data);
             // EIO and ENOSPC, as every Linux architecture numbers them.
             let files = Recorder::new(&data).failing(call, [5, 28][call % 2]);
             let result = install(&robot, version, &files);

@@ -13,7 +13,7 @@ use std::fs;
 use std::path::{Path, PathBuf};
 
 use bundle::Version;
-use crash::{Recorder, Snapshot, State, snapshot};
+use crash::{Recorder, Snapshot, snapshot};
 use slotd::data::{
     MigrationStep, PendingChange, apply_with, backup, migrate_with, reset_with, restore_with,
 };
@@ -86,11 +86,6 @@ fn version(text: &str) -> Version {
     Version::parse(text).unwrap()
 }
 
-fn put(state: &State, data: &Path) {
-    fs::remove_dir_all(data).unwrap();
-    state.write(data);
-}
-
 /// The results of `check` for all states that a cut of this recording could leave.
 fn cut(what: &str, files: &Recorder, root: &RootDir, check: &dyn Fn(&str) -> String) -> usize {
     let mut states = 0;
@@ -101,7 +96,7 @@ fn cut(what: &str, files: &Recorder, root: &RootDir, check: &dyn Fn(&str) -> Str
             if !different.insert(state.key(&|_| false)) {
                 continue;
             }
-            put(&state, &root.data());
+            state.write(&root.data());
             seen.insert(check(&format!("{what}, point {point}, state {number}")));
         }
     }
@@ -113,7 +108,7 @@ fn cut(what: &str, files: &Recorder, root: &RootDir, check: &dyn Fn(&str) -> Str
     // At its end everything is durable.
     let mut end = BTreeSet::new();
     for state in files.states(files.points() - 1) {
-        put(&state, &root.data());
+        state.write(&root.data());
         end.insert(check(&format!("{what}, at its end")));
     }
     assert_eq!(end.len(), 1, "{what}: {end:?}");

@@ -19,7 +19,7 @@ use std::process::{Command, Stdio};
 use std::sync::Mutex;
 
 use bundle::bootstate::Slot;
-use common::rights::is_root;
+use common::rights::{NOBODY, is_root};
 use common::{Plan, Robot, bundle_of_version, new_system, write};
 use slotd::boot::{BootControl, SlotTrial, Tryboot};
 use slotd::device::RobotDevice;
@@ -29,9 +29,6 @@ use slotd::health;
 use slotd::install::InstallOptions;
 use slotd::machine::RobotContext;
 use slotd::storage::Storage;
-
-/// The unprivileged user `nobody` of Debian.
-const NOBODY: u32 = 65534;
 
 /// What runs out.
 #[derive(Debug, Clone, Copy, PartialEq)]

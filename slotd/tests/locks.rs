@@ -17,13 +17,10 @@ use std::process::{Command, Output, Stdio};
 use std::time::{Duration, Instant};
 
 use bundle::bootstate::Slot;
-use common::rights::is_root;
+use common::rights::{NOBODY, is_root};
 use common::{Plan, Robot, answer, bundle_of, bundle_of_version, new_system, write};
 use rustix::fs::FlockOperation;
 use slotd::lock::{LockScope, ProcessLock};
-
-/// The unprivileged user `nobody` of Debian.
-const NOBODY: u32 = 65534;
 
 /// Longer than any verb takes, even on a busy machine: one that waits for a lock waits for ever.
 const FOR_EVER: Duration = Duration::from_secs(120);

@@ -354,7 +354,6 @@ fn a_power_cut_anywhere_on_data_is_taken_over_again() {
     for point in 0..recorder.points() {
         for state in recorder.states(point) {
             states += 1;
-            fs::remove_dir_all(&data).unwrap();
             state.write(&data);
             // The boot partition is changed only after all of this is durable.
             take_over(&robot, &DirectFileChanges, &Volume::new(card.clone())).unwrap();
@@ -365,7 +364,6 @@ fn a_power_cut_anywhere_on_data_is_taken_over_again() {
     }
     // At its end everything is durable.
     for state in recorder.states(recorder.points() - 1) {
-        fs::remove_dir_all(&data).unwrap();
         state.write(&data);
         assert_eq!(taken_from(&robot), expected);
     }

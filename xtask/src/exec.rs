@@ -82,7 +82,7 @@ impl Tool {
         self
     }
 
-    /// Passes the variables to cargo that the workspace's tests may need.
+    /// Passes the variables to cargo that the workspace's tests and benchmarks may need.
     #[must_use]
     pub fn with_tests(mut self) -> Self {
         self.command.envs(environment::of_tests());

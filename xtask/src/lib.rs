@@ -4,7 +4,6 @@
 
 pub mod affected;
 pub mod artifact;
-pub mod bench;
 pub mod build;
 pub mod cache;
 pub mod cli;

@@ -4,15 +4,11 @@ use std::process::ExitCode;
 
 use clap::{CommandFactory, Parser};
 use xtask::cli::{Command, CommandLine};
-use xtask::{bench, cmd, local, program};
+use xtask::{cmd, local, program};
 
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().collect();
-    // The benchmark runs itself as a child process, to measure its memory separately.
     let outcome = match arguments.get(1).map(String::as_str) {
-        Some(bench::bundle::CHILD) => {
-            bench::bundle::run_child(arguments.get(2..).unwrap_or_default())
-        }
         // Process 1 of a local system is this program, too.
         Some(local::CHILD) => local::init::run(),
         _ => {
@@ -34,7 +30,7 @@ fn run(cli: &CommandLine) -> anyhow::Result<()> {
         Command::Push(options) => cmd::push::push(options),
         Command::Release(verb) => cmd::release::release(verb),
         Command::Publish(options) => cmd::publish::publish(options),
-        Command::Bench(options) => cmd::bench::bench(options),
+        Command::Bench(_) => cmd::bench::bench(),
         Command::Lock(options) => cmd::lock::lock(options),
         Command::Buildroot(verb) => cmd::buildroot::buildroot(verb),
         Command::Keys(verb) => cmd::keys::keys(verb),

@@ -1,13 +1,12 @@
 //! What the boards say about their hardware, held against what the hardware does: the watchdog's arithmetic, the firmware's
 //! choice of files, the places of the boot state, the environment of U-Boot. The sources are in the boards' files.
 
-use crate::common::workspace;
+use crate::common::{copy_to, root};
 
 use std::process::Command;
 
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-use workspace::{copy_to, workspace};
 use xtask::build::environment;
 use xtask::config;
 use xtask::config::board::BootFlowKind;
@@ -34,7 +33,7 @@ fn holds(seconds: u64) -> bool {
 
 /// Every product for every board of its list.
 fn builds() -> Result<Vec<(Plan, RenderedFiles)>> {
-    let root = workspace();
+    let root = root();
     let mut builds = Vec::new();
     for product in config::list_products(&root)? {
         for board in &config::read_product(&root, &product)?.boards {
@@ -98,7 +97,7 @@ fn every_second_that_a_watchdog_is_given_is_one_that_it_can_count() -> Result<()
 /// a hang ends no later than the deadline and what the hardware still counts.
 #[test]
 fn a_trial_is_given_to_the_watchdog_in_whole_turns_of_its_counter() -> Result<()> {
-    let init = std::fs::read_to_string(workspace().join("board/common/init"))?;
+    let init = std::fs::read_to_string(root().join("board/common/init"))?;
     let begin = init.find("    left=$((deadline - $(seconds)))").context("begin_trial")?;
     let lines = &init[begin..begin + init[begin..].find("    watched=no").context("its end")?];
     let deadlines = (20..=1800).step_by(89).chain([60, 120, 300, 600, 1800]);
@@ -221,8 +220,8 @@ fn earlier_cards_are_listed_as_they_were_flashed() -> Result<()> {
 /// Nothing but our script starts, and no input stops it; the same for a U-Boot that reads a file and one that is built here.
 #[test]
 fn u_boot_starts_our_script_and_nothing_else() -> Result<()> {
-    let built = std::fs::read_to_string(workspace().join("external/u-boot/raspberrypi.fragment"))?
-        + &std::fs::read_to_string(workspace().join("external/u-boot/common.fragment"))?;
+    let built = std::fs::read_to_string(root().join("external/u-boot/raspberrypi.fragment"))?
+        + &std::fs::read_to_string(root().join("external/u-boot/common.fragment"))?;
     for line in
         ["CONFIG_BOOTDELAY=-2", "CONFIG_ENV_IS_NOWHERE=y", "# CONFIG_USE_PREBOOT is not set"]
     {
@@ -295,7 +294,7 @@ fn a_trial_starts_the_watchdog_before_the_kernel() -> Result<()> {
 /// In a lab robot that line drives the motors.
 #[test]
 fn a_product_without_a_console_is_silent_on_the_serial_line() -> Result<()> {
-    let root = workspace();
+    let root = root();
     let boards =
         [("robot-dev", "pi3"), ("robot-dev", "pi4-uboot"), ("robot", "pi4"), ("robot", "pi5")];
     // None, or one on another port.
@@ -330,7 +329,7 @@ fn a_product_without_a_console_is_silent_on_the_serial_line() -> Result<()> {
 
 #[test]
 fn the_radios_country_and_another_console_reach_the_kernel() -> Result<()> {
-    let root = workspace();
+    let root = root();
     let mut config = config::load(&root, Some("robot-dev"), Some("pi3"))?;
     let place = config.product.place.clone();
     let other = config::product::ConsoleDevice(Some("ttyUSB0".to_owned()));
@@ -436,7 +435,7 @@ fn an_example_is_a_product_but_for_its_key_and_its_lock() -> Result<()> {
 /// An example that needs nothing of its owner is as complete as a product: its lock is of what it asks for.
 #[test]
 fn an_example_without_further_archives_can_be_built_as_it_is() -> Result<()> {
-    let root = workspace();
+    let root = root();
     let mut complete = 0;
     for name in config::list_examples(&root)? {
         let config = config::load(&root, Some(&name), None)?;

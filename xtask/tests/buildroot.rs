@@ -1,6 +1,8 @@
 //! The engine `buildroot`, as far as it needs no Buildroot tree: golden defconfigs, the reading of
 //! recorded output, what must be built again, and the fetching of a tree.
 
+use crate::common::{folder, root};
+
 use std::collections::BTreeSet;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -13,10 +15,6 @@ use xtask::rootfs::buildroot::info::BuildrootInfo;
 use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
 use xtask::rootfs::buildroot::tree::{self, TreeChoice};
 use xtask::{config, plan, render, tools};
-
-fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
 
 fn recorded(name: &str) -> String {
     let path = root().join("xtask/tests/fixtures/buildroot").join(name);
@@ -229,8 +227,7 @@ fn repository(dir: &Utf8Path) -> (String, String) {
 
 #[test]
 fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
-    let guard = tempfile::tempdir().expect("a directory");
-    let dir = Utf8PathBuf::try_from(guard.path().canonicalize().expect("a path")).expect("UTF-8");
+    let (_guard, dir) = folder();
     let (url, commit) = repository(&dir.join("upstream"));
     let cache = dir.join("cache");
     let mut plan = BuildrootPlan {

@@ -1,6 +1,8 @@
 //! What is taken from a finished Buildroot output directory. The directory has the shape that
 //! Buildroot gives it, with the recorded list of packages; its programs are headers only.
 
+use crate::common::folder;
+
 use std::io::Write as _;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -57,8 +59,7 @@ fn rootfs(path: &Utf8Path, busybox: &[u8]) {
 }
 
 fn made() -> Made {
-    let guard = tempfile::tempdir().expect("a directory");
-    let dir = Utf8PathBuf::try_from(guard.path().canonicalize().expect("a path")).expect("UTF-8");
+    let (guard, dir) = folder();
     let here = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixtures/buildroot");
     let recorded = std::fs::read_to_string(here.join("show-info.json")).expect("recorded");
     let mut info = BuildrootInfo::parse(&recorded).expect("a list of packages");

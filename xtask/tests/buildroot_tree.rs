@@ -3,10 +3,13 @@
 
 #[path = "common/skip.rs"]
 mod skip;
+#[path = "common/workspace.rs"]
+mod workspace;
 
 use std::time::Instant;
 
 use camino::{Utf8Path, Utf8PathBuf};
+use workspace::root;
 use xtask::cache::Cache;
 use xtask::exec::Tool;
 use xtask::plan::CheckoutFacts;
@@ -18,10 +21,6 @@ use xtask::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use xtask::rootfs::buildroot::tree::pinned_path;
 use xtask::rootfs::buildroot::{engine, menus};
 use xtask::{config, plan};
-
-fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
 
 /// The pinned tree; `None` when it is not in the cache.
 fn tree(test: &str) -> Option<Utf8PathBuf> {

@@ -6,7 +6,7 @@ use crate::fixture_support;
 use camino::{Utf8Path, Utf8PathBuf};
 use std::process::Command;
 
-use fixture_support::{Workspace, copy, locks};
+use fixture_support::{Workspace, locks};
 use xtask::config;
 use xtask::plan::CheckoutFacts;
 use xtask::{plan, render};
@@ -309,14 +309,13 @@ fn every_rule_has_its_message() {
     let bless = std::env::var_os("SLIPWAY_BLESS").is_some();
     let mut wrong = Vec::new();
     for (rule, file, find, replace) in CASES {
-        let dir = tempfile::tempdir().expect("a directory");
-        let root = Utf8Path::from_path(dir.path()).expect("UTF-8").to_owned();
-        copy(&here().join("fixture"), &root);
+        let workspace = Workspace::new();
+        let root = &workspace.dir;
         let path = root.join(file);
         let text = std::fs::read_to_string(&path).expect("read");
         assert!(text.contains(find), "{rule}: the fixture no longer has {find:?}");
         std::fs::write(&path, text.replacen(find, replace, 1)).expect("written");
-        let message = match resolve(&root) {
+        let message = match resolve(root) {
             Ok(()) => {
                 wrong.push(format!("{rule}: was accepted"));
                 continue;

@@ -3,6 +3,7 @@
 //! and initrds as other tools read them. Needs apt, dpkg-deb, gpg, cpio, tar, zstd.
 
 use crate::common::archive;
+use crate::common::root;
 
 use std::fs;
 
@@ -446,8 +447,7 @@ fn a_package_that_a_further_archive_lacks_or_drops() -> Result<()> {
 /// Locks of before there were further archives.
 #[test]
 fn a_lock_without_further_archives_is_written_as_ever() -> Result<()> {
-    let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().context("the workspace")?;
-    let text = fs::read_to_string(root.join("configs/robot-dev.packages.lock"))?;
+    let text = fs::read_to_string(root().join("configs/robot-dev.packages.lock"))?;
     assert_eq!(PackagesLock::parse(&text, "a.lock".into())?.to_text()?, text);
     Ok(())
 }

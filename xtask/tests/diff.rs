@@ -1,5 +1,7 @@
 //! Differences between two small ext4 filesystems that `mke2fs` made, inside larger images.
 
+use crate::common::folder;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
@@ -52,15 +54,9 @@ fn image(dir: &Utf8Path, libc: &str, numpy: &str) -> Utf8PathBuf {
     image
 }
 
-fn temporary() -> (tempfile::TempDir, Utf8PathBuf) {
-    let dir = tempfile::tempdir().unwrap();
-    let path = Utf8PathBuf::from_path_buf(dir.path().to_owned()).unwrap();
-    (dir, path)
-}
-
 #[test]
 fn an_inventory_is_what_the_filesystem_holds() {
-    let (_guard, dir) = temporary();
+    let (_guard, dir) = folder();
     let found = Inventory::of_ext4(&image(&dir, "1", "1.26.4"), OFFSET).unwrap();
     assert_eq!(found.packages.into_iter().collect::<Vec<_>>(), [("libc6".into(), "1".into())]);
     assert_eq!(found.wheels.into_iter().collect::<Vec<_>>(), [("numpy".into(), "1.26.4".into())]);
@@ -74,7 +70,7 @@ fn an_inventory_is_what_the_filesystem_holds() {
 
 #[test]
 fn a_difference_names_what_changed() {
-    let (_guard, dir) = temporary();
+    let (_guard, dir) = folder();
     let old = Inventory::of_ext4(&image(&dir, "1", "1.26.4"), OFFSET).unwrap();
     let new = Inventory::of_ext4(&image(&dir, "22", "1.26.5"), OFFSET).unwrap();
     let difference = InventoryDifference::between(&old, &new);
@@ -105,7 +101,7 @@ files: 2 added, 2 removed, 4 changed, +3 B
 
 #[test]
 fn what_is_no_filesystem_is_refused() {
-    let (_guard, dir) = temporary();
+    let (_guard, dir) = folder();
     let path = dir.join("zero.img");
     fs::write(&path, vec![0; 1 << 20]).unwrap();
     let error = Inventory::of_ext4(&path, 4096).unwrap_err().to_string();

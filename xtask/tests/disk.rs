@@ -1,6 +1,9 @@
 //! Foreign tools read what the disk stage writes: tables, FAT volumes, ext4 images and block maps.
 //! `SLIPWAY_BLESS=1` rewrites the golden tables.
 
+use crate::common::{partition, root, tool};
+use crate::flash_support::Folder;
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::sync::OnceLock;
@@ -14,7 +17,7 @@ use xtask::disk::{
     PartitionRequest, PartitionSpec, TableKind, assemble, assemble_checked, bmap, compress,
     lay_out_disk, read, sum_image,
 };
-use xtask::exec::{self, Tool};
+use xtask::exec::Tool;
 use xtask::ext4::{self, Ext4Request, Mke2fs};
 use xtask::fetch::Downloader;
 use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
@@ -23,31 +26,12 @@ const MIB: u64 = 1 << 20;
 const EPOCH: u64 = 1_700_000_000;
 const TABLES: [TableKind; 3] = [TableKind::Mbr, TableKind::Gpt, TableKind::Hybrid];
 
-/// A directory that goes away with the test.
-struct Folder(tempfile::TempDir);
-
-impl Folder {
-    fn new() -> Self {
-        Self(tempfile::tempdir().expect("a temporary directory"))
-    }
-
-    fn at(&self, name: &str) -> Utf8PathBuf {
-        Utf8Path::from_path(self.0.path()).expect("UTF-8").join(name)
-    }
-}
-
-fn tool(name: &str) -> Tool {
-    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
-    Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
-}
-
 /// The `mke2fs` that builds use: the machine's own when it is new enough, else the one that the
 /// package lock names, fetched once into the machine's cache.
-fn mke2fs() -> Mke2fs {
+pub fn mke2fs() -> Mke2fs {
     static TOOL: OnceLock<Mke2fs> = OnceLock::new();
     let find = || -> anyhow::Result<Mke2fs> {
-        let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
-        let lock = PackagesLock::load(&root.join("configs/robot-dev.packages.lock"))?;
+        let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock"))?;
         let cache = Cache::locate()?.root;
         let downloader = Downloader::new(&cache, false)?;
         // Files in the cache need no mirror.
@@ -102,14 +86,6 @@ fn filesystems(folder: &Folder) -> (Utf8PathBuf, Utf8PathBuf) {
 }
 
 fn disk_request(table: TableKind) -> DiskRequest {
-    let partition = |name: &str, size: u64, filesystem| PartitionRequest {
-        name: name.to_owned(),
-        size: size * MIB,
-        start: None,
-        filesystem,
-        bootable: name == "boot",
-        in_mbr: name == "boot",
-    };
     DiskRequest {
         table,
         size: 128 * MIB,

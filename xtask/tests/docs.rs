@@ -3,8 +3,9 @@
 
 mod cli_reference;
 
+use crate::common::{self, complain, root};
+
 use std::collections::BTreeSet;
-use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use clap::Parser;
@@ -14,35 +15,16 @@ use xtask::cli::CommandLine;
 /// A reader who decides whether to use this reads no further.
 const README_LINES: usize = 150;
 
-fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// Files that git tracks or would track and that have this ending, with their text.
+/// Files of the workspace that have this ending, with their text.
 fn files(extension: &str) -> Vec<(Utf8PathBuf, String)> {
-    let output = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-        .current_dir(root())
-        .output()
-        .expect("git runs");
-    assert!(output.status.success(), "git ls-files failed");
-    let found: Vec<_> = String::from_utf8(output.stdout)
-        .expect("UTF-8")
-        .lines()
-        .map(Utf8PathBuf::from)
-        .filter(|path| path.extension() == Some(extension))
-        .filter_map(|path| Some((path.clone(), std::fs::read_to_string(root().join(path)).ok()?)))
-        .collect();
+    let mut found = common::files();
+    found.retain(|(path, _)| path.extension() == Some(extension));
     assert!(!found.is_empty(), "no .{extension} file found");
     found
 }
 
 fn page(path: &str) -> String {
     std::fs::read_to_string(root().join(path)).expect(path)
-}
-
-fn complain(findings: Vec<String>) {
-    assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
 }
 
 /// Each line with its number from 1, and whether it is in a fenced block.
@@ -218,7 +200,7 @@ fn every_command_of_slipway_shown_is_one_that_it_accepts() {
 }
 
 /// Crates besides `xtask` whose modules are all on the map.
-const CRATES: [&str; 4] = ["bundle/src", "contract/src", "slotd/src", "bootmodel/src"];
+const CRATES: [&str; 5] = ["bench/src", "bundle/src", "contract/src", "slotd/src", "bootmodel/src"];
 
 #[test]
 fn every_module_is_on_the_map() {

@@ -1,12 +1,14 @@
 //! What other programs see of our environment: programs that print theirs, under the names of those that we call,
 //! started by a process that has secrets.
 
+use crate::common::folder;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use xtask::exec::Tool;
 
 /// Set for the process that has the secrets: the directory of the programs.
@@ -113,8 +115,7 @@ fn programs_see_what_they_need_and_no_secrets() {
     if let Ok(folder) = std::env::var(FOLDER) {
         return child(Utf8Path::new(&folder));
     }
-    let keep = tempfile::tempdir().unwrap();
-    let folder = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
+    let (_keep, folder) = folder();
     for program in PROGRAMS {
         let path = folder.join(program);
         fs::write(&path, "#!/bin/sh\nexec env\n").unwrap();

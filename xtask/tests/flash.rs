@@ -1,5 +1,6 @@
 //! Flashing to plain files and to faulty cards of our own; disks that are refused; kills.
 
+use crate::common::{noise, text, tool};
 use crate::flash_support;
 
 use std::fs::{self, File};
@@ -13,15 +14,10 @@ use std::time::Instant;
 use camino::Utf8Path;
 use flash_support::*;
 use xtask::disk::{TableKind, bmap, compress, read};
-use xtask::exec::{self, Tool};
 use xtask::flash::card::{CardDevice, CardIo};
 use xtask::flash::device::{self, ObjectionKind};
 use xtask::flash::source::ImageSource;
 use xtask::flash::{self as flasher, FlashRequest};
-
-fn tool(name: &str) -> Tool {
-    Tool::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
-}
 
 #[test]
 fn every_mapped_byte_reaches_a_file_from_every_form() {
@@ -156,7 +152,7 @@ struct Faulty {
 
 impl Faulty {
     fn new() -> Self {
-        let bytes = Mutex::new(noise(4, SIZE as usize));
+        let bytes = Mutex::new(noise(SIZE as usize, 4));
         Self { bytes, flips: Vec::new(), broken: None, real: SIZE, dead: false }
     }
 
@@ -498,7 +494,7 @@ fn what_is_no_image_of_ours_is_told_as_such() {
     assert!(!output.status.success() && said.contains("x.img.gz is not a card image"), "{said}");
     // A window of 256 MiB, of a stream that says nowhere how long it is.
     let packed = folder.at("x.img.zst");
-    let bytes = noise(1, MIB as usize);
+    let bytes = noise(MIB as usize, 1);
     let mut encoder =
         zstd::Encoder::new(File::create(&packed).expect("a file"), 1).expect("packing");
     encoder.window_log(28).expect("a window");

@@ -1,6 +1,7 @@
 //! Flashing real block devices: loop devices, which need root and a kernel that has them.
 
 use crate::common::skip::skip;
+use crate::common::tool;
 use crate::flash_support;
 
 use std::fs::{self, File};
@@ -10,7 +11,6 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use camino::{Utf8Path, Utf8PathBuf};
 use flash_support::*;
 use xtask::disk::TableKind;
-use xtask::exec::{self, Tool};
 use xtask::flash::card::CardDevice;
 use xtask::flash::device;
 
@@ -41,10 +41,6 @@ impl Drop for Loop {
     fn drop(&mut self) {
         tool("losetup").args(["--detach", self.0.as_str()]).run().expect("detaching");
     }
-}
-
-fn tool(name: &str) -> Tool {
-    Tool::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
 }
 
 #[test]

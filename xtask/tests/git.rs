@@ -1,6 +1,7 @@
 //! What a build says of its commit, under everything that a user, a hook or an ignore rule can tell git: settings change
 //! nothing, and nothing that goes into an image is hidden.
 
+use crate::common::{copy, folder, root, text};
 use crate::fixture_support;
 
 use std::fs;
@@ -9,7 +10,7 @@ use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Stdio};
 
 use camino::{Utf8Path, Utf8PathBuf};
-use fixture_support::{copy, fixture, locks};
+use fixture_support::{fixture, locks};
 use serde_json::Value;
 use xtask::git;
 
@@ -22,18 +23,12 @@ struct Rig {
     dir: Utf8PathBuf,
 }
 
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
-}
-
 impl Rig {
     fn new() -> Self {
-        let keep = tempfile::tempdir().expect("a directory");
-        let dir =
-            Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
-        let rig = Self { _keep: keep, dir };
+        let (_keep, dir) = folder();
+        let rig = Self { _keep, dir };
         fs::create_dir(rig.dir.join("home")).expect("made");
-        copy(&fixture(), &rig.work());
+        copy(&fixture(), &rig.work()).expect("copied");
         rig.put("overlays/plain/etc/tool", "#!/bin/sh\n");
         for (path, text) in locks() {
             rig.put(path, &text);
@@ -481,7 +476,7 @@ fn a_workspace_below_a_repositorys_top_is_compared_there() {
     let rig = Rig::new();
     let top = rig.dir.join("top");
     fs::create_dir(&top).expect("made");
-    copy(&fixture(), &top.join("robot"));
+    copy(&fixture(), &top.join("robot")).expect("copied");
     let git = |words: &[&str]| {
         let mut command = rig.command("git");
         command.args(["-c", "user.name=A", "-c", "user.email=a@example.org"]).args(words);
@@ -502,9 +497,8 @@ fn a_workspace_below_a_repositorys_top_is_compared_there() {
 /// A clone on a machine that is set up for Windows has the same bytes.
 #[test]
 fn no_checkout_has_other_line_ends() {
-    let workspace = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace");
     let rig = Rig::new();
-    fs::copy(workspace.join(".gitattributes"), rig.work().join(".gitattributes")).expect("copied");
+    fs::copy(root().join(".gitattributes"), rig.work().join(".gitattributes")).expect("copied");
     rig.commit();
     let clone = rig.dir.join("clone");
     let settings = ["-c", "core.autocrlf=true", "-c", "core.eol=crlf", "clone", "--quiet"];

@@ -2,19 +2,16 @@
 //! not there, directories in circles, blocks that many files claim, and names that would drive the
 //! terminal.
 
+use crate::common::{find, folder};
+
 use std::fs::{self, File};
 use std::os::unix::fs::FileExt;
 use std::process::Command;
 
 use bundle::bootstate::{BootState, Slot};
 use camino::{Utf8Path, Utf8PathBuf};
-use xtask::exec;
 
 const MIB: u64 = 1 << 20;
-
-fn tool(name: &str) -> Command {
-    Command::new(exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}")))
-}
 
 fn run(mut command: Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
@@ -30,9 +27,8 @@ struct Folder {
 
 impl Folder {
     fn new() -> Self {
-        let keep = tempfile::tempdir().unwrap();
-        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
-        Self { dir, _keep: keep }
+        let (_keep, dir) = folder();
+        Self { dir, _keep }
     }
 
     fn write(&self, path: &str, content: &[u8]) {
@@ -44,13 +40,13 @@ impl Folder {
     /// A slot image of what was written, changed by these requests of debugfs(8).
     fn slot(&self, name: &str, requests: &[&str]) -> Utf8PathBuf {
         let path = self.dir.join(name);
-        let mut make = tool("mke2fs");
+        let mut make = Command::new(find("mke2fs"));
         // Without checksums, which an attacker would correct anyway.
         make.args(["-q", "-F", "-t", "ext4", "-O", "^metadata_csum", "-d"]);
         make.args([self.dir.join("root").as_str(), path.as_str(), "64M"]);
         run(make);
         for request in requests {
-            let mut debugfs = tool("debugfs");
+            let mut debugfs = Command::new(find("debugfs"));
             debugfs.args(["-w", "-R", request, path.as_str()]);
             let said = run(debugfs);
             assert_eq!(said.lines().count(), 1, "{request}: {said}");
@@ -59,7 +55,7 @@ impl Folder {
     }
 
     fn inspect(&self, words: &[&str]) -> (Option<i32>, String) {
-        let mut command = tool("prlimit");
+        let mut command = Command::new(find("prlimit"));
         command.args(["--as=1073741824", env!("CARGO_BIN_EXE_xtask"), "inspect"]).args(words);
         command.env("SLIPWAY_KEYS", self.dir.join("keys"));
         let output = command.output().unwrap();
@@ -114,7 +110,7 @@ fn sizes_that_are_claimed_are_not_allocated() {
             let file = File::options().write(true).open(&path).unwrap();
             file.write_all_at(&number.to_le_bytes(), 1024 + offset).unwrap();
         } else {
-            let mut debugfs = tool("debugfs");
+            let mut debugfs = Command::new(find("debugfs"));
             debugfs.args(["-w", "-R", request, path.as_str()]);
             run(debugfs);
         }

@@ -2,6 +2,8 @@
 //! whose `/sys` says where each hangs. Only what would change this machine (mounts, modules, the restart) is
 //! replaced; the step after the search, `switch_root`, refuses to run here, which ends the script.
 
+use crate::common::find;
+
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Child, Command, Output, Stdio};
@@ -51,8 +53,7 @@ impl Machine {
         machine.put("root/sbin/init", "");
         fs::set_permissions(machine.at("root/sbin/init"), fs::Permissions::from_mode(0o755))
             .expect("a mode");
-        let busybox =
-            xtask::exec::find_program("busybox").expect("busybox: cargo xtask doctor --install");
+        let busybox = find("busybox");
         fs::create_dir_all(machine.at("bin")).expect("made");
         fs::copy(busybox, machine.at("bin/busybox")).expect("copied");
         machine

@@ -1,21 +1,17 @@
 //! The key directory as people meet it: under any umask, with a damaged key set, with ids as other tools write them.
 
+use crate::common::{folder, good};
+
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output};
 
 use bundle::KeySet;
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::Utf8Path;
 use xtask::store::FileStore;
 use xtask::store::directory::DirectoryStore;
 
 const PASSWORD: &str = "a password of a test";
-
-fn folder() -> (tempfile::TempDir, Utf8PathBuf) {
-    let dir = tempfile::tempdir().expect("a directory");
-    let path = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
-    (dir, path)
-}
 
 /// A program under a umask.
 fn under(umask: &str, program: &str, args: &[&str], environment: &[(&str, &str)]) -> Output {
@@ -28,12 +24,6 @@ fn under(umask: &str, program: &str, args: &[&str], environment: &[(&str, &str)]
 fn keys(dir: &Utf8Path, args: &[&str]) -> Output {
     let args = [&["keys"][..], args].concat();
     under("022", env!("CARGO_BIN_EXE_xtask"), &args, &[("SLIPWAY_KEYS", dir.as_str())])
-}
-
-fn good(output: Output) -> String {
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{said}");
-    String::from_utf8(output.stdout).expect("UTF-8")
 }
 
 fn refused(output: Output) -> String {

@@ -3,6 +3,7 @@
 //! so directories' modes decide.
 
 use crate::common::rights::is_root;
+use crate::common::{find, root};
 use crate::overlay_support;
 
 use std::fs::{self, Permissions};
@@ -11,7 +12,7 @@ use std::os::unix::fs::PermissionsExt;
 use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
-use overlay_support::{Robot, plans, workspace};
+use overlay_support::{Robot, plans};
 use xtask::plan::{Plan, UserPlan};
 
 const SETTINGS: &str = "etc/ssh/sshd_config.d/10-slipway.conf";
@@ -37,7 +38,7 @@ impl Server {
         // below /tmp.
         let settings =
             robot.read(SETTINGS).replace(" /data/", " /mnt/data/").replace(" /etc/", " /mnt/etc/");
-        let sshd = xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install");
+        let sshd = find("sshd");
         let mut more = format!("Port {port}\nListenAddress 127.0.0.1\nPidFile none\nUsePAM no\n");
         // From OpenSSH 9.8 on, a source whose logins fail is turned away for a while (sshd_config(5)); here they fail on purpose.
         let penalties = "PerSourcePenalties=no";
@@ -121,13 +122,11 @@ fn row(robot: &Robot, plan: &Plan, user: &UserPlan) -> String {
         (false, "locked") => "no",
         (false, _) => "with a password",
     };
-    let output = Command::new(
-        xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install"),
-    )
-    .args(["-T", "-C", &format!("user={name},host=laptop,addr=169.254.7.7"), "-f"])
-    .arg(robot.at("sshd_config"))
-    .output()
-    .expect("sshd runs");
+    let output = Command::new(find("sshd"))
+        .args(["-T", "-C", &format!("user={name},host=laptop,addr=169.254.7.7"), "-f"])
+        .arg(robot.at("sshd_config"))
+        .output()
+        .expect("sshd runs");
     let said = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let setting = |key: &str| {
@@ -168,7 +167,7 @@ fn the_table_of_who_may_log_in_is_true() {
         robot.put("sshd_config", &robot.read(SETTINGS).replace(kept, key));
         rows.extend(plan.users.iter().map(|user| row(&robot, &plan, user)));
     }
-    let page = fs::read_to_string(workspace().join(PAGE)).expect(PAGE);
+    let page = fs::read_to_string(root().join(PAGE)).expect(PAGE);
     let (_, table) = page.split_once("| user | product | console | SSH |\n").expect("the table");
     let mut told: Vec<&str> =
         table.lines().skip(1).take_while(|line| line.starts_with('|')).collect();

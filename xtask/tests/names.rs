@@ -7,8 +7,8 @@ use proc_macro2::{TokenStream, TokenTree};
 use super::{complain, rust};
 
 /// The sources that share one set of names.
-const TREES: [&str; 5] =
-    ["bootmodel/src/", "bundle/src/", "contract/src/", "slotd/src/", "xtask/src/"];
+const TREES: [&str; 6] =
+    ["bench/src/", "bootmodel/src/", "bundle/src/", "contract/src/", "slotd/src/", "xtask/src/"];
 
 /// Names that a crate may define for its own errors, as the crates of others do.
 const IDIOMS: [&str; 2] = ["Error", "Result"];

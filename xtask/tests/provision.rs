@@ -2,6 +2,7 @@
 //! the environment of the API's services, in real shells.
 
 use crate::common::agent;
+use crate::common::{folder, root};
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -81,10 +82,6 @@ const OLD: &[&str] = &[
 /// What later versions have.
 const NEW: &[&str] = &["755 scripts/lpc21isp", "644 smoothie-edge-8414642.hex"];
 
-fn root() -> &'static Utf8Path {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace")
-}
-
 /// A wheel as the shared cache has it, every file checked against its RECORD.
 fn wheel(version: &str) -> CheckedWheel {
     let (_, tag, size, sha256) = WHEELS.iter().find(|w| w.0 == version).unwrap();
@@ -116,9 +113,8 @@ struct Robot {
 
 impl Robot {
     fn new() -> Self {
-        let keep = tempfile::tempdir().unwrap();
-        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
-        let robot = Self { dir, _keep: keep };
+        let (_keep, dir) = folder();
+        let robot = Self { dir, _keep };
         let env = "usr/lib/slipway/api.env";
         robot.file(env, &fs::read(root().join("overlays/base").join(env)).unwrap());
         robot.file("usr/lib/slipway/base-id", b"one\n");

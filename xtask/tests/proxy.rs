@@ -2,6 +2,7 @@
 //! test's. Strangers send as little as they can, as slowly as they may, from one address and from many; what asks
 //! for the robot's health is answered, and what all of them take stays bounded.
 
+use crate::common::find;
 use crate::overlay_support;
 
 use std::fs;
@@ -63,8 +64,7 @@ impl Proxy {
         fs::create_dir_all(&folder).expect("made");
         let script = "mount -t tmpfs -o \"$1\" bodies \"$2\" && shift 2 && exec unshare --user --map-user=1000 \
                       --map-group=1000 -- \"$@\"";
-        let program =
-            xtask::exec::find_program("nginx").expect("nginx: cargo xtask doctor --install");
+        let program = find("nginx");
         let log = fs::File::create(robot.at("nginx.log")).expect("a log");
         // One process, which ends with its parent.
         let nginx = Command::new("unshare")

@@ -3,8 +3,8 @@
 //! tests have the real one.
 
 use crate::common::agent;
-use crate::common::noise;
 use crate::common::rights::is_root;
+use crate::common::{find, folder, noise, tool};
 
 use std::fs;
 use std::io::{Read, Write};
@@ -20,6 +20,7 @@ use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::KeyDirectory;
 use xtask::push::{PushOutcome, PushRequest, PushVerdict, push_to_robots};
+use xtask::qemu::free_port;
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
 const MIB: usize = 1 << 20;
@@ -27,17 +28,6 @@ const MIB: usize = 1 << 20;
 const LARGE: usize = 96 * MIB;
 /// A slot for what size means nothing to.
 const SMALL: usize = 4 * MIB;
-
-fn run(program: &str, args: &[&str]) {
-    let output = Command::new(program).args(args).stdin(Stdio::null()).output();
-    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
-    assert!(output.status.success(), "{program} {args:?}: {output:?}");
-}
-
-/// Bytes that do not compress.
-fn noise(length: usize, seed: u64) -> Vec<u8> {
-    noise::noise(length, &seed.to_string())
-}
 
 /// What pushes need: signing keys, a bundle, and the key that logs in.
 struct Bench {
@@ -48,14 +38,14 @@ struct Bench {
 
 impl Bench {
     fn new(size: usize) -> Self {
-        let keep = tempfile::tempdir().unwrap();
-        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
+        let (_keep, dir) = folder();
         for name in ["user", "host"] {
             let path = dir.join(name);
-            run("ssh-keygen", &["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", path.as_str()]);
+            let args = ["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", path.as_str()];
+            tool("ssh-keygen").args(args).run().unwrap();
         }
         let content = noise(size, 5);
-        Self { dir, _keep: keep, content }
+        Self { dir, _keep, content }
     }
 
     /// A bundle with the slot's new content.
@@ -236,12 +226,8 @@ fn address(port: u16) -> String {
     format!("ssh://{}@127.0.0.1:{port}", user.trim())
 }
 
-fn free_port() -> u16 {
-    xtask::qemu::free_port(0).unwrap()
-}
-
 fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {
-    let port = free_port();
+    let port = free_port(0).unwrap();
     let dir = &bench.dir;
     // Root's sshd wants it; a package's own service makes it otherwise.
     if rustix::process::getuid().is_root() {
@@ -257,7 +243,7 @@ fn serve(bench: &Bench, root: &Utf8Path) -> (u16, Child) {
     fs::write(&config, text).unwrap();
     let log = fs::File::create(root.join("sshd.log")).unwrap();
     // It insists on an absolute path of itself.
-    let program = xtask::exec::find_program("sshd").expect("sshd: cargo xtask doctor --install");
+    let program = find("sshd");
     let mut sshd = Command::new(program.as_str())
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
@@ -314,7 +300,7 @@ fn two_robots_at_once_and_one_that_is_not_there() {
     let bench = Bench::new(SMALL);
     let bundle = bench.bundle("1.1.0");
     let (one, two) = (Robot::new(&bench, "one"), Robot::new(&bench, "two"));
-    let nobody = address(free_port());
+    let nobody = address(free_port(0).unwrap());
     let hosts = vec![one.address(), nobody.clone(), two.address()];
     let outcomes = bench.push(hosts.clone(), bundle, None);
     let named: Vec<&String> = outcomes.iter().map(|outcome| &outcome.host).collect();
@@ -613,7 +599,7 @@ fn the_user_update_installs_and_does_nothing_else() {
     let bench = Bench::new(SMALL);
     let bundle = bench.bundle("1.1.0");
     let robot = Robot::new(&bench, "robot");
-    let port = free_port();
+    let port = free_port(0).unwrap();
     let root = &robot.root;
     let account = "update:x:60000:60000::/:/bin/sh\n";
     fs::create_dir_all(root.join("etc")).unwrap();
@@ -654,7 +640,7 @@ fn the_user_update_installs_and_does_nothing_else() {
             "sh",
         ])
         .arg(root.join("etc/passwd"))
-        .arg(xtask::exec::find_program("sshd").unwrap())
+        .arg(find("sshd"))
         .args(["-D", "-e", "-f", config.as_str()])
         .stdin(Stdio::null())
         .stderr(fs::File::create(root.join("door.log")).unwrap())
@@ -713,7 +699,7 @@ fn settings_for_people_do_not_stop_a_push() {
     fs::create_dir(&bin).unwrap();
     let config = bench.dir.join("ssh_config");
     fs::write(&config, FOR_PEOPLE).unwrap();
-    let real = xtask::exec::find_program("ssh").expect("ssh");
+    let real = find("ssh");
     fs::write(bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n")).unwrap();
     fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap());

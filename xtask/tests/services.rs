@@ -1,6 +1,7 @@
 //! The overlays' files for a robot, tested on this machine: the boot steps below a directory
 //! instead of `/`, the units as systemd reads them, the SSH server's settings as sshd reads them.
 
+use crate::common::root;
 use crate::overlay_support;
 
 use std::fs::{self, Permissions};
@@ -9,7 +10,7 @@ use std::process::Command;
 
 use bundle::manifest::BuildKind;
 use camino::Utf8PathBuf;
-use overlay_support::{Robot, plans, said, workspace};
+use overlay_support::{Robot, plans, said};
 use xtask::local::units;
 use xtask::render::{OverlayContent, render};
 
@@ -135,7 +136,7 @@ fn links_into_the_resources_are_listed_and_missing_targets_reported() {
             }
         }
         let mut found: Vec<String> = Vec::new();
-        for file in render(&workspace(), &plan).expect("rendered").overlay {
+        for file in render(&root(), &plan).expect("rendered").overlay {
             if let OverlayContent::Symlink(to) = &file.content
                 && to.starts_with("/data/system/")
             {
@@ -445,7 +446,7 @@ const BASE: [&str; 3] = ["systemd-networkd", "systemd-resolved", "systemd-timesy
 fn what_faces_the_network_sees_nothing_of_the_agents() {
     for plan in plans() {
         let mut units: std::collections::BTreeMap<String, String> = Default::default();
-        for file in render(&workspace(), &plan).expect("rendered").overlay {
+        for file in render(&root(), &plan).expect("rendered").overlay {
             let OverlayContent::File(bytes) = &file.content else { continue };
             let mut parts = file.target.rsplit('/');
             let (name, folder) =

@@ -1,6 +1,7 @@
 //! SSH public keys in every form that people keep them in, at every place where they come in, compared with what
 //! OpenSSH itself makes of the same files. A secret key gets nowhere.
 
+use crate::common::text;
 use crate::fixture_support;
 
 use std::fs;
@@ -16,10 +17,6 @@ struct Rig(Workspace);
 
 fn keygen(arguments: &[&str]) -> Output {
     Command::new("ssh-keygen").args(arguments).output().expect("ssh-keygen runs")
-}
-
-fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 impl Rig {

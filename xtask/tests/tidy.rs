@@ -3,39 +3,21 @@
 mod floors;
 mod names;
 mod style;
+#[path = "common/workspace.rs"]
+mod workspace;
 
 use std::process::Command;
 
 use camino::{Utf8Path, Utf8PathBuf};
-
-fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
-/// Files that git tracks or would track, with their text; what is not UTF-8 is left out.
-fn files() -> Vec<(Utf8PathBuf, String)> {
-    let output = Command::new("git")
-        .args(["ls-files", "--cached", "--others", "--exclude-standard"])
-        .current_dir(root())
-        .output()
-        .expect("git runs");
-    assert!(output.status.success(), "git ls-files failed");
-    String::from_utf8(output.stdout)
-        .expect("UTF-8")
-        .lines()
-        .filter_map(|line| {
-            let text = std::fs::read_to_string(root().join(line)).ok()?;
-            Some((Utf8PathBuf::from(line), text))
-        })
-        .collect()
-}
+use workspace::{complain, files, root};
 
 fn rust() -> Vec<(Utf8PathBuf, String)> {
     files().into_iter().filter(|(path, _)| path.extension() == Some("rs")).collect()
 }
 
-fn complain(findings: Vec<String>) {
-    assert!(findings.is_empty(), "\n{}\n", findings.join("\n"));
+/// Whether a file is the host tool's, whose benchmarks are a crate of their own.
+fn is_host_tool(path: &Utf8Path) -> bool {
+    ["xtask/src", "bench/src"].iter().any(|tree| path.starts_with(tree))
 }
 
 #[test]
@@ -110,7 +92,8 @@ fn each_crate_is_an_input_of_what_is_built_from_it() {
         }
     };
     for member in members.iter().map(|member| member.as_str().expect("a name")) {
-        if member != "xtask" {
+        // No build runs the benchmarks.
+        if !["bench", "xtask"].contains(&member) {
             listed("xtask/src/git.rs", member.to_owned());
         }
         for (of, file) in
@@ -135,7 +118,7 @@ fn the_crates_depend_in_one_direction() {
             "bundle/Cargo.toml" => &["xtask", "slotd", "contract", "bootmodel"],
             "contract/Cargo.toml" => &["xtask", "slotd", "bootmodel", "clap", "anyhow"],
             "bootmodel/Cargo.toml" => &["xtask", "slotd", "contract"],
-            "xtask/Cargo.toml" => &["slotd"],
+            "xtask/Cargo.toml" => &["slotd", "bench"],
             "slotd/Cargo.toml" => &["xtask"],
             _ => continue,
         };
@@ -152,10 +135,10 @@ fn the_crates_depend_in_one_direction() {
 /// compiled again, with everything that depends on it, including this tool.
 #[test]
 fn the_tool_is_compiled_once_for_itself_and_for_the_tests() {
-    let robots =
-        ["bundle/Cargo.toml", "contract/Cargo.toml", "slotd/Cargo.toml", "bootmodel/Cargo.toml"];
+    let others = ["bench", "bundle", "contract", "slotd", "bootmodel"]
+        .map(|name| format!("{name}/Cargo.toml"));
     let mut findings = Vec::new();
-    for (path, text) in files().into_iter().filter(|(path, _)| robots.contains(&path.as_str())) {
+    for (path, text) in files().into_iter().filter(|(path, _)| others.contains(&path.to_string())) {
         for line in text.lines().filter(|line| line.contains("features = [")) {
             findings
                 .push(format!("{path}: `{line}`: name the features in the workspace's Cargo.toml"));
@@ -177,7 +160,7 @@ fn programs_are_run_in_one_place() {
     let words = ["Command::new(", "xshell", "execv", "rustix::runtime"];
     let mut findings = Vec::new();
     for (path, text) in rust() {
-        let own = path.as_str().starts_with("xtask/src/") && !allowed.contains(&path.as_str());
+        let own = is_host_tool(&path) && !allowed.contains(&path.as_str());
         if own && words.iter().any(|word| text.contains(word)) {
             findings.push(format!("{path}: runs a program without exec::Tool"));
         }
@@ -189,7 +172,7 @@ fn programs_are_run_in_one_place() {
 fn git_is_called_in_one_place() {
     // Only there its user's settings change nothing.
     let findings = rust().into_iter().filter(|(path, text)| {
-        let own = path.as_str().starts_with("xtask/src/") && path != "xtask/src/git.rs";
+        let own = is_host_tool(path) && path != "xtask/src/git.rs";
         own && text.contains("Tool::new(\"git\")")
     });
     complain(findings.map(|(path, _)| format!("{path}: calls git without git.rs")).collect());
@@ -267,7 +250,7 @@ fn printing_is_done_in_one_place() {
     let words = ["println!(", "print!(", "dbg!("];
     let mut findings = Vec::new();
     for (path, text) in rust() {
-        if !path.as_str().starts_with("xtask/src/") || path == "xtask/src/text.rs" {
+        if !is_host_tool(&path) || path == "xtask/src/text.rs" {
             continue;
         }
         let code = text.split("#[cfg(test)]").next().unwrap_or_default();
@@ -286,9 +269,10 @@ fn printing_is_done_in_one_place() {
 fn results_are_printed_by_verbs_alone() {
     let words = [concat!("out", "!("), concat!("outln", "!(")];
     let mut findings = Vec::new();
+    // The file of `bench` that is its verb.
+    let verbs = ["xtask/src/cmd/", "xtask/src/text.rs", "bench/src/main.rs"];
     for (path, text) in rust() {
-        let inside = path.as_str().strip_prefix("xtask/src/");
-        if inside.is_none_or(|path| path.starts_with("cmd/") || path == "text.rs") {
+        if !is_host_tool(&path) || verbs.iter().any(|verb| path.as_str().starts_with(verb)) {
             continue;
         }
         for (number, line) in text.lines().enumerate() {

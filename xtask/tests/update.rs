@@ -1,5 +1,7 @@
 //! Keys and bundles as the command line uses them, with the foreign tools that must accept both.
 
+use crate::common::{folder, tool};
+
 use std::io::{Seek, SeekFrom, Write};
 use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
@@ -8,14 +10,6 @@ use bundle::{BuildKind, BundlePolicy, CompressionLevel, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::keys::{KEY_SET, KeyDirectory, PASSWORD_VARIABLE, SigningKey};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle, verify_bundle};
-
-struct Dir(#[allow(dead_code)] tempfile::TempDir, Utf8PathBuf);
-
-fn dir() -> Dir {
-    let dir = tempfile::tempdir().unwrap();
-    let path = Utf8PathBuf::try_from(dir.path().to_owned()).unwrap();
-    Dir(dir, path)
-}
 
 /// A sparse file of 40 MiB with a little at its front, in the middle and at its very end.
 pub fn payload(dir: &Utf8Path) -> Utf8PathBuf {
@@ -55,16 +49,12 @@ pub fn request<'a>(
 }
 
 fn run(program: &str, args: &[&str], dir: &Utf8Path) -> Vec<u8> {
-    let output = Command::new(program).args(args).current_dir(dir).output();
-    let output = output.unwrap_or_else(|error| panic!("running {program}: {error}"));
-    let errors = String::from_utf8_lossy(&output.stderr);
-    assert!(output.status.success(), "{program} {args:?}: {errors}");
-    output.stdout
+    tool(program).args(args).current_dir(dir).read_bytes().unwrap()
 }
 
 #[test]
 fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let root = payload(&dir);
@@ -91,7 +81,7 @@ fn a_bundle_is_made_the_same_twice_and_foreign_tools_read_it() {
 
 #[test]
 fn a_damaged_bundle_is_refused_with_its_code_and_help() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let path = dir.join("a.bundle");
@@ -108,7 +98,7 @@ fn a_damaged_bundle_is_refused_with_its_code_and_help() {
 
 #[test]
 fn the_minisign_tool_signs_with_our_key_what_we_accept() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     keys.signer(BuildKind::Development).unwrap();
     let listed = keys.list().remove(0);
@@ -125,7 +115,7 @@ fn the_minisign_tool_signs_with_our_key_what_we_accept() {
 
 #[test]
 fn keys_are_made_once_kept_private_and_rotated() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let at = dir.join("keys");
     let mut keys = KeyDirectory::open(&at).unwrap();
     assert!(keys.list().is_empty());
@@ -177,7 +167,7 @@ fn keys_are_made_once_kept_private_and_rotated() {
 
 #[test]
 fn a_release_refuses_the_development_key() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
@@ -193,7 +183,7 @@ fn a_release_refuses_the_development_key() {
 
 #[test]
 fn a_missing_payload_leaves_nothing_behind() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("out/a.bundle");
@@ -205,7 +195,7 @@ fn a_missing_payload_leaves_nothing_behind() {
 
 #[test]
 fn ssh_keys_beside_the_signing_keys_are_public_ones() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let read = || xtask::keys::authorized_keys(&dir);
     assert_eq!(read().unwrap(), "");
     let key = |path: &str| {
@@ -229,7 +219,7 @@ const SIGNS: &str = "TEST_UPDATE_SIGNS";
 /// As CI mounts its secrets.
 #[test]
 fn a_read_only_key_directory_is_read_and_signs() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let folder = dir.join("keys");
     let signers = [KeyDirectory::open(&folder).unwrap().signer(BuildKind::Development).unwrap()];
     let out = dir.join("a.bundle");
@@ -286,7 +276,7 @@ fn a_release_key_needs_its_password() {
         let output = command.output().unwrap();
         (output.status.success(), String::from_utf8_lossy(&output.stdout).into_owned())
     };
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let (ok, text) = case(None, &dir);
     assert!(!ok && text.contains("help: set SLIPWAY_KEY_PASSWORD"), "{text}");
     let (ok, text) = case(Some(""), &dir);
@@ -385,7 +375,7 @@ fn component_of(files: &[(&str, &str)], dir: &Utf8Path) -> ComponentRequest {
 /// What every robot refuses is not called good, however well it is signed.
 #[test]
 fn an_api_that_no_robot_takes_is_not_good() {
-    let Dir(_keep, dir) = dir();
+    let (_keep, dir) = folder();
     let mut keys = KeyDirectory::open(&dir.join("keys")).unwrap();
     let signers = [keys.signer(BuildKind::Development).unwrap()];
     let out = dir.join("api.bundle");

@@ -1,6 +1,7 @@
 //! Wheels: one bad input for each rule with its message, installation compared with what other
 //! tools read, and (with `SLIPWAY_TEST_ALL=1`) the real lock on the real index.
 
+use crate::common::root;
 use crate::common::skip::{all, skip};
 use crate::wheel_support;
 
@@ -225,8 +226,7 @@ fn a_missing_wheel_is_explained_with_the_tags_that_exist() {
 }
 
 fn product_lock() -> WheelLock {
-    let root = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().unwrap();
-    WheelLock::load(&root.join("configs/robot-dev.wheels.lock")).unwrap()
+    WheelLock::load(&root().join("configs/robot-dev.wheels.lock")).unwrap()
 }
 
 #[test]

@@ -278,8 +278,9 @@ impl State {
         key.finish()
     }
 
-    /// Creates the state in a real directory.
+    /// Creates the state as a real directory, instead of what is there.
     pub fn write(&self, folder: &Path) {
+        fs::remove_dir_all(folder).unwrap();
         self.0.write(0, folder);
     }
 }

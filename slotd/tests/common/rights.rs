@@ -5,6 +5,9 @@
 
 use std::process::Command;
 
+/// The unprivileged user `nobody` of Debian.
+pub const NOBODY: u32 = 65534;
+
 /// Creates a separate root directory for the namespace: there the files of the machine's root belong to the user `nobody`,
 /// and `sshd`, for example, does not trust such a `/`.
 const SCRIPT: &str = r#"

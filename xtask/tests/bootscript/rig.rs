@@ -1,6 +1,8 @@
 //! A small card with the real boot script and two kernels that only say who they are, and the real
 //! U-Boot in QEMU to start it.
 
+use crate::common::{partition, tool};
+
 use std::fs;
 use std::fs::File;
 use std::time::Duration;
@@ -20,7 +22,6 @@ use xtask::disk::{
     DiskLayout, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
     PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
-use xtask::exec::{self, Tool};
 use xtask::ext4::{self, Ext4Request};
 use xtask::fetch::Downloader;
 use xtask::qemu::{CardOverlay, MachineFiles, QemuSession, RestartEffect};
@@ -72,11 +73,6 @@ pub struct Rig {
     /// What `root=` must be for slot a and b.
     guids: [Uuid; 2],
     folder: tempfile::TempDir,
-}
-
-fn tool(name: &str) -> Tool {
-    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
-    Tool::new(path).env("LC_ALL", "C")
 }
 
 impl Rig {
@@ -292,14 +288,6 @@ impl Rig {
 /// The board's places for the boot state, and a first partition behind them.
 fn disk(states: Vec<u64>) -> DiskRequest {
     let first_partition = states.iter().max().map_or(MIB, |last| last + 4 * MIB);
-    let partition = |name: &str, size: u64, filesystem| PartitionRequest {
-        name: name.to_owned(),
-        size: size * MIB,
-        start: None,
-        filesystem,
-        bootable: name == "boot",
-        in_mbr: false,
-    };
     DiskRequest {
         table: TableKind::Gpt,
         size: first_partition + 28 * MIB,
@@ -308,7 +296,7 @@ fn disk(states: Vec<u64>) -> DiskRequest {
         states,
         trust: Vec::new(),
         partitions: vec![
-            partition("boot", 5, Filesystem::Vfat),
+            PartitionRequest { in_mbr: false, ..partition("boot", 5, Filesystem::Vfat) },
             partition("root-a", 8, Filesystem::Ext4),
             partition("root-b", 8, Filesystem::Ext4),
             partition("data", 1, Filesystem::Raw),

@@ -2,8 +2,17 @@
 
 pub mod agent;
 pub mod archive;
-pub mod noise;
+mod card;
+mod folder;
+mod noise;
+mod program;
 #[path = "../../../slotd/tests/common/rights.rs"]
 pub mod rights;
 pub mod skip;
-pub mod workspace;
+mod workspace;
+
+pub use card::partition;
+pub use folder::{folder, folder_on_disk};
+pub use noise::noise;
+pub use program::{find, good, text, tool};
+pub use workspace::{complain, copy, copy_to, files, root};

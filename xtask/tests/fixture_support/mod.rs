@@ -2,6 +2,8 @@
 //! own.
 #![allow(dead_code)]
 
+use crate::common::{copy, folder};
+
 use std::fs;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -39,20 +41,6 @@ pub fn locks() -> [(&'static str, String); 2] {
     [("configs/shop.packages.lock", packages), ("configs/shop.wheels.lock", wheels)]
 }
 
-/// Copies a directory.
-pub fn copy(from: &Utf8Path, to: &Utf8Path) {
-    fs::create_dir_all(to).expect("a directory");
-    for entry in from.read_dir_utf8().expect("readable") {
-        let entry = entry.expect("readable");
-        let target = to.join(entry.file_name());
-        if entry.path().is_dir() {
-            copy(entry.path(), &target);
-        } else {
-            fs::copy(entry.path(), &target).expect("copied");
-        }
-    }
-}
-
 /// The fixture's workspace, copied.
 pub struct Workspace {
     _keep: tempfile::TempDir,
@@ -61,11 +49,9 @@ pub struct Workspace {
 
 impl Workspace {
     pub fn new() -> Self {
-        let keep = tempfile::tempdir().expect("a directory");
-        let dir =
-            Utf8PathBuf::try_from(keep.path().canonicalize().expect("a path")).expect("UTF-8");
-        copy(&fixture(), &dir);
-        Self { _keep: keep, dir }
+        let (_keep, dir) = folder();
+        copy(&fixture(), &dir).expect("copied");
+        Self { _keep, dir }
     }
 
     pub fn at(&self, path: &str) -> Utf8PathBuf {

@@ -1,6 +1,6 @@
 //! A small card image with everything that a real one has, and the tool that flashes it.
 
-use crate::common::noise;
+use crate::common::{find, noise, partition, text};
 
 use std::fs::File;
 use std::os::unix::fs::FileExt;
@@ -11,7 +11,7 @@ use uuid::Uuid;
 use xtask::disk::bmap::{self, BlockMap};
 use xtask::disk::{
     DiskImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
-    PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
+    PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
 
 pub const MIB: u64 = 1 << 20;
@@ -33,28 +33,15 @@ impl Folder {
     }
 }
 
-/// Bytes that look like nothing else, from a number.
-pub fn noise(seed: u64, length: usize) -> Vec<u8> {
-    noise::noise(length, &seed.to_string())
-}
-
 /// Makes `card.img` and its block map: two slots of 18 MiB, half of them holes, and a FAT.
 pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
     let root = folder.at("root.img");
     let file = File::create(&root).expect("creating a slot");
     file.set_len(18 * MIB).expect("its size");
     for start in [0, 9] {
-        let bytes = noise(seed + start, 5_000_000);
+        let bytes = noise(5_000_000, seed + start);
         file.write_all_at(&bytes, start * MIB).expect("filling the slot");
     }
-    let partition = |name: &str, size: u64, filesystem| PartitionRequest {
-        name: name.to_owned(),
-        size,
-        start: None,
-        filesystem,
-        bootable: name == "boot",
-        in_mbr: name == "boot",
-    };
     let layout = lay_out_disk(&DiskRequest {
         table,
         size: SIZE,
@@ -63,13 +50,13 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
         states: vec![MIB, 2 * MIB],
         trust: Vec::new(),
         partitions: vec![
-            partition("boot", BOOT.1, Filesystem::Vfat),
-            partition("root-a", 18 * MIB, Filesystem::Ext4),
-            partition("root-b", 18 * MIB, Filesystem::Ext4),
-            partition("data", 6 * MIB, Filesystem::Ext4),
+            partition("boot", BOOT.1 / MIB, Filesystem::Vfat),
+            partition("root-a", 18, Filesystem::Ext4),
+            partition("root-b", 18, Filesystem::Ext4),
+            partition("data", 6, Filesystem::Ext4),
         ],
     });
-    let firmware = FileSource::Bytes(noise(seed, 3_000_000));
+    let firmware = FileSource::Bytes(noise(3_000_000, seed));
     let boot = PartitionContent::Fat {
         label: "boot".to_owned(),
         volume_id: 0x5107,
@@ -97,7 +84,7 @@ pub fn image(folder: &Folder, table: TableKind, seed: u64) -> DiskImage {
 /// A file of this size with old bytes everywhere.
 pub fn old_card(path: &Utf8Path, size: u64) {
     let file = File::create(path).expect("creating a card");
-    let bytes = noise(0x01d, MIB as usize);
+    let bytes = noise(MIB as usize, 0x01d);
     for start in (0..size).step_by(MIB as usize) {
         file.write_all_at(&bytes, start).expect("filling the card");
     }
@@ -115,10 +102,6 @@ pub fn command(arguments: &[&str]) -> Command {
     command.arg("flash").args(arguments).stdin(std::process::Stdio::null());
     command.env_remove("SLIPWAY_WIFI_PASSWORD");
     command
-}
-
-pub fn text(bytes: &[u8]) -> String {
-    String::from_utf8_lossy(bytes).into_owned()
 }
 
 /// It succeeds; what it prints.
@@ -158,8 +141,8 @@ pub fn differences(image: &Utf8Path, card: &Utf8Path) -> Vec<u64> {
 
 /// Whether there is a partition table: `sfdisk` and our own reader must agree.
 pub fn has_table(card: &Utf8Path) -> bool {
-    let sfdisk = xtask::exec::find_program("sfdisk").expect("this test needs sfdisk");
-    let dump = Command::new(sfdisk).args(["--dump", card.as_str()]).output().expect("sfdisk");
+    let dump =
+        Command::new(find("sfdisk")).args(["--dump", card.as_str()]).output().expect("sfdisk");
     let ours = xtask::disk::read::read_tables(card).is_ok_and(|t| !t.partitions.is_empty());
     assert_eq!(dump.status.success(), ours, "sfdisk: {}", text(&dump.stderr));
     ours

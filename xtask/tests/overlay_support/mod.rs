@@ -2,6 +2,8 @@
 //! overlays.
 #![allow(dead_code)]
 
+use crate::common::root;
+
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::{Command, Output};
@@ -13,13 +15,9 @@ use xtask::facts;
 use xtask::plan::{self, Plan};
 use xtask::render::{OverlayContent, render};
 
-pub fn workspace() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
-
 /// The plans of all products, for their first boards.
 pub fn plans() -> Vec<Plan> {
-    let root = workspace();
+    let root = root();
     let facts = facts::collect(&root).expect("facts");
     let names = config::list_products(&root).expect("products");
     let load = |name: &String| {
@@ -37,7 +35,7 @@ pub struct Robot {
 impl Robot {
     pub fn new(plan: &Plan) -> Self {
         let robot = Self { dir: tempfile::tempdir().expect("a directory") };
-        for file in render(&workspace(), plan).expect("rendered").overlay {
+        for file in render(&root(), plan).expect("rendered").overlay {
             let path = robot.at(&file.target);
             fs::create_dir_all(path.parent().expect("a parent")).expect("made");
             match &file.content {

@@ -1,6 +1,8 @@
 //! An example, from its lock to a finished card, with what stands for the real base: its packages are unpacked into the root and
 //! not installed, no wheels and no agent are in it.
 
+use crate::common::{copy_to, root};
+
 use std::fs;
 
 use anyhow::{Context, Result};
@@ -23,7 +25,6 @@ use xtask::rootfs::{BaseSystem, PackageRole};
 use xtask::start::{self, BootCheck};
 
 use super::packages::{VENDOR, World};
-use crate::common::workspace::{copy_to, workspace};
 
 /// What became of an example.
 pub struct Attempt {
@@ -126,7 +127,7 @@ fn base(plan: &Plan, fetched: &DownloadedPackages, out: &Utf8Path) -> Result<Bas
 }
 
 fn initrd(plan: &Plan, system: &BaseSystem, out: &Utf8Path) -> Result<Utf8PathBuf> {
-    let init = fs::read(workspace().join("board/common/init"))?;
+    let init = fs::read(root().join("board/common/init"))?;
     let config = fs::read_to_string(&system.kernel_config.path)?;
     let request = InitrdRequest {
         busybox: &system.initrd_parts.busybox.path,

@@ -19,7 +19,7 @@ use xtask::rootfs::debian::{
 
 use super::stand_in;
 use crate::common::archive::{Server, index, new_key, sign};
-use crate::common::workspace::workspace;
+use crate::common::root;
 
 /// What the examples call the archive.
 pub const VENDOR: &str = "raspberrypi";
@@ -113,7 +113,7 @@ struct DeviceTree {
 
 impl Recorded {
     pub fn read() -> Result<Self> {
-        let path = workspace().join("xtask/tests/fixtures/raspberrypi/packages.toml");
+        let path = root().join("xtask/tests/fixtures/raspberrypi/packages.toml");
         toml::from_str(&fs::read_to_string(&path)?).with_context(|| format!("reading {path}"))
     }
 
@@ -256,8 +256,8 @@ impl World {
             .chain(HOST)
             .map(str::to_owned)
             .collect();
-        for product in config::list_examples(&workspace())? {
-            let config = config::load(&workspace(), Some(&product), None)?;
+        for product in config::list_examples(&root())? {
+            let config = config::load(&root(), Some(&product), None)?;
             names.extend(config.product.rootfs.packages.iter().map(|p| p.value.clone()));
         }
         for package in &self.recorded.debian {

@@ -1,36 +1,29 @@
 //! From results to a release, builds that differ, and what a commit affects. The results are small, and
 //! made by the same code as real ones.
 
+use crate::common::{find, good, partition};
+use crate::disk::mke2fs;
+
 use std::fs;
+use std::process::Command;
 
 use bundle::{BuildKind, CompressionLevel, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde_json::{Value, json};
 use uuid::Uuid;
 use xtask::artifact::Artifact;
-use xtask::cache::Cache;
 use xtask::disk::{DiskRequest, Filesystem};
 use xtask::disk::{
-    DiskSpec, FatFile, FileSource, PartitionContent, PartitionRequest, PartitionSpec, TableKind,
-    assemble, lay_out_disk, sum_image,
+    DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec, TableKind, assemble,
+    lay_out_disk, sum_image,
 };
-use xtask::ext4::{self, Ext4Request, Mke2fs};
-use xtask::fetch::Downloader;
+use xtask::ext4::{self, Ext4Request};
 use xtask::release::check::compare_builds;
-use xtask::rootfs::debian::{AptMirrors, PackagesLock, host_e2fs};
 use xtask::update::{ComponentRequest, PackRequest, PayloadRequest, pack_bundle};
 
-use super::support::{Bench, good, root, tool};
+use super::support::Bench;
 
 const MIB: u64 = 1 << 20;
-
-fn mke2fs() -> Mke2fs {
-    let lock = PackagesLock::load(&root().join("configs/robot-dev.packages.lock")).unwrap();
-    let cache = Cache::locate().unwrap().root;
-    let downloader = Downloader::new(&cache, false).unwrap();
-    // Files in the cache need no mirror.
-    host_e2fs(&lock, &downloader, AptMirrors::from_host().ok().as_ref(), &cache).unwrap()
-}
 
 /// A root filesystem with a file that says when it was made.
 fn filesystem(dir: &Utf8Path, stamp: &str) -> Utf8PathBuf {
@@ -67,14 +60,6 @@ fn filesystem(dir: &Utf8Path, stamp: &str) -> Utf8PathBuf {
 pub fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit: &str) {
     fs::create_dir_all(dir).unwrap();
     let root = filesystem(&bench.dir, stamp);
-    let partition = |name: &str, size, filesystem| PartitionRequest {
-        name: name.to_owned(),
-        size: size * MIB,
-        start: None,
-        filesystem,
-        bootable: name == "boot",
-        in_mbr: name == "boot",
-    };
     let layout = lay_out_disk(&DiskRequest {
         table: TableKind::Gpt,
         size: 64 * MIB,
@@ -168,7 +153,7 @@ pub fn results(bench: &Bench, dir: &Utf8Path, version: &str, stamp: &str, commit
 /// The fixture's workspace, as a repository with one commit.
 pub fn workspace(bench: &Bench) -> String {
     let fixture = Utf8Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/fixture/.");
-    let copy = tool("cp").args(["-r", fixture.as_str(), bench.dir.as_str()]).output();
+    let copy = Command::new("cp").args(["-r", fixture.as_str(), bench.dir.as_str()]).output();
     good(copy.unwrap());
     // As the results here say of themselves: what a release is made of must be of the product's kind.
     let product = bench.dir.join("configs/shop.toml");
@@ -182,7 +167,7 @@ pub fn workspace(bench: &Bench) -> String {
 }
 
 fn git(bench: &Bench, words: &[&str]) -> String {
-    let mut git = tool("git");
+    let mut git = Command::new(find("git"));
     let who = ["-c", "user.name=A", "-c", "user.email=a@example.org", "-c", "commit.gpgsign=false"];
     git.args(["-C", bench.dir.as_str()]).args(who).args(words);
     good(git.output().unwrap()).trim().to_owned()

@@ -1,11 +1,13 @@
 //! CI files against the published schemas of their systems (check-jsonschema has them inside), and that
 //! they do nothing that a person could not do with the same commands.
 
+use crate::common::{good, root};
+
 use std::collections::BTreeSet;
 use std::fs;
 use std::process::{Command, Output};
 
-use super::support::{Bench, good, python, root};
+use super::support::{Bench, python};
 
 const WORKFLOW: &str = ".github/workflows/nightly.yml";
 const CHECK: &str = ".github/workflows/check.yml";

@@ -1,6 +1,8 @@
 //! Stores elsewhere: a real `sshd` with and without a shell, a real S3 protocol (moto's server, from the
 //! package index), and readers of a real web server with the commands of `docs/reference/release-store.md`.
 
+use crate::common::{find, good, noise, root};
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::os::unix::fs::PermissionsExt;
@@ -9,10 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 
 use camino::Utf8PathBuf;
 
-use super::support::{
-    Bench, Reader, Server, ended, free_port, good, killed_anywhere, python, remote_kills, root,
-    tool,
-};
+use super::support::{Bench, Reader, Server, ended, free_port, killed_anywhere, remote_kills};
 
 /// An `sshd` whose only user is this process's.
 struct Host {
@@ -26,7 +25,7 @@ impl Host {
     fn new(bench: &Bench, more: &str) -> Self {
         let dir = &bench.dir;
         for name in ["user", "host"] {
-            let mut keygen = tool("ssh-keygen");
+            let mut keygen = Command::new(find("ssh-keygen"));
             let path = dir.join(name);
             keygen.args(["-q", "-t", "ed25519", "-N", "", "-C", "", "-f", path.as_str()]);
             good(keygen.output().unwrap());
@@ -45,7 +44,7 @@ impl Host {
              Subsystem sftp internal-sftp\n{more}\n"
         );
         fs::write(&config, text).unwrap();
-        let mut sshd = tool("sshd");
+        let mut sshd = Command::new(find("sshd"));
         sshd.args(["-D", "-e", "-f", config.as_str()]);
         let server = Server::start(sshd, port, &dir.join("sshd.log"));
         let known = format!("UserKnownHostsFile={dir}/known_hosts");
@@ -77,7 +76,7 @@ fn settings_for_people_do_not_stop_publishing() {
     let bin = bench.dir.join("bin");
     fs::create_dir(&bin).unwrap();
     for name in ["ssh", "sftp"] {
-        let real = xtask::exec::find_program(name).unwrap();
+        let real = find(name);
         let script = format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n");
         fs::write(bin.join(name), script).unwrap();
         fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
@@ -134,11 +133,7 @@ fn get(url: &str) -> Option<Vec<u8>> {
 #[test]
 fn in_a_bucket_publishers_may_be_killed_and_may_meet_while_readers_read() {
     let bench = Bench::new();
-    let port = free_port();
-    let mut moto = python("s3.requirements.txt");
-    moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
-    let _server = Server::start(moto, port, &bench.dir.join("moto.log"));
-    let endpoint = format!("http://127.0.0.1:{port}");
+    let (_server, endpoint) = Server::s3(&bench.dir);
     ureq::put(format!("{endpoint}/robots")).send_empty().unwrap();
     let publish = |from: &str, to: &str| {
         let target = format!("s3://{to}");
@@ -217,7 +212,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
          access_log off;\n{temporary}server {{ listen 127.0.0.1:{port}; root '{dir}/www'; }}\n}}\n"
     );
     fs::write(&config, text).unwrap();
-    let mut nginx = tool("nginx");
+    let mut nginx = Command::new(find("nginx"));
     nginx.args(["-e", "stderr", "-c", config.as_str()]);
     let _server = Server::start(nginx, port, &dir.join("nginx.log"));
     let base = format!("http://127.0.0.1:{port}");
@@ -250,7 +245,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
     let (work, output) = run("good");
     good(output);
     let name = "robot-1.1.0-part-3";
-    assert_eq!(fs::read(work.join(name)).unwrap(), super::support::noise(64 << 10, "robot1.1.03"));
+    assert_eq!(fs::read(work.join(name)).unwrap(), noise(64 << 10, "robot1.1.03"));
     // One letter of the index, one byte of the object: each is noticed.
     let index = dir.join("www/channels/nightly.json");
     let text = fs::read_to_string(&index).unwrap();
@@ -258,7 +253,7 @@ fn a_web_server_and_standard_tools_are_enough_to_read() {
     let (work, output) = run("forged");
     assert!(!output.status.success() && !work.join(name).exists());
     fs::write(&index, text).unwrap();
-    let sha256 = xtask::artifact::hash_bytes(&super::support::noise(64 << 10, "robot1.1.03"));
+    let sha256 = xtask::artifact::hash_bytes(&noise(64 << 10, "robot1.1.03"));
     let object = dir.join("www").join(xtask::store::format::object_path(&sha256));
     fs::write(&object, "something else").unwrap();
     let (work, output) = run("damaged");

@@ -2,6 +2,8 @@
 //! a download, with a real web server (nginx), a real S3 protocol (moto) and a directory between
 //! them; and all that can be wrong there.
 
+use crate::common::{find, folder_on_disk, noise};
+
 use std::collections::BTreeMap;
 use std::fs;
 use std::io::Write;
@@ -24,7 +26,7 @@ use xtask::shared::record::{
 use xtask::shared::{attach_shared_cache, trusted_keys};
 use xtask::store::format::object_path;
 
-use super::support::{Server, free_port, noise, python, tool};
+use super::support::{Server, free_port};
 
 /// Bytes of the large file of the stage: some packets, and time to be killed in.
 const LARGE: usize = 24 << 20;
@@ -168,10 +170,9 @@ struct Team {
 impl Team {
     /// Around a directory.
     fn new() -> Self {
-        let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
+        let (_keep, dir) = folder_on_disk();
         let address = dir.join("store").into_string();
-        Self { dir, address, _keep: keep, _server: None }
+        Self { dir, address, _keep, _server: None }
     }
 
     /// Around nginx, whose files are in the directory `store`. `more`: further lines of its
@@ -192,7 +193,7 @@ impl Team {
         );
         let config = dir.join("nginx.conf");
         fs::write(&config, text).unwrap();
-        let mut nginx = tool("nginx");
+        let mut nginx = Command::new(find("nginx"));
         nginx.args(["-e", "stderr", "-c", config.as_str()]);
         let server = Server::start(nginx, port, &dir.join("nginx.log"));
         team.address = format!("http://127.0.0.1:{port}");
@@ -289,11 +290,7 @@ fn a_folder_a_web_server_and_a_bucket_serve_a_team() {
     round_trip(&Team::new());
     round_trip(&Team::web(DAV));
     let mut team = Team::new();
-    let port = free_port();
-    let mut moto = python("s3.requirements.txt");
-    moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
-    let _server = Server::start(moto, port, &team.dir.join("moto.log"));
-    let endpoint = format!("http://127.0.0.1:{port}");
+    let (_server, endpoint) = Server::s3(&team.dir);
     ureq::put(format!("{endpoint}/team")).send_empty().unwrap();
     team.address = "s3://team/cache".to_owned();
     // As all S3 tools find it.
@@ -385,9 +382,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     release.env("SLIPWAY_KEYS", &own).env("SLIPWAY_KEY_PASSWORD", "a password of tests");
     let mut first = Command::new(env!("CARGO_BIN_EXE_xtask"));
     first.args(["keys", "new"]).env("SLIPWAY_KEYS", &own);
-    super::support::good(
-        first.env("SLIPWAY_KEY_PASSWORD", "a password of tests").output().unwrap(),
-    );
+    crate::common::good(first.env("SLIPWAY_KEY_PASSWORD", "a password of tests").output().unwrap());
     let release = said(release.output().unwrap());
     assert_eq!(release.origin, "Made", "{}", release.log);
     fs::write(listed.join("bad.pub"), "untrusted comment: x\nno key\n").unwrap();

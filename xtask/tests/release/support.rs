@@ -1,17 +1,16 @@
 //! Stores with small releases, the tool as a person would start it, and a reader that trusts nothing.
 
-use crate::common::noise;
+use crate::common::{find, folder_on_disk, good, noise, root};
 
 use std::cell::RefCell;
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::process::{Child, Command, Output, Stdio};
+use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use bundle::{BuildKind, KeySet, Version};
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
-use xtask::exec;
 use xtask::publish::SigningAuthority;
 use xtask::publish::memory::IndexMemory;
 use xtask::publish::pins::PinnedKinds;
@@ -23,17 +22,11 @@ use xtask::store::format::{
 };
 use xtask::store::index::Retention;
 
-pub use noise::noise;
-
 /// What would set a terminal's title, in the notes of each release.
 pub const HARM: &str = "\u{1b}]0;owned\u{7}";
 
 /// Objects of each release but for its notes.
 pub const OBJECTS: usize = 4;
-
-pub fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
 
 /// A directory with keys, and stores in it.
 pub struct Bench {
@@ -43,10 +36,8 @@ pub struct Bench {
 
 impl Bench {
     pub fn new() -> Self {
-        // On a disk, not in memory: what is measured and killed has to wait for it.
-        let keep = tempfile::tempdir_in(env!("CARGO_TARGET_TMPDIR")).unwrap();
-        let dir = Utf8PathBuf::try_from(keep.path().to_owned()).unwrap();
-        let bench = Self { dir, _keep: keep };
+        let (_keep, dir) = folder_on_disk();
+        let bench = Self { dir, _keep };
         // A workspace of its own: the one around it pins the kinds of products that are called the same.
         for folder in ["configs", "board"] {
             fs::create_dir_all(bench.dir.join(folder)).unwrap();
@@ -85,7 +76,7 @@ impl Bench {
         };
         let objects = (0..OBJECTS)
             .map(|n| {
-                object(&format!("part-{n}"), noise(64 << 10, &format!("{product}{version}{n}")))
+                object(&format!("part-{n}"), noise(64 << 10, format!("{product}{version}{n}")))
             })
             .collect();
         let notes = object("notes", format!("# {product} {version}\n{HARM}\n").into_bytes());
@@ -146,11 +137,6 @@ impl Bench {
         assert_eq!(output.status.code(), Some(1), "{errors}");
         errors
     }
-}
-
-pub fn good(output: Output) -> String {
-    assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
-    String::from_utf8(output.stdout).unwrap()
 }
 
 /// Waits for a call that may have been killed, or must have succeeded.
@@ -232,6 +218,15 @@ pub struct Server {
 }
 
 impl Server {
+    /// moto, which serves buckets, and its address.
+    pub fn s3(dir: &Utf8Path) -> (Self, String) {
+        let port = free_port();
+        let mut moto = python("s3.requirements.txt");
+        moto.args(["-m", "moto.server", "-H", "127.0.0.1", "-p", &port.to_string()]);
+        let server = Self::start(moto, port, &dir.join("moto.log"));
+        (server, format!("http://127.0.0.1:{port}"))
+    }
+
     /// Starts it, and waits until its port answers.
     pub fn start(mut command: Command, port: u16, log: &Utf8Path) -> Self {
         let file = fs::File::create(log).unwrap();
@@ -255,12 +250,6 @@ impl Drop for Server {
     }
 }
 
-pub fn tool(name: &str) -> Command {
-    let path = exec::find_program(name)
-        .unwrap_or_else(|| panic!("no {name}: cargo xtask doctor --install"));
-    Command::new(path.as_str())
-}
-
 /// Python packages by a file of hashes beside this one, in `target/`, installed once: the command that
 /// runs Python with them.
 pub fn python(requirements: &str) -> Command {
@@ -276,12 +265,12 @@ pub fn python(requirements: &str) -> Command {
         drop(fs::remove_dir_all(&new));
         let options = ["-m", "pip", "install", "--quiet", "--disable-pip-version-check"];
         let more = ["--require-hashes", "--only-binary=:all:", "--target"];
-        let mut pip = tool("python3");
+        let mut pip = Command::new(find("python3"));
         pip.args(options).args(more).args([new.as_str(), "-r", file.as_str()]);
         good(pip.output().unwrap());
         fs::rename(&new, &dir).unwrap();
     }
-    let mut command = tool("python3");
+    let mut command = Command::new(find("python3"));
     command.env("PYTHONPATH", dir.as_str()).env("PYTHONDONTWRITEBYTECODE", "1");
     command
 }

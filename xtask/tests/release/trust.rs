@@ -1,5 +1,7 @@
 //! Who says what about a store: older indexes, indexes by the wrong kind of key, and a memory that is lost.
 
+use crate::common::{good, tool};
+
 use std::fs;
 use std::process::Command;
 use std::time::{Duration, SystemTime};
@@ -10,7 +12,7 @@ use xtask::store::ReleaseStore;
 use xtask::store::directory::DirectoryStore;
 use xtask::store::format::{Channel, ChannelEntry, ChannelIndex};
 
-use super::support::{Bench, good, tool};
+use super::support::Bench;
 
 /// All files below a directory, with their content.
 fn tree(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Vec<u8>)> {
@@ -29,7 +31,7 @@ fn tree(dir: &Utf8Path) -> Vec<(Utf8PathBuf, Vec<u8>)> {
 
 fn copy(from: &Utf8Path, to: &Utf8Path) {
     drop(fs::remove_dir_all(to));
-    good(tool("cp").args(["-a", from.as_str(), to.as_str()]).output().unwrap());
+    tool("cp").args(["-a", from.as_str(), to.as_str()]).run().unwrap();
 }
 
 /// So old that only a reference keeps a file.

@@ -14,8 +14,12 @@ mod laptop;
 mod local;
 mod nightly;
 mod owners;
+#[path = "../common/program.rs"]
+mod program;
 mod repeat;
 mod services;
 mod support;
 mod typed;
 mod update;
+#[path = "../common/workspace.rs"]
+mod workspace;

@@ -15,31 +15,23 @@ use xtask::artifact::hash_file;
 use xtask::build::qemu_files;
 use xtask::cache::Cache;
 use xtask::config;
-use xtask::exec::{self, Tool};
+use xtask::exec;
 use xtask::facts;
 use xtask::plan::{self, Plan};
 use xtask::progress::format_duration;
 use xtask::qemu::{MachineFiles, QemuSession};
 use xtask::workspace::dist_dir;
 
+pub use crate::program::tool;
+pub use crate::workspace::root;
+
 /// An address that refuses every connection: nothing listens on the discard port.
 pub const NOBODY: &str = "http://127.0.0.1:9";
-
-/// This workspace.
-pub fn root() -> Utf8PathBuf {
-    Utf8Path::new(env!("CARGO_MANIFEST_DIR")).parent().expect("the workspace").to_owned()
-}
 
 /// Prints the progress of this test: others run in parallel.
 pub fn say(text: impl AsRef<str>) {
     let thread = std::thread::current();
     eprintln!("{}: {}", thread.name().unwrap_or("system"), text.as_ref());
-}
-
-/// A foreign tool; a missing one is a failure.
-pub fn tool(name: &str) -> Tool {
-    let path = exec::find_program(name).unwrap_or_else(|| panic!("this test needs {name}"));
-    Tool::new(path).env("LC_ALL", "C").env("TZ", "UTC")
 }
 
 /// A directory on the disk of `target/`, removed with the value.

@@ -5,24 +5,24 @@ use std::fs::File;
 use std::os::unix::fs::{FileExt, OpenOptionsExt};
 use std::time::Instant;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::OFlags;
-use serde::Serialize;
+use xtask::disk::{assemble, compress, sum_image};
+use xtask::exec::{self, Tool};
+use xtask::flash::card::AlignedMemory;
+use xtask::flash::source::ImageSource;
+use xtask::flash::{device, write};
+use xtask::progress::say;
 
-use super::disk::{cut_rootfs, disk_spec, median};
-use crate::disk::{assemble, compress, sum_image};
-use crate::exec::{self, Tool};
-use crate::flash::card::AlignedMemory;
-use crate::flash::source::ImageSource;
-use crate::flash::{device, write};
-use crate::progress::say;
+use crate::disk::{cut_rootfs, disk_spec};
+use crate::measure::median;
 
 /// Bytes of a slot, as on the boards.
 const SLOT: u64 = 1 << 30;
 
 /// What is measured. `cp` is the reference; `cp` and `dd` write every byte of a device.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 enum FlashContender {
     Cp,
     DdSparse,
@@ -64,7 +64,6 @@ impl FlashContender {
 }
 
 /// The median of one contender on one target.
-#[derive(Debug, Clone, Serialize)]
 pub struct FlashRow {
     target: &'static str,
     who: FlashContender,
@@ -77,8 +76,6 @@ pub struct FlashRow {
 /// # Errors
 /// When a contender fails or the directory has less than about 6 GiB of free space.
 pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<FlashRow>> {
-    ensure!(repeats > 0, "a measurement needs at least one turn");
-    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let root = folder.join("root.img");
     cut_rootfs(rootfs, &root, SLOT)?;
     let image = folder.join("card.img");

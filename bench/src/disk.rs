@@ -11,52 +11,46 @@ use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use rustix::fs::{SeekFrom, copy_file_range, seek};
 use rustix::io::Errno;
-use serde::Serialize;
 use uuid::Uuid;
-
-use crate::disk::{
+use xtask::disk::{
     ChecksummedImage, DiskRequest, DiskSpec, FatFile, FileSource, Filesystem, PartitionContent,
     PartitionRequest, PartitionSpec, TableKind, assemble, lay_out_disk, sum_image,
 };
-use crate::exec::{self, Tool};
-use crate::progress;
+use xtask::exec::{self, Tool};
+use xtask::progress;
 
-const MIB: u64 = 1 << 20;
-/// Rootfs sizes, in MiB: the cost must be linear in them.
-const SIZES: [u64; 4] = [256, 512, 1024, 2048];
+use crate::measure::{MIB, SIZES, median};
+
 /// Bytes of firmware in the boot partition, about the size for a Raspberry Pi.
 const FIRMWARE: usize = 24 << 20;
 /// Offset of the magic number in an ext4 volume.
 const EXT4_MAGIC: u64 = 1024 + 56;
 
 /// The result for one size.
-#[derive(Debug, Clone, Serialize)]
 pub struct DiskRow {
     /// Bytes of the rootfs image.
-    pub rootfs: u64,
+    rootfs: u64,
     /// The disk usage of the finished card image in bytes.
-    pub written: u64,
+    written: u64,
     /// Median seconds of a copy of the image's extents in the kernel: the reference.
-    pub extent_copy: f64,
+    extent_copy: f64,
     /// Median seconds of `cp --sparse=always`.
-    pub cp: f64,
+    cp: f64,
     /// Median seconds of `genimage`, when it is installed.
-    pub genimage: Option<f64>,
+    genimage: Option<f64>,
     /// Median seconds of Slipway, including the FAT and the block map.
-    pub ours: f64,
+    ours: f64,
     /// Median seconds for the rootfs's checksums in the block map, which the compose stage does
     /// once on all cores; the others create no block map.
-    pub sum: f64,
+    sum: f64,
 }
 
 /// Measures, with `repeats` turns for each contender, in a directory on the disk to be measured.
 ///
 /// # Errors
 /// When a contender fails or the directory has less than about 8 GiB of free space.
-pub fn run(rootfs: &Utf8Path, dir: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
-    ensure!(repeats > 0, "a measurement needs at least one turn");
-    std::fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
-    SIZES.iter().map(|&mib| measure(rootfs, dir, mib * MIB, repeats)).collect()
+pub fn run(rootfs: &Utf8Path, folder: &Utf8Path, repeats: usize) -> Result<Vec<DiskRow>> {
+    SIZES.iter().map(|&mib| measure(rootfs, folder, mib * MIB, repeats)).collect()
 }
 
 /// The rows as a readable table.
@@ -80,22 +74,22 @@ pub fn table(rows: &[DiskRow]) -> String {
     text
 }
 
-fn measure(rootfs: &Utf8Path, dir: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
-    let root = dir.join("root.img");
+fn measure(rootfs: &Utf8Path, folder: &Utf8Path, size: u64, repeats: usize) -> Result<DiskRow> {
+    let root = folder.join("root.img");
     cut_rootfs(rootfs, &root, size)?;
-    let ours = dir.join("ours.img");
+    let ours = folder.join("ours.img");
     let spec = disk_spec(sum_image(&root)?, size)?;
     // The first turn fills the page cache for all contenders and creates the source of the copies.
     assemble(&spec, &ours)?;
     let genimage = exec::find_program("genimage");
     if genimage.is_some() {
-        prepare_genimage(dir, &ours)?;
+        prepare_genimage(folder, &ours)?;
     }
     // The first contender changes with each turn: writing to memory that was unused for a while is
     // slower (a virtual machine returns it to its host), and would always affect the same
     // contender.
     let mut times: [Vec<f64>; 5] = Default::default();
-    let (copy, again) = (dir.join("copy.img"), dir.join("again.img"));
+    let (copy, again) = (folder.join("copy.img"), folder.join("again.img"));
     for turn in 0..repeats {
         for contender in 0..times.len() {
             let which = (turn + contender) % times.len();
@@ -105,8 +99,8 @@ fn measure(rootfs: &Utf8Path, dir: &Utf8Path, size: u64, repeats: usize) -> Resu
                     Tool::new("cp").args(["--sparse=always", ours.as_str(), copy.as_str()]).run()
                 })?,
                 2 => match &genimage {
-                    Some(program) => time_work(&dir.join("genimage-out/card.img"), || {
-                        run_genimage(program, dir)
+                    Some(program) => time_work(&folder.join("genimage-out/card.img"), || {
+                        run_genimage(program, folder)
                     })?,
                     None => continue,
                 },
@@ -143,18 +137,13 @@ fn time_work(out: &Utf8Path, work: impl FnOnce() -> Result<()>) -> Result<f64> {
     Ok(time.as_secs_f64())
 }
 
-pub(super) fn median(mut times: Vec<f64>) -> Option<f64> {
-    times.sort_by(f64::total_cmp);
-    times.get(times.len() / 2).copied()
-}
-
 fn allocated_bytes(path: &Utf8Path) -> Result<u64> {
     use std::os::unix::fs::MetadataExt;
     Ok(std::fs::metadata(path)?.blocks() * 512)
 }
 
 /// Makes a rootfs image of this size from a real one: its start, or several copies in a row.
-pub(super) fn cut_rootfs(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
+pub fn cut_rootfs(rootfs: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
     let source = File::open(rootfs).with_context(|| format!("opening {rootfs}"))?;
     let whole = source.metadata()?.len();
     let target = File::create(out).with_context(|| format!("creating {out}"))?;
@@ -199,7 +188,7 @@ fn copy_data_range(source: &File, target: &File, shift: u64, length: u64) -> Res
     Ok(())
 }
 
-pub(super) fn disk_spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
+pub fn disk_spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
     let partition = |name: &str, size: u64, filesystem: Filesystem| PartitionRequest {
         name: name.to_owned(),
         size,
@@ -252,9 +241,9 @@ pub(super) fn disk_spec(root: ChecksummedImage, size: u64) -> Result<DiskSpec> {
 }
 
 /// Gives genimage a finished FAT volume (ours), so that it only has to copy it.
-fn prepare_genimage(dir: &Utf8Path, ours: &Utf8Path) -> Result<()> {
-    let input = dir.join("genimage-in");
-    for path in [&input, &dir.join("genimage-root")] {
+fn prepare_genimage(folder: &Utf8Path, ours: &Utf8Path) -> Result<()> {
+    let input = folder.join("genimage-in");
+    for path in [&input, &folder.join("genimage-root")] {
         std::fs::create_dir_all(path).with_context(|| format!("creating {path}"))?;
     }
     let mut boot = vec![0; (64 * MIB) as usize];
@@ -262,7 +251,7 @@ fn prepare_genimage(dir: &Utf8Path, ours: &Utf8Path) -> Result<()> {
     std::fs::write(input.join("boot.vfat"), &boot)?;
     let link = input.join("root.img");
     if !link.is_symlink() {
-        std::os::unix::fs::symlink(std::fs::canonicalize(dir.join("root.img"))?, &link)?;
+        std::os::unix::fs::symlink(std::fs::canonicalize(folder.join("root.img"))?, &link)?;
     }
     let config = r#"image card.img {
     hdimage { partition-table-type = "gpt" align = 4M }
@@ -272,12 +261,12 @@ fn prepare_genimage(dir: &Utf8Path, ours: &Utf8Path) -> Result<()> {
     partition data { size = 64M }
 }
 "#;
-    let mut file = File::create(dir.join("genimage.cfg"))?;
+    let mut file = File::create(folder.join("genimage.cfg"))?;
     Ok(file.write_all(config.as_bytes())?)
 }
 
-fn run_genimage(program: &Utf8Path, dir: &Utf8Path) -> Result<()> {
-    let at = |name: &str| Utf8PathBuf::from(dir).join(name).into_string();
+fn run_genimage(program: &Utf8Path, folder: &Utf8Path) -> Result<()> {
+    let at = |name: &str| Utf8PathBuf::from(folder).join(name).into_string();
     Tool::new(program)
         .args(["--config", &at("genimage.cfg"), "--inputpath", &at("genimage-in")])
         .args(["--outputpath", &at("genimage-out"), "--tmppath", &at("genimage-tmp")])

@@ -9,11 +9,11 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
-use crate::artifact::free_space;
-use crate::exec::{Tool, cargo_home};
-use crate::git;
-use crate::progress::{self, say};
-use crate::rootfs::debian::AptMirrors;
+use xtask::artifact::free_space;
+use xtask::exec::{Tool, cargo_home};
+use xtask::git;
+use xtask::progress::{self, say};
+use xtask::rootfs::debian::AptMirrors;
 
 /// The packages that the README requires before its first command, and Debian's keyring.
 const PACKAGES: &str = "build-essential,ca-certificates,git";
@@ -46,14 +46,13 @@ exec env -i HOME="$home" PATH="/opt/rust/bin:/usr/sbin:/usr/bin:/sbin:/bin" TERM
 "#;
 
 /// One line of the table.
-#[derive(Debug)]
 pub struct ColdRow {
     /// The command.
-    pub what: String,
+    what: String,
     /// How long it took.
-    pub took: Duration,
+    took: Duration,
     /// The maximum disk space that it used at any time, in bytes.
-    pub disk: u64,
+    disk: u64,
 }
 
 /// Measures once, in a directory that must not exist. The tests take most of the time.

@@ -5,64 +5,51 @@
 
 use std::fs::{File, OpenOptions};
 use std::os::unix::fs::FileExt;
-use std::process::Stdio;
-use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
 use bundle::{BLOCK_SIZE, CompressionLevel};
 use camino::{Utf8Path, Utf8PathBuf};
 use contract::answer::InstalledSystem;
-use serde::Serialize;
+use xtask::exec::{self, Tool};
+use xtask::keys::KeyDirectory;
+use xtask::progress;
 
-use super::bundle::{PeakWatcher, pack_payload};
-use crate::exec::{self, Tool};
-use crate::keys::KeyDirectory;
-use crate::progress;
-
-const MIB: u64 = 1 << 20;
-
-/// Payload sizes for the peak memory, in MiB.
-pub(super) const SIZES: [u64; 4] = [256, 512, 1024, 2048];
+use crate::measure::{Call, MIB, Measurement, SIZES, cut_payload, measure, median, pack_payload};
 
 /// The measurements of one contender for a full install.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
 pub struct InstallRow {
     /// The command, shortened.
-    pub name: String,
+    name: String,
     /// Median seconds until everything is on the disk.
-    pub seconds: f64,
+    seconds: f64,
     /// Median seconds of reading it back from the disk, if the contender does that.
-    pub read_back: Option<f64>,
+    read_back: Option<f64>,
     /// Peak resident memory in bytes, the largest of all turns.
-    pub peak: u64,
+    peak: u64,
 }
 
 /// An install of a payload by Slipway.
-#[derive(Debug, Clone, Serialize)]
-#[serde(rename_all = "kebab-case")]
 pub struct PayloadInstall {
     /// The description of the install.
-    pub name: String,
+    name: String,
     /// Bytes of the payload.
-    pub size: u64,
+    size: u64,
     /// Bytes written to the slot.
-    pub written: u64,
+    written: u64,
     /// Seconds until everything was on the disk.
-    pub seconds: f64,
+    seconds: f64,
     /// Seconds of reading it back.
-    pub read_back: f64,
+    read_back: f64,
     /// Peak resident memory in bytes.
-    pub peak: u64,
+    peak: u64,
 }
 
 /// All results.
-#[derive(Debug, Clone, Serialize)]
 pub struct InstallResults {
     /// Full installs of all contenders; the first is the reference.
-    pub full: Vec<InstallRow>,
+    full: Vec<InstallRow>,
     /// Installs by Slipway.
-    pub sized: Vec<PayloadInstall>,
+    sized: Vec<PayloadInstall>,
 }
 
 /// Measures with `turns` turns for each contender, in a directory on the disk to be measured.
@@ -70,10 +57,9 @@ pub struct InstallResults {
 /// # Errors
 /// When a contender fails. `swupdate` and `fwup` are skipped when they are not installed.
 pub fn run(payload: &Utf8Path, folder: &Utf8Path, turns: usize) -> Result<InstallResults> {
-    std::fs::create_dir_all(folder).with_context(|| format!("creating {folder}"))?;
     let bench = InstallBench::new(folder)?;
     Ok(InstallResults {
-        full: bench.measure_full(payload, turns.max(3))?,
+        full: bench.measure_full(payload, turns)?,
         sized: bench.measure_sized(payload)?,
     })
 }
@@ -118,18 +104,6 @@ pub fn table(results: &InstallResults) -> String {
     out
 }
 
-/// A program with its arguments and its standard input.
-struct Call {
-    program: String,
-    args: Vec<String>,
-}
-
-impl Call {
-    fn new(program: &str, args: &[&str]) -> Self {
-        Self { program: program.to_owned(), args: args.iter().map(|a| (*a).to_owned()).collect() }
-    }
-}
-
 struct InstallBench {
     folder: Utf8PathBuf,
     slotd: Utf8PathBuf,
@@ -138,8 +112,8 @@ struct InstallBench {
 impl InstallBench {
     fn new(folder: &Utf8Path) -> Result<Self> {
         progress::say("bench", "building the agent as it ships");
-        Tool::new("cargo").args(["build", "--quiet", "--release", "--package", "slotd"]).run()?;
-        let metadata = Tool::new("cargo")
+        Tool::cargo().args(["build", "--quiet", "--release", "--package", "slotd"]).run()?;
+        let metadata = Tool::cargo()
             .args(["metadata", "--format-version=1", "--no-deps", "--offline"])
             .read()?;
         let metadata: serde_json::Value = serde_json::from_str(&metadata)?;
@@ -214,15 +188,13 @@ impl InstallBench {
             .run()?;
         let pipe =
             format!("zstd -dc {packed} | dd of={target} bs=1M conv=notrunc,fsync status=none");
-        let mut contenders = vec![
-            ("zstd -dc | dd", Call::new("sh", &["-c", &pipe])),
-            ("slotd install", Call::new("", &[])),
-        ];
+        let mut contenders =
+            vec![("zstd -dc | dd", Some(Call::new("sh", &["-c", &pipe]))), ("slotd install", None)];
         if exec::find_program("swupdate").is_some() {
-            contenders.push(("swupdate", self.swupdate(&packed, &target)?));
+            contenders.push(("swupdate", Some(self.swupdate(&packed, &target)?)));
         }
         if exec::find_program("fwup").is_some() {
-            contenders.push(("fwup -a", self.fwup(payload, &target)?));
+            contenders.push(("fwup -a", Some(self.fwup(payload, &target)?)));
         }
         let mut rows: Vec<(Vec<f64>, Vec<f64>, u64)> = vec![Default::default(); contenders.len()];
         for turn in 0..turns {
@@ -230,14 +202,11 @@ impl InstallBench {
                 progress::say("bench", format!("turn {} of {turns}: {name}", turn + 1));
                 // Every turn starts with the same blocks allocated, which contain another system.
                 Tool::new("cp").args(["--sparse=never", old.as_str(), target.as_str()]).run()?;
-                let ours;
-                let call = if call.program.is_empty() {
-                    ours = self.install(&self.simulate_robot(&target, size)?, &bundle);
-                    &ours
-                } else {
-                    call
+                let call = match call {
+                    Some(call) => call.clone(),
+                    None => self.install(&self.simulate_robot(&target, size)?, &bundle),
                 };
-                let (seconds, peak, output) = measure(name, call)?;
+                let Measurement { seconds, peak, output } = measure(name, &call)?;
                 row.2 = row.2.max(peak);
                 match serde_json::from_str::<InstalledSystem>(&output) {
                     Ok(outcome) => {
@@ -289,7 +258,7 @@ impl InstallBench {
         let size = std::fs::metadata(payload)?.len();
         let bundle = self.pack(payload, "sized.bundle")?;
         let call = self.install(&self.simulate_robot(target, size)?, &bundle);
-        let (seconds, peak, output) = measure(&name, &call)?;
+        let Measurement { seconds, peak, output } = measure(&name, &call)?;
         require_equal(payload, target)?;
         let outcome: InstalledSystem =
             serde_json::from_str(&output).with_context(|| format!("reading `{output}`"))?;
@@ -350,32 +319,6 @@ impl InstallBench {
     }
 }
 
-/// Runs a contender to its end, and until its data is on the disk.
-fn measure(name: &str, call: &Call) -> Result<(f64, u64, String)> {
-    rustix::fs::sync();
-    let started = Instant::now();
-    let child = Tool::new(&call.program)
-        .args(&call.args)
-        .into_command()
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .spawn()
-        .with_context(|| format!("running {name}"))?;
-    let watcher = PeakWatcher::start(child.id());
-    let output = child.wait_with_output().with_context(|| format!("running {name}"))?;
-    let seconds = started.elapsed().as_secs_f64();
-    let peak = watcher.finish();
-    ensure!(
-        output.status.success(),
-        "{name} failed: {}\n{}{}",
-        output.status,
-        String::from_utf8_lossy(&output.stdout),
-        String::from_utf8_lossy(&output.stderr)
-    );
-    Ok((seconds, peak, String::from_utf8_lossy(&output.stdout).into_owned()))
-}
-
 /// A system of the same shape with other contents: nonzero blocks of the payload become noise.
 fn another_system(payload: &Utf8Path, out: &Utf8Path) -> Result<()> {
     Tool::new("cp").args(["--sparse=never", payload.as_str(), out.as_str()]).run()?;
@@ -405,26 +348,6 @@ fn change_blocks(path: &Utf8Path, size: u64) -> Result<()> {
     file.sync_all().with_context(|| format!("writing {path}"))
 }
 
-/// The payload, cut to a size or repeated up to it; each repetition has different bytes.
-pub(super) fn cut_payload(payload: &Utf8Path, out: &Utf8Path, size: u64) -> Result<()> {
-    let from = File::open(payload)?;
-    let length = from.metadata()?.len();
-    let to = File::create(out)?;
-    to.set_len(size)?;
-    let mut buffer = vec![0; MIB as usize];
-    for at in (0..size).step_by(MIB as usize) {
-        from.read_exact_at(&mut buffer, at % length)?;
-        let turn = (at / length) as u8;
-        if buffer.iter().any(|byte| *byte != 0) {
-            for byte in buffer.iter_mut().filter(|byte| **byte != 0) {
-                *byte = byte.wrapping_add(turn).max(1);
-            }
-            to.write_all_at(&buffer, at)?;
-        }
-    }
-    to.sync_all().with_context(|| format!("writing {out}"))
-}
-
 /// Marsaglia's xorshift: bytes that do not compress, the same in every run.
 struct Noise(u64);
 
@@ -447,9 +370,4 @@ impl Noise {
 fn require_equal(expected: &Utf8Path, found: &Utf8Path) -> Result<()> {
     let size = std::fs::metadata(expected)?.len().to_string();
     Tool::new("cmp").args(["-n", &size, expected.as_str(), found.as_str()]).run()
-}
-
-fn median(mut values: Vec<f64>) -> Option<f64> {
-    values.sort_by(f64::total_cmp);
-    values.get(values.len() / 2).copied()
 }
