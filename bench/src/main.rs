@@ -20,7 +20,7 @@ use xtask::cli::{BenchArgs, FlashArgs};
 use xtask::config::workspace_root;
 use xtask::progress::say;
 use xtask::tools::{self, ToolPurpose};
-use xtask::{cmd, out, program, text};
+use xtask::{cmd, out, program};
 
 /// How often each contender runs; the table shows medians.
 const TURNS: usize = 5;

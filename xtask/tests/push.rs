@@ -338,7 +338,7 @@ fn slipway_pushes_from_a_machine_without_a_checkout() {
     let said = machine.good(&arguments);
     assert!(said.contains("1.1.0"), "{said}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
-    let nobody = address(free_port());
+    let nobody = address(free_port(0).expect("a free port"));
     arguments[1] = &nobody;
     machine.refused(&arguments, 1, &["not installed on 1 of 1 robots"]);
 }

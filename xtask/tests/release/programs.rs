@@ -15,7 +15,8 @@ use xtask::store::format::{Channel, ReleaseManifest};
 use xtask::store::index::Retention;
 
 use super::builds::{results, workspace};
-use super::support::{Bench, Reader, good, root};
+use super::support::{Bench, Reader};
+use crate::common::{good, root};
 use crate::slipway::Machine;
 
 /// Bytes in a program's place: what is compiled is the business of another test.
