@@ -231,7 +231,7 @@ impl<S: Storage> Tryboot<S> {
 
     fn forget(&self) -> Result<()> {
         for path in self.records().iter().filter(|path| path.symlink_metadata().is_ok()) {
-            durable::remove(path).map_err(failed("removing", &path))?;
+            durable::remove(path).map_err(failed("removing", path))?;
         }
         Ok(())
     }
