@@ -3,7 +3,7 @@
 
 use std::convert::Infallible;
 
-use clap::{Arg, Command as ClapCommand, CommandFactory, FromArgMatches};
+use clap::{Arg, Command as ArgParser, CommandFactory, FromArgMatches};
 
 use super::{CommandLine, SeparateComponent};
 use crate::program::STANDALONE;
@@ -20,14 +20,14 @@ const VERBS: [(&str, &[&str]); 7] = [
 ];
 
 /// The command line. `version` is what `--version` prints after the name.
-pub fn command(version: &'static str) -> ClapCommand {
+pub fn command(version: &'static str) -> ArgParser {
     let all = CommandLine::command();
     // Each has its place in the list of `cargo xtask` until it gets another one.
     let verbs = VERBS
         .iter()
         .enumerate()
         .map(|(place, (name, parts))| narrow(&all, name, parts).display_order(place));
-    ClapCommand::new(STANDALONE)
+    ArgParser::new(STANDALONE)
         .about("Flash cards, update robots, and check images, bundles and releases, without a checkout of Slipway")
         .version(version)
         .max_term_width(100)
@@ -64,9 +64,9 @@ pub fn parse(version: &'static str) -> CommandLine {
 }
 
 /// One verb of `cargo xtask`, with these of its subcommands.
-fn narrow(of: &ClapCommand, name: &'static str, parts: &[&str]) -> ClapCommand {
+fn narrow(of: &ArgParser, name: &'static str, parts: &[&str]) -> ArgParser {
     let verb = of.find_subcommand(name).expect("a verb of `cargo xtask`").clone();
-    let adapted = |verb: ClapCommand| verb.mut_args(|arg| without_workspace(name, arg));
+    let adapted = |verb: ArgParser| verb.mut_args(|arg| without_workspace(name, arg));
     if parts.is_empty() {
         return adapted(verb);
     }
@@ -75,7 +75,7 @@ fn narrow(of: &ClapCommand, name: &'static str, parts: &[&str]) -> ClapCommand {
         "release" => "Show and fetch the releases of a store",
         _ => "List the public keys that this machine trusts",
     };
-    ClapCommand::new(name)
+    ArgParser::new(name)
         .about(about)
         .subcommand_required(true)
         .arg_required_else_help(true)
