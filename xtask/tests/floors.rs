@@ -1,6 +1,7 @@
 //! Which modules may use which: each is on a floor, and uses only what is on floors below. The floors are the tables
 //! in `docs/contributing/architecture.md`, the modules are read from the sources.
 
+mod drawing;
 mod graph;
 
 use std::collections::BTreeMap;
@@ -128,6 +129,23 @@ fn no_module_uses_another_on_its_own_floor_or_above() {
         found.extend(contradictions(name, &graph, &rows));
     }
     super::complain(found);
+}
+
+#[test]
+fn the_drawings_of_the_floors_are_the_tables() {
+    let page = read(PAGE).expect("the page");
+    for name in CRATES {
+        let path = format!("docs/images/floors-{name}.svg");
+        let drawn = drawing::draw(name, &table(&page, name));
+        if std::env::var_os("SLIPWAY_BLESS").is_some() {
+            std::fs::write(super::root().join(&path), &drawn).expect("written");
+        }
+        assert!(
+            read(&path).as_deref() == Some(drawn.as_str()),
+            "{path} differs from the table in {PAGE}\n\
+             help: SLIPWAY_BLESS=1 cargo test --package xtask --test tidy floors:: draws it again"
+        );
+    }
 }
 
 /// A module's own file is what its parts have in common, so that parts and it may use each other.

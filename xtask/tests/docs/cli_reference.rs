@@ -1,11 +1,12 @@
 //! The pages of commands are what clap would tell: generated, and compared in every run.
 
+use std::collections::BTreeSet;
 use std::fmt::Write;
 
 use clap::{Arg, Command, CommandFactory};
 use xtask::cli::{CommandLine, slipway};
 
-use super::{page, root};
+use super::{complain, is_run, page, root, spans};
 
 /// The page of `cargo xtask`, which is generated.
 pub(super) const PAGE: &str = "docs/reference/cli.md";
@@ -47,6 +48,45 @@ fn the_pages_of_commands_are_what_clap_says() {
              help: SLIPWAY_BLESS=1 cargo test --package xtask --test tests docs:: writes it; review the difference"
         );
     }
+}
+
+/// The page with the table of commands and their tests.
+const TESTING: &str = "docs/contributing/testing.md";
+
+#[test]
+fn every_command_is_run_by_a_test_or_named_as_not_run() {
+    let cli = CommandLine::command();
+    let mut expected = BTreeSet::new();
+    for verb in cli.get_subcommands() {
+        let name = verb.get_name();
+        let parts: Vec<&str> = verb.get_subcommands().map(Command::get_name).collect();
+        match parts.is_empty() {
+            true => expected.insert(name.to_owned()),
+            false => {
+                parts.iter().map(|part| expected.insert(format!("{name} {part}"))).all(|new| new)
+            }
+        };
+    }
+    let text = page(TESTING);
+    let (_, section) = text.split_once("\n| command | test |\n").expect("the table of commands");
+    let mut named = BTreeSet::new();
+    let mut findings = Vec::new();
+    for row in section.lines().skip(1).take_while(|line| line.starts_with('|')) {
+        let cells: Vec<&str> = row.trim_matches('|').split('|').map(str::trim).collect();
+        let [command, test] = cells[..] else { panic!("{TESTING}: two cells: {row}") };
+        named.insert(command.trim_matches('`').to_owned());
+        if test.strip_prefix("not run: ").is_some_and(|reason| !reason.is_empty()) {
+            continue;
+        }
+        let spans: Vec<&str> = spans(test).collect();
+        let [file, name] = spans[..] else { panic!("{TESTING}: a file and a test: {row}") };
+        let source = std::fs::read_to_string(root().join(file)).unwrap_or_default();
+        if !is_run(&source, name) {
+            findings.push(format!("{TESTING}: {file} has no test `{name}`"));
+        }
+    }
+    assert_eq!(named, expected, "left: the table of {TESTING}; right: the command line");
+    complain(findings);
 }
 
 #[test]
