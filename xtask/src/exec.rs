@@ -157,7 +157,11 @@ impl Tool {
     pub fn command_line(&self) -> String {
         let quote = |s: &String| {
             let plain = |c: char| c.is_ascii_alphanumeric() || "-_./=:,+@%".contains(c);
-            if !s.is_empty() && s.chars().all(plain) { s.clone() } else { format!("'{s}'") }
+            if !s.is_empty() && s.chars().all(plain) {
+                s.clone()
+            } else {
+                format!("'{}'", s.replace('\'', r"'\''"))
+            }
         };
         self.words.iter().map(quote).collect::<Vec<_>>().join(" ")
     }

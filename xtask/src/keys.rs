@@ -14,6 +14,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
 use crate::artifact;
+use crate::program;
 use crate::progress;
 use crate::ssh_keys;
 
@@ -40,6 +41,29 @@ pub fn key_directory() -> Result<Utf8PathBuf> {
         return Ok(Utf8PathBuf::from(home).join(".config/slipway/keys"));
     }
     bail!("finding the key directory: HOME is not set\nhelp: set SLIPWAY_KEYS to a directory")
+}
+
+/// Converts the error of a verification on this machine; the format's own hint is written for robots.
+pub fn explain_bundle_error(error: bundle::Error) -> anyhow::Error {
+    let hint = match &error {
+        bundle::Error::NotTrusted { .. } => format!(
+            "`{} keys list` shows the trusted keys; to trust others, copy the {KEY_SET} of the team that signed this to {}",
+            program::name(),
+            key_directory()
+                .map_or_else(|_| "the key directory".to_owned(), Utf8PathBuf::into_string)
+        ),
+        bundle::Error::Io(cause) if cause.kind() == std::io::ErrorKind::StorageFull => format!(
+            "the disk is full; free some space{}",
+            if program::is_standalone() {
+                ""
+            } else {
+                ", `cargo xtask clean --dry-run` shows what it would remove"
+            }
+        ),
+        _ => error.hint().to_owned(),
+    };
+    let message = format!("{error} ({})\nhelp: {hint}", error.code());
+    anyhow::Error::new(error).context(message)
 }
 
 /// The developer's SSH public keys, beside the signing keys: root of a development product accepts
@@ -143,7 +167,7 @@ impl KeyDirectory {
             create().with_context(|| {
                 format!(
                     "creating the key directory {dir}\n\
-                     help: set SLIPWAY_KEYS to a writable directory; signing keys are made there"
+                     help: set SLIPWAY_KEYS to a writable directory, for the keys that are trusted or that sign"
                 )
             })?;
         }
@@ -187,6 +211,11 @@ impl KeyDirectory {
                 // A new set would begin at serial 1, and robots that know a later serial would
                 // reject it as old.
                 if let Some(key) = left_key(dir)? {
+                    ensure!(
+                        !program::is_standalone(),
+                        "{dir} contains {key}, but no {KEY_SET}, which lists what each key may sign\n\
+                         help: copy the {KEY_SET} of the team that signs the releases to {dir}"
+                    );
                     bail!(
                         "{dir} contains {key}, but no {KEY_SET}, which lists what each key may \
                          sign\n\

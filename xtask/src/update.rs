@@ -20,7 +20,7 @@ use serde::Serialize;
 use sha2::{Digest, Sha256};
 
 use crate::artifact::{self, Artifact};
-use crate::keys::SigningKey;
+use crate::keys::{SigningKey, explain_bundle_error};
 use crate::progress::{ProgressStep, ProgressUnit};
 use crate::wheel::component::WheelTrees;
 
@@ -195,18 +195,6 @@ fn write_hashed(
         let sha256 = thread.join().map_err(|_| anyhow::anyhow!("the hashing thread failed"))?;
         result.map(|()| (size, sha256))
     })
-}
-
-/// Converts the hint of a bundle error to the help of a message.
-fn explain_bundle_error(error: bundle::Error) -> anyhow::Error {
-    let hint = match &error {
-        bundle::Error::Io(cause) if cause.kind() == io::ErrorKind::StorageFull => {
-            "the disk is full; free some space, `cargo xtask clean --dry-run` shows what it would remove"
-        }
-        _ => error.hint(),
-    };
-    let message = format!("{error} ({})\nhelp: {hint}", error.code());
-    anyhow::Error::new(error).context(message)
 }
 
 /// Packs the bundle `out`. The file gets its name only when it is complete and has been read back:

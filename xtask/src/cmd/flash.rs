@@ -1,6 +1,7 @@
 //! `flash`: writes an image to a card.
 
 use std::io::{BufRead, IsTerminal, Write};
+use std::os::unix::fs::MetadataExt;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
@@ -8,6 +9,7 @@ use rustix::fs::Access;
 use serde_json::json;
 
 use crate::cli::{FlashArgs, OutputFormat};
+use crate::exec::Tool;
 use crate::flash::card::CardDevice;
 use crate::flash::device::{self, DeviceObjection, FlashDevice};
 use crate::flash::seed::{self, PASSWORD_VARIABLE, SeedFile};
@@ -48,17 +50,32 @@ pub fn flash(options: &FlashArgs) -> Result<()> {
         ),
     };
     reject_device(&device, source.size, options.non_removable.as_deref())?;
+    // Two names may be hard links to one file.
+    let identity = |path: &Utf8Path| -> Result<(u64, u64)> {
+        let about = std::fs::metadata(path).with_context(|| format!("reading {path}"))?;
+        Ok((about.dev(), about.ino()))
+    };
     ensure!(
-        device.path != source.path.canonicalize_utf8()?,
+        identity(&device.path)? != identity(&source.path)?,
         "the image and the target are the same file\nhelp: name another file or a device"
     );
     if rustix::fs::access(device.path.as_std_path(), Access::WRITE_OK).is_err() {
+        let again = Tool::new("sudo")
+            .arg(std::env::current_exe().unwrap_or_default().display().to_string());
+        let again = again.args(std::env::args().skip(1));
+        // sudo drops it.
+        let lost = match std::env::var_os(PASSWORD_VARIABLE) {
+            Some(_) => {
+                format!(" (sudo does not keep {PASSWORD_VARIABLE}: use --wifi-password-file)")
+            }
+            None => String::new(),
+        };
         bail!(
-            "no permission to write to {}\nhelp: sudo {} flash {} {}",
+            "no permission to write to {}\n\
+             help: {}{}",
             device.path,
-            std::env::current_exe().unwrap_or_default().display(),
-            source.path,
-            device.path
+            again.command_line(),
+            lost
         );
     }
     confirm_write(options, &source, &device, terminal)?;

@@ -29,7 +29,7 @@ use crate::store::index::Retention;
 use crate::store::{self, ReleaseStore};
 use crate::time::now;
 use crate::tools::{self, ToolPurpose};
-use crate::{out, outln, text};
+use crate::{out, outln, program, text};
 
 /// `cargo xtask release …`.
 ///
@@ -129,6 +129,9 @@ fn list_releases(
     for one in Channel::ALL.into_iter().filter(|c| channel.is_none_or(|only| only == *c)) {
         indices.push(load_channel(store.as_ref(), one, &authority)?.0);
     }
+    if indices.iter().all(|index| index.serial == 0) {
+        check_has_channels(store.as_ref())?;
+    }
     match format {
         OutputFormat::Json => outln!("{}", text::to_json(&indices)?),
         OutputFormat::Text => {
@@ -149,6 +152,39 @@ fn list_releases(
     Ok(())
 }
 
+/// A mistyped address is not a store without releases.
+///
+/// # Errors
+/// When there is no file of any channel.
+fn check_has_channels(store: &dyn ReleaseStore) -> Result<()> {
+    for channel in Channel::ALL {
+        if store.index(channel)?.0.is_some() {
+            return Ok(());
+        }
+    }
+    let paths: Vec<String> = Channel::ALL.into_iter().map(Channel::path).collect();
+    bail!(
+        "there is no release store at {}: it has none of {}\n\
+         help: check the address; a store is the directory that contains `channels`",
+        store.name(),
+        paths.join(", ")
+    )
+}
+
+/// The channels that are searched for a release, in this order. A version is taken from the most stable channel that has
+/// it: development keys may sign the others, and must not replace what release keys have signed.
+fn channels_to_search(channel: Option<Channel>, latest: bool) -> Result<Vec<Channel>> {
+    match (channel, latest) {
+        (Some(channel), _) => Ok(vec![channel]),
+        (None, true) if program::is_standalone() => bail!(
+            "which channel's latest release?\n\
+             help: add --channel stable, or another of: stable, beta, nightly"
+        ),
+        (None, true) => Ok(vec![Channel::Nightly]),
+        (None, false) => Ok(Channel::ALL.into_iter().rev().collect()),
+    }
+}
+
 /// Finds a release by the given version.
 fn find_release(
     store: &dyn ReleaseStore,
@@ -158,11 +194,7 @@ fn find_release(
 ) -> Result<(Channel, ChannelEntry)> {
     let product = choose_product(which.product.as_ref())?;
     let latest = text == "latest";
-    let channels = match (which.channel, latest) {
-        (Some(channel), _) => vec![channel],
-        (None, true) => vec![Channel::Nightly],
-        (None, false) => Channel::ALL.to_vec(),
-    };
+    let channels = channels_to_search(which.channel, latest)?;
     let wanted = if latest { None } else { Some(parse_version(text)?) };
     let mut known = Vec::new();
     for channel in channels {
@@ -184,6 +216,7 @@ fn find_release(
         }
         known.extend(index.releases_of(&product).map(|e| e.version.to_string()));
     }
+    check_has_channels(store)?;
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     bail!("there is no release {text} of {product} in {}\nhelp: known: {known}", store.name())
 }
@@ -240,7 +273,7 @@ fn fetch(
 ) -> Result<()> {
     let store = open_store(&which.store)?;
     let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
-    let (_, entry) = find_release(store.as_ref(), text, which, &authority)?;
+    let (channel, entry) = find_release(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
         warn(format!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason));
     }
@@ -249,6 +282,7 @@ fn fetch(
     match format {
         OutputFormat::Json => outln!("{}", text::to_json(&files)?),
         OutputFormat::Text => {
+            outln!("{} {} ({}), channel {channel}", entry.product, entry.version, entry.kind);
             for file in &files {
                 outln!("{:>9}  {}", format_bytes(file.size), file.path);
             }

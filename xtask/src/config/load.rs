@@ -10,12 +10,20 @@ use super::{Config, InputFile, board, content, product, reader, tree};
 use crate::artifact::hash_file;
 use crate::config::board::BoardConfig;
 use crate::config::product::ProductConfig;
+use crate::program;
 
 /// The workspace's root: the nearest parent directory that contains both `configs` and `board`.
 ///
 /// # Errors
-/// When there is none.
+/// When there is none, or this is the program for machines without a checkout: what is trusted must not depend on the
+/// directory in which a technician types a command.
 pub fn workspace_root() -> Result<Utf8PathBuf> {
+    if program::is_standalone() {
+        bail!(
+            "`{}` uses no checkout of Slipway\nhelp: give what is missing as an option",
+            program::STANDALONE
+        );
+    }
     let here = std::env::current_dir().context("looking up the current directory")?;
     let here = Utf8PathBuf::try_from(here).context("the current directory's path is not UTF-8")?;
     here.ancestors()

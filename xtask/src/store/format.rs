@@ -7,7 +7,7 @@ use bundle::{BuildKind, KeySet, SignedBy, Version};
 use serde::{Deserialize, Serialize};
 
 use crate::artifact::hash_bytes;
-use crate::keys::SigningKey;
+use crate::keys::{SigningKey, explain_bundle_error};
 
 /// The version of all of the store's files. It is raised when an old reader would misread a new
 /// file.
@@ -425,10 +425,7 @@ fn verify_signature(
     signature: &[u8],
     text: &[u8],
 ) -> Result<SignedBy> {
-    keys.verify(purpose, name, signature, text).map_err(|error| {
-        let message = format!("{error} ({})\nhelp: {}", error.code(), error.hint());
-        anyhow::Error::new(error).context(message)
-    })
+    keys.verify(purpose, name, signature, text).map_err(explain_bundle_error)
 }
 
 pub(crate) fn to_pretty_json(value: &impl Serialize) -> Result<String> {

@@ -19,6 +19,8 @@ pub struct HttpStore {
     /// Without a trailing `/`.
     base: String,
     authorization: Option<SecretText>,
+    /// The server only serves files.
+    read_only: bool,
     client: HttpClient,
 }
 
@@ -51,7 +53,12 @@ impl HttpStore {
         );
         let base = address.trim_end_matches('/').to_owned();
         let client = HttpClient::new(base.clone(), options.timeouts)?;
-        Ok(Self { base, authorization: options.authorization.clone(), client })
+        Ok(Self { base, authorization: options.authorization.clone(), read_only: false, client })
+    }
+
+    /// The same as a server that only serves files, without credentials.
+    pub fn read_only(self) -> Self {
+        Self { authorization: None, read_only: true, ..self }
     }
 
     fn url(&self, path: &str) -> String {
@@ -68,6 +75,7 @@ impl HttpStore {
 
     fn refused<T>(&self, what: &str, status: u16) -> Result<T> {
         let help = match status {
+            _ if self.read_only => "check the address; no password or token is sent",
             401 | 403 => {
                 "set SLIPWAY_SHARED_CACHE_AUTHORIZATION to the header value that the server \
                  requires"

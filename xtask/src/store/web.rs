@@ -19,7 +19,7 @@ impl Web {
     /// # Errors
     /// When the address is invalid or contains a password.
     pub fn new(address: &str, options: &StoreOptions) -> Result<Self> {
-        Ok(Self(HttpStore::new(address, options)?))
+        Ok(Self(HttpStore::new(address, options)?.read_only()))
     }
 
     fn refused<T>(&self) -> Result<T> {
