@@ -360,7 +360,7 @@ impl Agent {
         Err(Refusal::new(
             "unhealthy",
             failing.join("\n"),
-            "see `journalctl` for the units and programs that fail",
+            "for a unit, see `journalctl -u UNIT`; for a program, run it by hand to see all of its output",
         ))
     }
 

@@ -1,9 +1,11 @@
-//! Checks that the programs that units start are in the image. Otherwise a service that cannot
-//! start, or a console without a working login, is only discovered on the robot.
+//! Checks that the programs that units and health checks start are in the image. Otherwise a service that
+//! cannot start, a console without a working login, or a health check that rolls back every update is only
+//! discovered on the robot.
 
 use anyhow::{Result, bail};
+use contract::health_file::{self, CheckTarget, HealthFile};
 
-use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
+use crate::rootfs::tree::{EntryOrigin, RootEntry, RootEntryKind, RootTree};
 
 /// The directories of units, and of the files that override them.
 const FOLDERS: [&str; 3] =
@@ -28,12 +30,12 @@ const CONDITIONS: [&str; 3] =
 /// The program that agetty(8) starts by default: its own package does not contain it.
 const LOGIN: &str = "bin/login";
 
-/// Checks every unit that an overlay adds or changes.
+/// Checks every unit and every health check that an overlay adds or changes.
 ///
 /// # Errors
 /// Lists everything that is missing, with the overlay's file and line.
 pub fn check_programs(tree: &RootTree) -> Result<()> {
-    let mut missing = Vec::new();
+    let (mut missing, mut checks) = (Vec::new(), Vec::new());
     for (path, entry) in tree.iter() {
         let (EntryOrigin::Overlay(source), RootEntryKind::File(_)) = (&entry.origin, &entry.kind)
         else {
@@ -50,12 +52,69 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
                 let fault = find_fault(tree, value, &conditions);
                 missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
             }
+        } else if is_health_check(path) {
+            let fault = find_check_fault(tree, &String::from_utf8_lossy(&tree.read(path)?));
+            checks.extend(fault.map(|fault| format!("{source}: {fault}")));
         }
     }
-    if missing.is_empty() {
+    let mut findings = Vec::new();
+    for (what, list) in [
+        ("units start programs that this image does not contain", missing),
+        (
+            "health checks would fail on every robot, and roll back every update to this image",
+            checks,
+        ),
+    ] {
+        if !list.is_empty() {
+            findings.push(format!("{what}:\n  - {}", list.join("\n  - ")));
+        }
+    }
+    if findings.is_empty() {
         return Ok(());
     }
-    bail!("units start programs that this image does not contain:\n  - {}", missing.join("\n  - "))
+    bail!("{}", findings.join("\n"))
+}
+
+/// Whether the agent reads this file as a health check: no other suffix, and no subdirectory.
+fn is_health_check(path: &str) -> bool {
+    path.strip_prefix(health_file::FOLDER)
+        .and_then(|rest| rest.strip_prefix('/')?.strip_suffix(".toml"))
+        .is_some_and(|name| !name.contains('/'))
+}
+
+/// The error in a health check, if any: an invalid file, or a program that cannot be started.
+fn find_check_fault(tree: &RootTree, text: &str) -> Option<String> {
+    const HELP: &str = "help: docs/guides/add-a-health-check.md has the forms of a check";
+    let target = match HealthFile::parse(text) {
+        Ok(file) => file.target,
+        Err(why) => return Some(format!("{why}\n{HELP}")),
+    };
+    let CheckTarget::Command(words) = target else { return None };
+    let program = words.first()?;
+    // The API, and what it brings, may be on `data`.
+    if program.starts_with("/data/") {
+        return None;
+    }
+    match find_program(tree, program) {
+        None => Some(missing_program(program)),
+        Some(entry) if entry.mode & 0o111 == 0 => Some(format!(
+            "`{program}` is not executable\nhelp: run `chmod +x` on the overlay's file"
+        )),
+        Some(_) => None,
+    }
+}
+
+/// The file that a name stands for when a program is started by it.
+fn find_program<'a>(tree: &'a RootTree, program: &str) -> Option<&'a RootEntry> {
+    let found = match program.strip_prefix('/') {
+        Some(path) => tree.resolve(path),
+        None => SEARCHED.iter().find_map(|dir| tree.resolve(&format!("{dir}/{program}"))),
+    };
+    found.map(|(_, entry)| entry)
+}
+
+fn missing_program(program: &str) -> String {
+    format!("`{program}` is missing\nhelp: add the package or the overlay file that contains it")
 }
 
 /// A line of a unit, joined with those that continue it.
@@ -99,16 +158,8 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
     if program.contains(['%', '$']) || conditions.contains(&program) {
         return None;
     }
-    let there = match program.strip_prefix('/') {
-        Some(path) => tree.resolve(path).is_some(),
-        None => SEARCHED.iter().any(|dir| tree.resolve(&format!("{dir}/{program}")).is_some()),
-    };
-    if !there {
-        return (!may_fail).then(|| {
-            format!(
-                "`{program}` is missing\nhelp: add the package or the overlay file that contains it"
-            )
-        });
+    if find_program(tree, program).is_none() {
+        return (!may_fail).then(|| missing_program(program));
     }
     let own = |word: &str| {
         ["-l", "--login-program", "-n", "--skip-login"].iter().any(|o| word.starts_with(o))
@@ -125,22 +176,52 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::tree::{FileData, RootEntry};
+    use crate::rootfs::tree::FileData;
 
-    fn tree(unit: &str, programs: &[&str]) -> RootTree {
+    /// What is reported of an image with these executable files, and this file of an overlay.
+    fn findings_of(path: &str, text: &str, programs: &[&str]) -> String {
         let mut tree = RootTree::with_root(EntryOrigin::Base);
         for program in programs {
             tree.file(program, 0o755, "").unwrap();
         }
-        let kind = RootEntryKind::File(FileData::Bytes(unit.as_bytes().to_vec()));
-        let entry =
-            RootEntry::new(0o644, kind, EntryOrigin::Overlay("overlays/x/a.service".into()));
-        tree.insert("etc/systemd/system/a.service", entry).unwrap();
-        tree
+        tree.file("usr/lib/plain", 0o644, "").unwrap();
+        let kind = RootEntryKind::File(FileData::Bytes(text.as_bytes().to_vec()));
+        let name = path.rsplit('/').next().unwrap();
+        let origin = EntryOrigin::Overlay(format!("overlays/x/{name}").into());
+        tree.insert(path, RootEntry::new(0o644, kind, origin)).unwrap();
+        check_programs(&tree).map_or_else(|e| e.to_string(), |()| String::new())
     }
 
     fn findings(unit: &str, programs: &[&str]) -> String {
-        check_programs(&tree(unit, programs)).map_or_else(|e| e.to_string(), |()| String::new())
+        findings_of("etc/systemd/system/a.service", unit, programs)
+    }
+
+    #[test]
+    fn a_health_check_that_can_never_pass_is_reported() {
+        let findings =
+            |text: &str| findings_of("etc/slotd/health.d/50-a.toml", text, &["usr/bin/here"]);
+        for good in ["[command]\nrun = [\"/usr/bin/here\"]", "[command]\nrun = [\"here\", \"x\"]"] {
+            assert_eq!(findings(good), "");
+        }
+        assert_eq!(findings("[unit]\nname = \"a.service\""), "");
+        assert_eq!(findings("[command]\nrun = [\"/data/system/scripts/check\"]"), "");
+        for (bad, expected) in [
+            (
+                "[command]\nrun = [\"/usr/bin/gone\"]",
+                "50-a.toml: `/usr/bin/gone` is missing\nhelp: ",
+            ),
+            ("[command]\nrun = [\"/usr/lib/plain\"]", "`/usr/lib/plain` is not executable\nhelp: "),
+            ("timeout = 3\n[command]\nrun = [\"here\"]", "unknown field `timeout`"),
+            ("timeout-seconds = 121\n[command]\nrun = [\"here\"]", "expected 1 to 120\nhelp: "),
+        ] {
+            let message = findings(bad);
+            assert!(message.starts_with("health checks would fail"), "{message}");
+            assert!(message.contains(expected), "{message}");
+        }
+        // The agent reads neither of these.
+        for path in ["etc/slotd/health.d/README", "etc/slotd/health.d/old/a.toml"] {
+            assert_eq!(findings_of(path, "nonsense", &[]), "");
+        }
     }
 
     #[test]
