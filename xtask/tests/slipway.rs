@@ -234,6 +234,9 @@ fn it_writes_a_card() {
         &["help: slipway flash --list shows devices"],
     );
     machine.refused(&["flash", image.as_str(), card.as_str()], 1, &["add --yes"]);
+    let linked = folder.at("linked");
+    fs::hard_link(&image, &linked).expect("a link");
+    machine.refused(&["flash", image.as_str(), linked.as_str(), "--yes"], 1, &["the same file"]);
     // A plain name is a file here, never a product.
     machine.refused(&["flash", "robot", card.as_str()], 1, &["./robot"]);
 }
@@ -260,9 +263,9 @@ fn what_a_checkout_would_say_has_to_be_given() {
     machine.refused(&["inspect", "none.img"], 1, &["none.img"]);
     machine.refused(&["release", "list", "--store", "ftp://x"], 1, &["help: a directory, ssh://"]);
     machine.refused(
-        &["release", "show", "latest", "--store", "x", "--product", "y"],
+        &["release", "show", "1.0.0", "--store", "x", "--product", "y"],
         1,
-        &["help: known: none"],
+        &["there is no release store at x", "help: check the address"],
     );
 }
 

@@ -488,3 +488,16 @@ fn collect_garbage(
     }
     Ok(())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_version_is_taken_from_the_most_stable_channel() {
+        use Channel::{Beta, Nightly, Stable};
+        assert_eq!(channels_to_search(None, false).expect("all"), [Stable, Beta, Nightly]);
+        assert_eq!(channels_to_search(None, true).expect("one"), [Nightly]);
+        assert_eq!(channels_to_search(Some(Beta), true).expect("one"), [Beta]);
+    }
+}

@@ -32,14 +32,17 @@ fn what_is_fetched_becomes_a_card_and_an_update() {
         let machine = machine(&bench);
         assert!(machine.good(&["release", "list", "--store", store]).contains("shop 1.0.0"));
         let get = ["release", "get", "latest", "--product", "shop", "--store", store];
+        machine.refused(&get, 1, &["which channel", "help: add --channel stable"]);
+        let get = [&get[..], &["--channel", "nightly"]].concat();
         let said = machine.good(&get);
+        assert!(said.starts_with("shop 1.0.0 (development), channel nightly\n"), "{said}");
         let here = machine.dir.join("here");
         for name in
             ["shop-1.0.0-sample.img.zst", "shop-1.0.0-sample.img.bmap", "shop-1.0.0-sample.bundle"]
         {
             assert!(said.contains(name) && here.join(name).is_file(), "{name}: {said}");
         }
-        assert_eq!(said.lines().count(), 3, "{said}");
+        assert_eq!(said.lines().count(), 4, "{said}");
         machine.good(&["verify", "shop-1.0.0-sample.bundle"]);
         let card = fs::File::create(here.join("card")).unwrap();
         card.set_len(64 << 20).unwrap();
@@ -61,6 +64,32 @@ fn what_is_fetched_becomes_a_card_and_an_update() {
     let empty = format!("{}/empty", server.address);
     let message = bench.refused(&["publish", &empty, "--from", "dist/releases"]);
     assert!(message.contains("can only be read") && message.contains("help: "), "{message}");
+}
+
+/// What a technician trusts does not depend on where a command is typed, and a mistyped store is no empty one.
+#[test]
+fn a_directory_like_a_checkout_changes_nothing_and_no_store_is_an_error() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let machine = machine(&bench);
+    let pins = machine.dir.join("home/.config/slipway/keys/releases.toml");
+    fs::write(pins, "[channels]\nnightly = \"release\"\n").unwrap();
+    for name in ["here/configs", "here/board"] {
+        fs::create_dir(machine.dir.join(name)).unwrap();
+    }
+    fs::write(machine.dir.join("here/configs/app.toml"), "port = 80\n").unwrap();
+    let list = ["release", "list", "--store", store.root().as_str()];
+    machine.refused(&list, 1, &["nightly must be signed by a release key"]);
+    let typo = bench.dir.join("stroe");
+    machine.refused(
+        &["release", "list", "--store", typo.as_str()],
+        1,
+        &["there is no release store at", "channels/stable.json", "help: check the address"],
+    );
+    let server = Server::start(&bench.dir).unwrap();
+    let get = ["release", "get", "1.0.0", "--product", "robot", "--store", &server.address];
+    machine.refused(&get, 1, &["there is no release store at"]);
 }
 
 #[test]
