@@ -41,12 +41,7 @@ fn run(cli: &CommandLine) -> anyhow::Result<()> {
         Command::Plan(options) => cmd::plan::plan(options),
         Command::Render(options) => cmd::plan::render(options),
         Command::Completions { shell } => {
-            clap_complete::generate(
-                *shell,
-                &mut CommandLine::command(),
-                "xtask",
-                &mut std::io::stdout(),
-            );
+            cmd::print_completions(*shell, &mut CommandLine::command(), "xtask");
             Ok(())
         }
     }

@@ -355,7 +355,13 @@ fn pip_is_found_beside_an_environment_without_it() {
 /// What a shell does with `| head`, and what a full disk does.
 #[test]
 fn an_output_that_is_closed_or_full_ends_the_tool_in_one_line_at_most() {
-    for verb in [&["plan"][..], &["plan", "--format", "json"], &["keys", "list"], &["--help"]] {
+    for verb in [
+        &["plan"][..],
+        &["plan", "--format", "json"],
+        &["keys", "list"],
+        &["completions", "bash"],
+        &["--help"],
+    ] {
         for full in [false, true] {
             let out = if full {
                 Stdio::from(
@@ -379,7 +385,7 @@ fn an_output_that_is_closed_or_full_ends_the_tool_in_one_line_at_most() {
             }
             // A verb without a result has nothing that could be lost.
             assert!(output.status.code().is_some_and(|code| code <= 1), "{verb:?}: {output:?}");
-            if full && verb[0] == "plan" {
+            if full && ["plan", "completions"].contains(&verb[0]) {
                 assert_eq!(output.status.code(), Some(1), "{verb:?}: {said}");
                 assert!(said.contains("error: writing the result to standard output: "), "{said}");
             }

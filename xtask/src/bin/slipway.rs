@@ -25,12 +25,7 @@ fn run(cli: &CommandLine) -> Result<()> {
         Command::Keys(verb) => cmd::keys::keys(verb),
         Command::Completions { shell } => {
             let mut command = slipway::command(version());
-            clap_complete::generate(
-                *shell,
-                &mut command,
-                program::STANDALONE,
-                &mut std::io::stdout(),
-            );
+            cmd::print_completions(*shell, &mut command, program::STANDALONE);
             Ok(())
         }
         other => bail!("this verb needs a checkout of Slipway: {other:?}"),

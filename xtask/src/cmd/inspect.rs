@@ -147,7 +147,11 @@ fn show_diff(old: &Utf8Path, new: &Utf8Path, format: OutputFormat) -> Result<()>
     let difference = InventoryDifference::between(&read_inventory(old)?, &read_inventory(new)?);
     match format {
         OutputFormat::Json => out!("{}", text::printable_json(&difference.to_json()?)),
-        OutputFormat::Text => difference.render_terminal(&mut std::io::stdout().lock())?,
+        OutputFormat::Text => {
+            let mut rendered = Vec::new();
+            difference.render_terminal(&mut rendered)?;
+            out!("{}", String::from_utf8_lossy(&rendered));
+        }
     }
     Ok(())
 }
