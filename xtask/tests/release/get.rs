@@ -1,8 +1,9 @@
 //! Files of a release, fetched and verified by a technician from a directory and from a web server, up to a card.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{PermissionsExt, symlink};
 
+use camino::Utf8Path;
 use xtask::artifact::hash_file;
 use xtask::store::format::object_path;
 
@@ -82,8 +83,61 @@ fn a_damaged_file_gets_no_name() {
         let get =
             ["release", "get", "1.0.0", "--product", "shop", "--store", store, "--role", "bundle"];
         machine.refused(&get, 1, &["fetching shop-1.0.0-sample.bundle"]);
-        assert!(!machine.dir.join("here/shop-1.0.0-sample.bundle").exists());
+        assert_eq!(names(&machine.dir.join("here")), [""; 0]);
     }
+}
+
+/// What is in a directory.
+fn names(dir: &Utf8Path) -> Vec<String> {
+    let entries = dir.read_dir_utf8().unwrap().map(|entry| entry.unwrap().file_name().to_owned());
+    let mut names: Vec<String> = entries.collect();
+    names.sort();
+    names
+}
+
+fn make_fifo(path: &Utf8Path) {
+    use rustix::fs::{CWD, FileType, mknodat};
+    mknodat(CWD, path.as_std_path(), FileType::Fifo, 0o644.into(), 0).unwrap();
+}
+
+#[test]
+fn what_is_in_the_target_directory_is_neither_followed_nor_shared() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let server = Server::start(&bench.dir).unwrap();
+    let machine = machine(&bench);
+    let here = machine.dir.join("here");
+    let name = "robot-1.0.0-notes";
+    let web = format!("{}/store", server.address);
+    let get = |store| {
+        ["release", "get", "1.0.0", "--product", "robot", "--role", "notes", "--store", store]
+    };
+    // A directory of that name is noticed before anything is fetched.
+    fs::create_dir(here.join(name)).unwrap();
+    machine.refused(&get(&web), 1, &[name, "is a directory", "help: "]);
+    assert!(server.log().iter().all(|path| !path.contains("/objects/")));
+    fs::remove_dir(here.join(name)).unwrap();
+    // Another's unfinished file, a link, a FIFO.
+    let unfinished = here.join(format!("{name}.partial"));
+    fs::write(here.join("victim"), "mine").unwrap();
+    symlink(here.join("victim"), &unfinished).unwrap();
+    for store in [store.root().as_str(), &web] {
+        make_fifo(&here.join(name));
+        machine.good(&get(store));
+        assert!(here.join(name).symlink_metadata().unwrap().is_file());
+        assert_eq!(names(&here), [name, &format!("{name}.partial"), "victim"]);
+        assert_eq!(fs::read_to_string(here.join("victim")).unwrap(), "mine");
+        fs::remove_file(here.join(name)).unwrap();
+    }
+    // Several at once: each gives the name to what it has verified.
+    let mut children = Vec::new();
+    for _ in 0..4 {
+        let mut command = machine.command(&get(&web));
+        children.push(command.stdout(std::process::Stdio::null()).spawn().unwrap());
+    }
+    children.into_iter().for_each(|mut child| assert!(child.wait().unwrap().success()));
+    assert_eq!(names(&here).len(), 3);
 }
 
 #[test]
