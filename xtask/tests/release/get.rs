@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
 
 use camino::Utf8Path;
 use xtask::artifact::hash_file;
@@ -100,6 +101,10 @@ fn make_fifo(path: &Utf8Path) {
     mknodat(CWD, path.as_std_path(), FileType::Fifo, 0o644.into(), 0).unwrap();
 }
 
+fn mode(path: &Utf8Path) -> u32 {
+    path.metadata().unwrap().permissions().mode() & 0o7777
+}
+
 #[test]
 fn what_is_in_the_target_directory_is_neither_followed_nor_shared() {
     let bench = Bench::new();
@@ -138,6 +143,58 @@ fn what_is_in_the_target_directory_is_neither_followed_nor_shared() {
     }
     children.into_iter().for_each(|mut child| assert!(child.wait().unwrap().success()));
     assert_eq!(names(&here).len(), 3);
+}
+
+#[test]
+fn the_mode_is_that_of_the_role_and_the_umask_not_that_of_the_store() {
+    let bench = Bench::new();
+    released(&bench);
+    bench.good(&["publish", "stick", "--from", "dist/releases"]);
+    let stick = bench.dir.join("stick");
+    for folder in stick.join("objects").read_dir_utf8().unwrap() {
+        for object in folder.unwrap().path().read_dir_utf8().unwrap() {
+            fs::set_permissions(object.unwrap().path(), fs::Permissions::from_mode(0o6555))
+                .unwrap();
+        }
+    }
+    let machine = machine(&bench);
+    let here = machine.dir.join("here");
+    let get = |umask: &str| {
+        let script = format!("umask {umask}; exec \"$0\" \"$@\"");
+        let of = ["release", "get", "1.0.0", "--product", "shop", "--role", "bundle"];
+        let given =
+            machine.command(&[&of[..], &["--role", "program", "--store", stick.as_str()]].concat());
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", &script]).arg(given.get_program()).args(given.get_args());
+        shell.env_clear().env("HOME", machine.dir.join("home"));
+        crate::common::good(shell.current_dir(&here).output().unwrap());
+        [program_name().as_str(), "shop-1.0.0-sample.bundle"].map(|name| mode(&here.join(name)))
+    };
+    assert_eq!(get("027"), [0o750, 0o640]);
+    // What is there already gets the mode, too; less for others may be meant.
+    for name in names(&here) {
+        fs::set_permissions(here.join(name), fs::Permissions::from_mode(0o4666)).unwrap();
+    }
+    assert_eq!(get("022"), [0o755, 0o644]);
+    assert_eq!(get("077"), [0o755, 0o644]);
+}
+
+#[test]
+fn what_is_no_file_in_a_store_is_refused_and_does_not_block() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let machine = machine(&bench);
+    let get = ["release", "get", "1.0.0", "--product", "robot", "--role", "notes"];
+    let get = [&get[..], &["--store", store.root().as_str()]].concat();
+    let notes = format!("# robot 1.0.0\n{}\n", super::support::HARM);
+    let object = store.object(&xtask::artifact::hash_bytes(notes.as_bytes()));
+    for path in [object, store.root().join("channels/nightly.json")] {
+        fs::remove_file(&path).unwrap();
+        make_fifo(&path);
+        machine.refused(&get, 1, &[path.as_str(), "not a regular file", "help: "]);
+        assert_eq!(names(&machine.dir.join("here")), [""; 0]);
+    }
 }
 
 #[test]
