@@ -1,12 +1,17 @@
 //! Files of a release, fetched and verified by a technician from a directory and from a web server, up to a card.
 
 use std::fs;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::{PermissionsExt, symlink};
 use std::process::Command;
+use std::time::{Duration, Instant};
 
 use camino::Utf8Path;
 use xtask::artifact::hash_file;
+use xtask::store::client::ServerTimeouts;
 use xtask::store::format::object_path;
+use xtask::store::{FileStore, StoreOptions, open_files};
 
 use super::programs::{program_name, released};
 use super::support::Bench;
@@ -224,4 +229,63 @@ fn without_a_workspace_the_channels_are_pinned_beside_the_keys() {
     machine.refused(&list, 1, &["nightly must be signed by a release key"]);
     fs::write(&pins, "[channels]\nstable = \"development\"\n").unwrap();
     machine.refused(&list, 1, &["releases.toml", "help: remove the line"]);
+}
+
+/// A server that sends this, and then this every few milliseconds for as long as somebody reads. Its address.
+fn serve(head: Vec<u8>, then: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let asked = BufReader::new(stream.try_clone().unwrap());
+            assert!(asked.lines().map_while(Result::ok).any(|line| line.is_empty()));
+            let mut sent = stream.write_all(&head);
+            while sent.is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+                sent = stream.write_all(then);
+            }
+        }
+    });
+    address
+}
+
+/// A silent server, one with a byte now and then, and one whose few bytes decompress to many.
+#[test]
+fn a_server_that_never_ends_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let into = Utf8Path::from_path(dir.path()).unwrap().join("object");
+    let timeouts = ServerTimeouts {
+        silence: Duration::from_millis(500),
+        rate: 1000,
+        ..ServerTimeouts::default()
+    };
+    let open = |address: &str| {
+        let options = StoreOptions { timeouts, ..StoreOptions::default() };
+        open_files(address, &options).unwrap()
+    };
+    let ok = b"HTTP/1.1 200 OK\r\n".to_vec();
+    let body = [&ok[..], b"Content-Length: 1000000\r\n\r\n"].concat();
+    for (head, then) in [(ok.clone(), &b""[..]), (body.clone(), b""), (body, b"x")] {
+        let address = serve(head, then);
+        let store: Box<dyn FileStore + Send + Sync> = open(&address);
+        let started = Instant::now();
+        let read = store.read("channels/stable.json").map(|_| ());
+        for error in [read, store.get(&"0".repeat(64), 1 << 20, &into, &|_| ())] {
+            let message = format!("{:#}", error.unwrap_err());
+            for word in [address.as_str(), "0.5 s", "help: "] {
+                assert!(message.contains(word), "no `{word}` in {message}");
+            }
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    }
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    packed.write_all(&vec![b' '; 17 << 20]).unwrap();
+    let packed = packed.finish().unwrap();
+    let head = format!("Content-Encoding: gzip\r\nContent-Length: {}\r\n\r\n", packed.len());
+    let address = serve([&ok[..], head.as_bytes(), &packed].concat(), b"");
+    let message = format!("{:#}", open(&address).read("channels/stable.json").unwrap_err());
+    assert!(
+        message.contains("more than 16777216 bytes") && message.contains("help: "),
+        "{message}"
+    );
 }
