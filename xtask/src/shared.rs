@@ -41,6 +41,7 @@ const TIMEOUTS: ServerTimeouts = ServerTimeouts {
     connect: Duration::from_secs(5),
     answer: Duration::from_secs(15),
     attempts: 1,
+    silence: Duration::from_secs(15),
     rate: 256 << 10,
 };
 /// How many objects are fetched in parallel.

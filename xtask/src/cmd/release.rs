@@ -27,6 +27,7 @@ use crate::store::directory::DirectoryStore;
 use crate::store::format::{Channel, ChannelEntry, ChannelIndex, ReleaseManifest, YankNotice};
 use crate::store::index::Retention;
 use crate::store::{self, ReleaseStore};
+use crate::text::printable;
 use crate::time::now;
 use crate::tools::{self, ToolPurpose};
 use crate::{out, outln, program, text};
@@ -139,8 +140,10 @@ fn list_releases(
                 outln!("{} (serial {})", index.channel, index.serial);
                 for e in &index.releases {
                     let commit = e.commit.as_deref().and_then(|c| c.get(..12)).unwrap_or("");
+                    let commit = printable(commit);
                     let yanked = e.yanked.as_ref();
-                    let mark = yanked.map_or(String::new(), |y| format!("  YANKED: {}", y.reason));
+                    let mark = yanked
+                        .map_or(String::new(), |y| format!("  YANKED: {}", printable(&y.reason)));
                     outln!("  {} {}  {commit}{mark}", e.product, e.version);
                 }
             }
@@ -214,11 +217,15 @@ fn find_release(
         if let Some(entry) = found {
             return Ok((channel, entry.clone()));
         }
-        known.extend(index.releases_of(&product).map(|e| e.version.to_string()));
+        known.extend(index.releases_of(&product).map(|e| {
+            let mark = if e.yanked.is_some() { " (yanked)" } else { "" };
+            format!("{}{mark}", e.version)
+        }));
     }
     check_has_channels(store)?;
+    let why = if latest && !known.is_empty() { ": each was yanked" } else { "" };
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
-    bail!("there is no release {text} of {product} in {}\nhelp: known: {known}", store.name())
+    bail!("there is no release {text} of {product} in {}{why}\nhelp: known: {known}", store.name())
 }
 
 fn show_release(text: &str, which: &ReleaseArgs, notes: bool, format: OutputFormat) -> Result<()> {
@@ -241,18 +248,19 @@ fn show_release(text: &str, which: &ReleaseArgs, notes: bool, format: OutputForm
     }
     outln!("{} {} ({}), channel {channel}", manifest.product, manifest.version, manifest.kind);
     if let Some(yanked) = &entry.yanked {
-        outln!("  YANKED: {}", yanked.reason);
+        outln!("  YANKED: {}", printable(&yanked.reason));
     }
-    outln!("  commit {}", manifest.commit.as_deref().unwrap_or("unknown"));
+    outln!("  commit {}", printable(manifest.commit.as_deref().unwrap_or("unknown")));
     outln!("  manifest {}", entry.manifest.path);
     for board in &manifest.boards {
-        outln!("  {} ({})", board.board, board.engine);
+        outln!("  {} ({})", board.board, printable(&board.engine));
         for object in &board.objects {
             outln!("    {:>9}  {}  {}", format_bytes(object.size), object.name, object.path());
         }
         for component in &board.components {
             let digest = component.digest.get(..12).unwrap_or_default();
-            outln!("    {:<9}  {} ({digest})", component.name, component.version);
+            let line = format!("{:<9}  {} ({digest})", component.name, component.version);
+            outln!("    {}", printable(&line));
         }
     }
     if !manifest.programs.is_empty() {
@@ -275,7 +283,8 @@ fn fetch(
     let authority = SigningAuthority::open(which.store.access.store_was_restored)?;
     let (channel, entry) = find_release(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
-        warn(format!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason));
+        let reason = printable(&yanked.reason);
+        warn(format!("{} {} was yanked: {reason}", entry.product, entry.version));
     }
     let manifest = load_manifest(store.as_ref(), &entry, authority.keys())?;
     let files = get::get(store.as_ref(), &manifest, request)?;
@@ -331,7 +340,8 @@ fn diff_releases(
         for (name, change) in &board.components.changed {
             let (a, b) = (&change.old, &change.new);
             let (x, y) = (short(&a.digest), short(&b.digest));
-            writeln!(out, "  ~ {name} {} ({x}) -> {} ({y})", a.version, b.version)?;
+            let line = format!("{name} {} ({x}) -> {} ({y})", a.version, b.version);
+            writeln!(out, "  ~ {}", printable(&line))?;
         }
         if board.components.is_empty() {
             writeln!(out, "components: no difference")?;
@@ -398,7 +408,8 @@ fn promote_release(text: &str, to: Channel, which: &ReleaseArgs) -> Result<()> {
     let mut authority = SigningAuthority::open(which.store.access.store_was_restored)?;
     let (from, entry) = find_release(store.as_ref(), text, which, &authority)?;
     if let Some(yanked) = &entry.yanked {
-        bail!("{} {} was yanked: {}", entry.product, entry.version, yanked.reason);
+        let reason = printable(&yanked.reason);
+        bail!("{} {} was yanked: {reason}", entry.product, entry.version);
     }
     // Its objects exist and remain: the release is in a channel.
     load_manifest(store.as_ref(), &entry, authority.keys())?;

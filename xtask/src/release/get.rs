@@ -1,12 +1,14 @@
 //! `release get`: files of a release from a store, each verified, under the names that the release gives them.
 
-use std::fs;
+use std::fs::{self, Permissions};
 use std::os::unix::fs::PermissionsExt;
+use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
+use tempfile::TempPath;
 
-use crate::artifact::{Artifact, hash_file, partial_path};
+use crate::artifact::{Artifact, hash_file, none_if_missing};
 use crate::progress::{ProgressStep, ProgressUnit, list_names};
 use crate::store::ReleaseStore;
 use crate::store::format::{ReleaseManifest, ReleaseObject};
@@ -22,11 +24,11 @@ pub struct Request<'a> {
     pub into: &'a Utf8Path,
 }
 
-/// Fetches the files that are not in the directory yet. A program is executable there.
+/// Fetches the files that are not in the directory yet. Their mode is 0644, a program's 0755, less the umask.
 ///
 /// # Errors
-/// When the release has no such file, there are several boards and none was named, or a file is missing or damaged in the
-/// store.
+/// When the release has no such file, there are several boards and none was named, a directory has a file's name, or a file is
+/// missing or damaged in the store. Files that were verified before stay.
 pub fn get(
     store: &dyn ReleaseStore,
     manifest: &ReleaseManifest,
@@ -35,29 +37,74 @@ pub fn get(
     let objects = select(manifest, request)?;
     let into = request.into;
     fs::create_dir_all(into).with_context(|| format!("creating {into}"))?;
+    for object in &objects {
+        let path = into.join(&object.name);
+        let about = none_if_missing(fs::symlink_metadata(&path));
+        ensure!(
+            !about.with_context(|| format!("looking at {path}"))?.is_some_and(|m| m.is_dir()),
+            "{path} is a directory, but the release has a file of this name\n\
+             help: move the directory away, or name another one with --into"
+        );
+    }
     let what = format!("{} {} from {}", manifest.product, manifest.version, store.name());
-    let step =
-        ProgressStep::new("get", what, objects.iter().map(|o| o.size).sum(), ProgressUnit::Bytes);
+    let total = objects.iter().map(|o| o.size).sum();
+    let step = ProgressStep::new("get", what, total, ProgressUnit::Bytes);
     let mut files = Vec::new();
-    for ReleaseObject { role, name, size, sha256, .. } in objects {
+    for object in objects {
+        let ReleaseObject { name, size, sha256, .. } = object;
         let path = into.join(name);
         step.note(name);
         if path.is_file() && hash_file(&path)?.1 == *sha256 {
+            correct_mode(object, into)?;
             step.advance(*size);
         } else {
-            let unfinished = partial_path(&path);
+            let unfinished = create_unfinished(object, into)?;
+            let file = Utf8Path::from_path(&unfinished).context("the name is not UTF-8")?;
             store
-                .get(sha256, *size, &unfinished, &|bytes| step.advance(bytes))
+                .get(sha256, *size, file, &|bytes| step.advance(bytes))
                 .with_context(|| format!("fetching {name}"))?;
-            if role == "program" {
-                fs::set_permissions(&unfinished, fs::Permissions::from_mode(0o755))
-                    .with_context(|| format!("making {name} executable"))?;
-            }
-            fs::rename(&unfinished, &path).with_context(|| format!("renaming {unfinished}"))?;
+            unfinished.persist(&path).with_context(|| format!("renaming to {path}"))?;
         }
         files.push(Artifact { path, size: *size, sha256: sha256.clone() });
     }
     Ok(files)
+}
+
+/// The mode before the umask.
+fn mode_of(object: &ReleaseObject) -> u32 {
+    if object.role == "program" { 0o755 } else { 0o644 }
+}
+
+/// A new file beside the object's final name. Its own name is unique: another process may fetch the same object, and whatever
+/// has that name already, such as a link, is not ours to write to.
+fn create_unfinished(object: &ReleaseObject, into: &Utf8Path) -> Result<TempPath> {
+    let file = tempfile::Builder::new()
+        .prefix(&format!("{}.partial-", object.name))
+        .permissions(Permissions::from_mode(mode_of(object)))
+        .tempfile_in(into)
+        .with_context(|| format!("creating a file in {into}"))?;
+    Ok(file.into_temp_path())
+}
+
+/// Gives a file that was there before the mode that it would get now. More restrictive people may use a file that others can
+/// read.
+fn correct_mode(object: &ReleaseObject, into: &Utf8Path) -> Result<()> {
+    let (path, most) = (into.join(&object.name), mode_of(object));
+    let mode = |path: &Path| -> Result<u32> {
+        let about = fs::metadata(path).with_context(|| format!("looking at {}", path.display()))?;
+        Ok(about.permissions().mode() & 0o7777)
+    };
+    let found = mode(path.as_std_path())?;
+    if found == most {
+        return Ok(());
+    }
+    // The umask, and what the filesystem makes of it: FAT has no modes.
+    let expected = mode(&create_unfinished(object, into)?)?;
+    if found == expected || (found & expected == expected && found & !most == 0) {
+        return Ok(());
+    }
+    fs::set_permissions(&path, Permissions::from_mode(expected))
+        .with_context(|| format!("changing the mode of {path} from {found:04o} to {expected:04o}"))
 }
 
 fn select<'a>(

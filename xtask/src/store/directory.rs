@@ -7,11 +7,11 @@
 use std::collections::BTreeSet;
 use std::fs::{self, File, Permissions};
 use std::io::{ErrorKind, Read, Write};
-use std::os::unix::fs::PermissionsExt;
+use std::os::unix::fs::{OpenOptionsExt, PermissionsExt};
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
-use rustix::fs::{Advice, CWD, FlockOperation, RenameFlags, fadvise, flock, renameat_with};
+use rustix::fs::{Advice, CWD, FlockOperation, OFlags, RenameFlags, fadvise, flock, renameat_with};
 use rustix::io::Errno;
 
 use super::format::{Channel, ChannelIndex, LARGEST_TEXT, object_path};
@@ -171,6 +171,22 @@ fn rename_new(from: &Utf8Path, to: &Utf8Path) -> Result<bool> {
     }
 }
 
+/// Opens a stored file: its size; `None` when it does not exist. A FIFO or a device in a store would block or never end.
+fn open_stored(path: &Utf8Path) -> Result<Option<(File, u64)>> {
+    let flags = OFlags::NONBLOCK.bits().cast_signed();
+    let file = none_if_missing(File::options().read(true).custom_flags(flags).open(path))
+        .with_context(|| format!("opening {path}"))?;
+    let Some(file) = file else { return Ok(None) };
+    let about = file.metadata().with_context(|| format!("looking at {path}"))?;
+    if !about.is_file() {
+        return Err(ObjectError::Damaged(format!(
+            "{path} is not a regular file\nhelp: use another copy of the store"
+        ))
+        .into());
+    }
+    Ok(Some((file, about.len())))
+}
+
 impl FileStore for DirectoryStore {
     fn name(&self) -> String {
         self.root.to_string()
@@ -178,8 +194,7 @@ impl FileStore for DirectoryStore {
 
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let path = self.root.join(path);
-        let file = none_if_missing(File::open(&path)).with_context(|| format!("opening {path}"))?;
-        let Some(file) = file else { return Ok(None) };
+        let Some((file, _)) = open_stored(&path)? else { return Ok(None) };
         let mut content = Vec::new();
         file.take(LARGEST_TEXT + 1)
             .read_to_end(&mut content)
@@ -225,15 +240,21 @@ impl FileStore for DirectoryStore {
     fn get(&self, sha256: &str, limit: u64, into: &Utf8Path, received: &dyn Fn(u64)) -> Result<()> {
         let from = self.object(sha256);
         let bad = |what: String| Err(ObjectError::Damaged(format!("{from} {what}")).into());
-        let size = none_if_missing(fs::metadata(&from).map(|metadata| metadata.len()))
-            .with_context(|| format!("reading the metadata of {from}"))?
-            .ok_or_else(|| ObjectError::Missing(format!("{from} is missing")))?;
+        let Some((source, size)) = open_stored(&from)? else {
+            return Err(ObjectError::Missing(format!("{from} is missing")).into());
+        };
         if size > limit {
             return bad(format!("has {size} bytes, expected at most {limit}"));
         }
-        fs::copy(&from, into).with_context(|| format!("copying {from}"))?;
-        received(size);
-        let found = hash_file(into)?.1;
+        let mut out = File::create(into).with_context(|| format!("creating {into}"))?;
+        let failed = |error| anyhow::Error::new(error).context(format!("reading {from}"));
+        // One more byte is enough to notice a file that grows.
+        let mut source = source.take(limit.saturating_add(1));
+        let (_, found) = hash_reader(&mut source, failed, |bytes| {
+            out.write_all(bytes).with_context(|| format!("writing {into}"))?;
+            received(bytes.len() as u64);
+            Ok(())
+        })?;
         if found != sha256 {
             return bad(format!("is damaged: its SHA-256 is {found}"));
         }

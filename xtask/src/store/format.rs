@@ -1,6 +1,8 @@
 //! The files of a release store, as `docs/reference/release-store.md` specifies them: reading checks every rule,
 //! so that all names and paths in a value are safe.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Context, Result, bail, ensure};
 use bundle::keys::SignaturePurpose;
 use bundle::{BuildKind, KeySet, SignedBy, Version};
@@ -402,7 +404,27 @@ impl ReleaseManifest {
                 check_name(&unpacked.name)?;
             }
         }
-        self.boards.iter().try_for_each(|board| check_name(&board.board))
+        self.boards.iter().try_for_each(|board| check_name(&board.board))?;
+        self.check_file_names()?;
+        let total = self.objects().try_fold(0u64, |sum, object| sum.checked_add(object.size));
+        ensure!(total.is_some(), "the sizes of the files add up to 2^64 bytes or more");
+        Ok(())
+    }
+
+    /// What may be saved in one directory, the files of a board with the notes and the programs, has different names.
+    fn check_file_names(&self) -> Result<()> {
+        let mut general = BTreeSet::new();
+        for object in std::iter::once(&self.notes).chain(&self.programs) {
+            add_file_names(&mut general, object)?;
+        }
+        for board in &self.boards {
+            let mut names = general.clone();
+            let mut objects = board.objects.iter();
+            objects
+                .try_for_each(|object| add_file_names(&mut names, object))
+                .with_context(|| format!("reading the files for {}", board.board))?;
+        }
+        Ok(())
     }
 
     /// Signs the manifest's text.
@@ -443,6 +465,16 @@ fn check_format(format: u32, expected: u32) -> Result<()> {
 pub(crate) fn check_hash(sha256: &str) -> Result<()> {
     let good = |b: u8| b.is_ascii_digit() || (b'a'..=b'f').contains(&b);
     ensure!(sha256.len() == 64 && sha256.bytes().all(good), "`{sha256}` is not a SHA-256");
+    Ok(())
+}
+
+/// Adds the names to save an object under. They differ in more than case: the directory may be on a USB stick with FAT.
+fn add_file_names(names: &mut BTreeSet<String>, object: &ReleaseObject) -> Result<()> {
+    for name in std::iter::once(&object.name).chain(object.unpacked.as_ref().map(|u| &u.name)) {
+        let lower = name.to_ascii_lowercase();
+        ensure!(!lower.ends_with(".partial"), "`{name}` is the name of an unfinished file");
+        ensure!(names.insert(lower), "two files have the name `{name}`");
+    }
     Ok(())
 }
 

@@ -88,7 +88,7 @@ impl HttpStore {
     fn length(&self, path: &str) -> Result<Option<u64>> {
         let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.head(self.url(path)));
-            Ok(HttpResponse::head(&request.header("Accept-Encoding", "identity").call()?))
+            Ok(HttpResponse::head(&request.call()?))
         })?;
         match answer.status {
             200 => Ok(answer.length),
@@ -118,7 +118,7 @@ impl FileStore for HttpStore {
     fn read(&self, path: &str) -> Result<Option<Vec<u8>>> {
         let answer = self.client.request(path, || {
             let request = self.signed(self.client.agent.get(self.url(path)));
-            HttpResponse::read(&mut request.call()?)
+            self.client.read(&mut request.call()?)
         })?;
         match answer.status {
             200 => Ok(Some(answer.body)),

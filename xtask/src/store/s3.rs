@@ -108,7 +108,7 @@ impl S3Store {
         let answer = self.client.request(path, || {
             let url = GetObject::new(&self.bucket, Some(&self.credentials.0), &key).sign(VALID);
             let mut response = self.client.agent.get(url.as_str()).call()?;
-            HttpResponse::read(&mut response)
+            self.client.read(&mut response)
         })?;
         match answer.status {
             200 => Ok(Some((answer.body, answer.etag))),
@@ -274,7 +274,7 @@ impl FileStore for S3Store {
             200 => self.client.receive(&mut response, (&path, sha256), limit, into, received),
             404 => Err(ObjectError::Missing(format!("{} lacks {path}", self.name())).into()),
             _ => {
-                let answer = HttpResponse::read(&mut response).context("fetching")?;
+                let answer = self.client.read(&mut response).context("fetching")?;
                 self.refused(&format!("fetching {path}"), &answer)
             }
         }

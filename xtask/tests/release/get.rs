@@ -1,10 +1,17 @@
 //! Files of a release, fetched and verified by a technician from a directory and from a web server, up to a card.
 
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
+use std::os::unix::fs::{PermissionsExt, symlink};
+use std::process::Command;
+use std::time::{Duration, Instant};
 
+use camino::Utf8Path;
 use xtask::artifact::hash_file;
+use xtask::store::client::ServerTimeouts;
 use xtask::store::format::object_path;
+use xtask::store::{FileStore, StoreOptions, open_files};
 
 use super::programs::{program_name, released};
 use super::support::Bench;
@@ -111,7 +118,116 @@ fn a_damaged_file_gets_no_name() {
         let get =
             ["release", "get", "1.0.0", "--product", "shop", "--store", store, "--role", "bundle"];
         machine.refused(&get, 1, &["fetching shop-1.0.0-sample.bundle"]);
-        assert!(!machine.dir.join("here/shop-1.0.0-sample.bundle").exists());
+        assert_eq!(names(&machine.dir.join("here")), [""; 0]);
+    }
+}
+
+/// What is in a directory.
+fn names(dir: &Utf8Path) -> Vec<String> {
+    let entries = dir.read_dir_utf8().unwrap().map(|entry| entry.unwrap().file_name().to_owned());
+    let mut names: Vec<String> = entries.collect();
+    names.sort();
+    names
+}
+
+fn make_fifo(path: &Utf8Path) {
+    use rustix::fs::{CWD, FileType, mknodat};
+    mknodat(CWD, path.as_std_path(), FileType::Fifo, 0o644.into(), 0).unwrap();
+}
+
+fn mode(path: &Utf8Path) -> u32 {
+    path.metadata().unwrap().permissions().mode() & 0o7777
+}
+
+#[test]
+fn what_is_in_the_target_directory_is_neither_followed_nor_shared() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let server = Server::start(&bench.dir).unwrap();
+    let machine = machine(&bench);
+    let here = machine.dir.join("here");
+    let name = "robot-1.0.0-notes";
+    let web = format!("{}/store", server.address);
+    let get = |store| {
+        ["release", "get", "1.0.0", "--product", "robot", "--role", "notes", "--store", store]
+    };
+    // A directory of that name is noticed before anything is fetched.
+    fs::create_dir(here.join(name)).unwrap();
+    machine.refused(&get(&web), 1, &[name, "is a directory", "help: "]);
+    assert!(server.log().iter().all(|path| !path.contains("/objects/")));
+    fs::remove_dir(here.join(name)).unwrap();
+    // Another's unfinished file, a link, a FIFO.
+    let unfinished = here.join(format!("{name}.partial"));
+    fs::write(here.join("victim"), "mine").unwrap();
+    symlink(here.join("victim"), &unfinished).unwrap();
+    for store in [store.root().as_str(), &web] {
+        make_fifo(&here.join(name));
+        machine.good(&get(store));
+        assert!(here.join(name).symlink_metadata().unwrap().is_file());
+        assert_eq!(names(&here), [name, &format!("{name}.partial"), "victim"]);
+        assert_eq!(fs::read_to_string(here.join("victim")).unwrap(), "mine");
+        fs::remove_file(here.join(name)).unwrap();
+    }
+    // Several at once: each gives the name to what it has verified.
+    let mut children = Vec::new();
+    for _ in 0..4 {
+        let mut command = machine.command(&get(&web));
+        children.push(command.stdout(std::process::Stdio::null()).spawn().unwrap());
+    }
+    children.into_iter().for_each(|mut child| assert!(child.wait().unwrap().success()));
+    assert_eq!(names(&here).len(), 3);
+}
+
+#[test]
+fn the_mode_is_that_of_the_role_and_the_umask_not_that_of_the_store() {
+    let bench = Bench::new();
+    released(&bench);
+    bench.good(&["publish", "stick", "--from", "dist/releases"]);
+    let stick = bench.dir.join("stick");
+    for folder in stick.join("objects").read_dir_utf8().unwrap() {
+        for object in folder.unwrap().path().read_dir_utf8().unwrap() {
+            fs::set_permissions(object.unwrap().path(), fs::Permissions::from_mode(0o6555))
+                .unwrap();
+        }
+    }
+    let machine = machine(&bench);
+    let here = machine.dir.join("here");
+    let get = |umask: &str| {
+        let script = format!("umask {umask}; exec \"$0\" \"$@\"");
+        let of = ["release", "get", "1.0.0", "--product", "shop", "--role", "bundle"];
+        let given =
+            machine.command(&[&of[..], &["--role", "program", "--store", stick.as_str()]].concat());
+        let mut shell = Command::new("/bin/sh");
+        shell.args(["-c", &script]).arg(given.get_program()).args(given.get_args());
+        shell.env_clear().env("HOME", machine.dir.join("home"));
+        crate::common::good(shell.current_dir(&here).output().unwrap());
+        [program_name().as_str(), "shop-1.0.0-sample.bundle"].map(|name| mode(&here.join(name)))
+    };
+    assert_eq!(get("027"), [0o750, 0o640]);
+    // What is there already gets the mode, too; less for others may be meant.
+    for name in names(&here) {
+        fs::set_permissions(here.join(name), fs::Permissions::from_mode(0o4666)).unwrap();
+    }
+    assert_eq!(get("022"), [0o755, 0o644]);
+    assert_eq!(get("077"), [0o755, 0o644]);
+}
+
+#[test]
+fn what_is_no_file_in_a_store_is_refused_and_does_not_block() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let machine = machine(&bench);
+    let get = ["release", "get", "1.0.0", "--product", "robot", "--role", "notes"];
+    let get = [&get[..], &["--store", store.root().as_str()]].concat();
+    let notes = format!("# robot 1.0.0\n{}\n", super::support::HARM);
+    let object = store.object(&xtask::artifact::hash_bytes(notes.as_bytes()));
+    for path in [object, store.root().join("channels/nightly.json")] {
+        fs::remove_file(&path).unwrap();
+        make_fifo(&path);
+        machine.refused(&get, 1, &[path.as_str(), "not a regular file", "help: "]);
+        assert_eq!(names(&machine.dir.join("here")), [""; 0]);
     }
 }
 
@@ -142,4 +258,63 @@ fn without_a_workspace_the_channels_are_pinned_beside_the_keys() {
     machine.refused(&list, 1, &["nightly must be signed by a release key"]);
     fs::write(&pins, "[channels]\nstable = \"development\"\n").unwrap();
     machine.refused(&list, 1, &["releases.toml", "help: remove the line"]);
+}
+
+/// A server that sends this, and then this every few milliseconds for as long as somebody reads. Its address.
+fn serve(head: Vec<u8>, then: &'static [u8]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = format!("http://{}", listener.local_addr().unwrap());
+    std::thread::spawn(move || {
+        for mut stream in listener.incoming().flatten() {
+            let asked = BufReader::new(stream.try_clone().unwrap());
+            assert!(asked.lines().map_while(Result::ok).any(|line| line.is_empty()));
+            let mut sent = stream.write_all(&head);
+            while sent.is_ok() {
+                std::thread::sleep(Duration::from_millis(20));
+                sent = stream.write_all(then);
+            }
+        }
+    });
+    address
+}
+
+/// A silent server, one with a byte now and then, and one whose few bytes decompress to many.
+#[test]
+fn a_server_that_never_ends_is_given_up() {
+    let dir = tempfile::tempdir().unwrap();
+    let into = Utf8Path::from_path(dir.path()).unwrap().join("object");
+    let timeouts = ServerTimeouts {
+        silence: Duration::from_millis(500),
+        rate: 1000,
+        ..ServerTimeouts::default()
+    };
+    let open = |address: &str| {
+        let options = StoreOptions { timeouts, ..StoreOptions::default() };
+        open_files(address, &options).unwrap()
+    };
+    let ok = b"HTTP/1.1 200 OK\r\n".to_vec();
+    let body = [&ok[..], b"Content-Length: 1000000\r\n\r\n"].concat();
+    for (head, then) in [(ok.clone(), &b""[..]), (body.clone(), b""), (body, b"x")] {
+        let address = serve(head, then);
+        let store: Box<dyn FileStore + Send + Sync> = open(&address);
+        let started = Instant::now();
+        let read = store.read("channels/stable.json").map(|_| ());
+        for error in [read, store.get(&"0".repeat(64), 1 << 20, &into, &|_| ())] {
+            let message = format!("{:#}", error.unwrap_err());
+            for word in [address.as_str(), "0.5 s", "help: "] {
+                assert!(message.contains(word), "no `{word}` in {message}");
+            }
+        }
+        assert!(started.elapsed() < Duration::from_secs(20), "{:?}", started.elapsed());
+    }
+    let mut packed = flate2::write::GzEncoder::new(Vec::new(), flate2::Compression::best());
+    packed.write_all(&vec![b' '; 17 << 20]).unwrap();
+    let packed = packed.finish().unwrap();
+    let head = format!("Content-Encoding: gzip\r\nContent-Length: {}\r\n\r\n", packed.len());
+    let address = serve([&ok[..], head.as_bytes(), &packed].concat(), b"");
+    let message = format!("{:#}", open(&address).read("channels/stable.json").unwrap_err());
+    assert!(
+        message.contains("more than 16777216 bytes") && message.contains("help: "),
+        "{message}"
+    );
 }

@@ -129,6 +129,23 @@ fn an_earlier_reader_refuses_what_it_would_lose() {
     manifest["format"] = 3.into();
     let message = format!("{:#}", parse(&manifest).unwrap_err());
     assert!(message.contains("help: use a newer version"), "{message}");
+    // Files that would overwrite each other, and sizes that nobody can add up.
+    manifest["format"] = 2.into();
+    parse(&manifest).unwrap();
+    let image = manifest["boards"][0]["objects"][0]["name"].as_str().unwrap().to_owned();
+    let bad = [
+        ("/programs/0/name", Value::from(image.to_uppercase()), "two files have the name"),
+        ("/boards/0/objects/1/name", image.clone().into(), "two files have the name"),
+        ("/boards/0/objects/0/unpacked/name", image.into(), "two files have the name"),
+        ("/notes/name", "notes.partial".into(), "unfinished file"),
+        ("/notes/size", u64::MAX.into(), "add up to 2^64"),
+    ];
+    for (place, value, expected) in bad {
+        let mut changed = manifest.clone();
+        *changed.pointer_mut(place).unwrap() = value;
+        let message = format!("{:#}", parse(&changed).unwrap_err());
+        assert!(message.contains(expected), "{place}: {message}");
+    }
 }
 
 #[test]

@@ -170,11 +170,11 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     let message = refused(&["release", "show", "2.0.0"]);
     assert!(message.contains("help: known: 1.0.0, 1.1.0"), "{message}");
     bench.good(&["publish", "target"]);
-    let said = run(&["release", "yank", "1.1.0", "--reason", "it hums"]);
+    let said = run(&["release", "yank", "1.1.0", "--reason", "it hums\n  robot 9.0.0"]);
     assert_eq!(said.lines().count(), 2, "{said}");
     bench.good(&["publish", "target"]);
     let list = bench.good(&["release", "list", "--store", "target"]);
-    assert_eq!(list.matches("YANKED: it hums").count(), 2, "{list}");
+    assert_eq!(list.matches("YANKED: it hums\\n  robot 9.0.0\n").count(), 2, "{list}");
     let shown = run(&["release", "show", "latest", "--store", "target"]);
     assert!(shown.starts_with("robot 1.0.0 (development), channel nightly"), "{shown}");
     let notes = run(&["release", "show", "latest", "--store", "target", "--notes"]);
@@ -182,7 +182,10 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
         assert!(said.contains("\\u{1b}]0;owned\\u{7}") && !said.contains('\u{1b}'), "{said:?}");
     }
     let message = refused(&["release", "promote", "1.1.0", "--to", "beta"]);
-    assert!(message.contains("was yanked: it hums"), "{message}");
+    assert!(message.contains("was yanked: it hums\\n  robot"), "{message}");
+    run(&["release", "yank", "1.0.0", "--reason", "it smokes"]);
+    let message = refused(&["release", "show", "latest"]);
+    assert!(message.contains("each was yanked\nhelp: known: 1.0.0 (yanked), 1.1"), "{message}");
     // What was built goes; what was released stays.
     let built = bench.dir.join("dist/robot/one");
     fs::create_dir_all(&built).unwrap();
