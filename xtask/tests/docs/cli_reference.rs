@@ -62,9 +62,7 @@ fn every_command_is_run_by_a_test_or_named_as_not_run() {
         let parts: Vec<&str> = verb.get_subcommands().map(Command::get_name).collect();
         match parts.is_empty() {
             true => expected.insert(name.to_owned()),
-            false => {
-                parts.iter().map(|part| expected.insert(format!("{name} {part}"))).all(|new| new)
-            }
+            false => parts.iter().all(|part| expected.insert(format!("{name} {part}"))),
         };
     }
     let text = page(TESTING);

@@ -260,7 +260,7 @@ fn without_a_workspace_the_channels_are_pinned_beside_the_keys() {
     machine.refused(&list, 1, &["releases.toml", "help: remove the line"]);
 }
 
-/// A server that sends this, and then this every few milliseconds for as long as somebody reads. Its address.
+/// A server that sends this, and then this every few milliseconds until the client closes the connection. Its address.
 fn serve(head: Vec<u8>, then: &'static [u8]) -> String {
     let listener = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = format!("http://{}", listener.local_addr().unwrap());

@@ -129,7 +129,7 @@ fn an_earlier_reader_refuses_what_it_would_lose() {
     manifest["format"] = 3.into();
     let message = format!("{:#}", parse(&manifest).unwrap_err());
     assert!(message.contains("help: use a newer version"), "{message}");
-    // Files that would overwrite each other, and sizes that nobody can add up.
+    // Files that would overwrite each other, and sizes whose sum overflows.
     manifest["format"] = 2.into();
     parse(&manifest).unwrap();
     let image = manifest["boards"][0]["objects"][0]["name"].as_str().unwrap().to_owned();
