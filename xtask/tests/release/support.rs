@@ -294,22 +294,24 @@ pub fn killed_anywhere(
     let whole = started.elapsed();
     let all = read("whole");
     assert!(all > 0);
-    let mut half = 0;
-    for kill in 0..kills {
+    let (mut half, wanted) = (0, (kills / 6).max(1));
+    // How long a publish takes depends on what else the machine does: more kills, until enough of them met one.
+    for kill in 0..kills * 10 {
+        if kill >= kills && half >= wanted {
+            break;
+        }
         let place = format!("killed-{kill}");
         // Never twice at the same moment.
-        let delay = whole.mul_f64(f64::from(kill + 1) / f64::from(kills + 1));
+        let share = f64::from(kill % kills + 1) - f64::from(kill / kills) / 10.0;
+        let delay = whole.mul_f64(share / f64::from(kills + 1));
         killed_after(publish(&place), delay);
         let seen = read(&place);
         half += u32::from(begun(&place) && seen < all);
         good(publish(&place).output().unwrap());
         assert_eq!(read(&place), all, "after {delay:?}");
     }
-    eprintln!("{half} of {kills} kills met a publish that was under way, in {whole:.1?}");
-    assert!(
-        half >= (kills / 6).max(1),
-        "only {half} of {kills} kills met a publish that was under way"
-    );
+    eprintln!("{half} kills met a publish that was under way, in {whole:.1?}");
+    assert!(half >= wanted, "only {half} kills met a publish that was under way");
 }
 
 /// Starts something, and kills it after a while.
