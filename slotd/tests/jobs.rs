@@ -6,6 +6,7 @@ mod common;
 
 use std::fs;
 use std::io::Write;
+use std::net::TcpListener;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -182,6 +183,66 @@ fn one_that_waits_for_its_bundle_is_cancelled_too() {
     drop(scene.input);
     let file = write(scene.robot.dir.path(), "update.bundle", &scene.bundle);
     assert_eq!(scene.robot.run(&["install", &file])["resumed"], true);
+}
+
+/// The whole refusal of a command.
+fn refusal(robot: &Robot, args: &[&str]) -> Value {
+    answer(&robot.command(args).output().unwrap())["refused"].clone()
+}
+
+/// Starts an install from a source that never answers, and expects a job that can be cancelled.
+fn is_a_job_before_it_opens(source: &str) {
+    let robot = Plan::default().make();
+    let mut client = robot.command(&["install", source]).process_group(0).spawn().unwrap();
+    let started = Instant::now();
+    let job = loop {
+        let job = robot.run(&["job"]);
+        if job["state"] == "runs" {
+            break job;
+        }
+        assert!(started.elapsed() < FOR_EVER, "{source}: {job}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(
+        (&job["request"]["install"]["source"], &job["progress"]),
+        (&source.into(), &Value::Null)
+    );
+    let file = write(robot.dir.path(), "other.bundle", &bundle_of(&new_system(robot.size, 3)));
+    assert_eq!(robot.refused(&["install", &file]), (4, "busy".to_owned()));
+    let group = Pid::from_raw(i32::try_from(client.id()).unwrap()).unwrap();
+    kill_process_group(group, Signal::INT).unwrap();
+    // Not to the end of its output, which the job has inherited.
+    assert_eq!(client.wait().unwrap().code(), None);
+    assert_eq!(robot.run(&["job"])["state"], "runs");
+    let cancelled = robot.run(&["job", "--cancel"]);
+    assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
+    assert!(robot.state().trial.is_none());
+    // Nothing is left of it.
+    assert_eq!(robot.run(&["install", &file])["slot"], "b");
+}
+
+#[test]
+fn one_whose_server_never_answers_is_a_job() {
+    // The kernel accepts the connection; nobody answers the request.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    is_a_job_before_it_opens(&format!("http://{}/update.bundle", server.local_addr().unwrap()));
+}
+
+#[test]
+fn one_whose_pipe_has_no_writer_is_a_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success(), "{made}");
+    is_a_job_before_it_opens(pipe.to_str().unwrap());
+}
+
+#[test]
+fn a_source_that_cannot_be_opened_leaves_a_record() {
+    let robot = Plan::default().make();
+    let refused = refusal(&robot, &["install", "/nowhere/x.bundle"]);
+    assert_eq!(refused["code"], "source");
+    assert_eq!(robot.run(&["job"])["state"]["refused"], refused);
 }
 
 #[test]

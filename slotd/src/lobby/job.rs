@@ -2,8 +2,8 @@
 //!
 //! The process that runs it holds a lock until it ends, so that the record of a killed process can be distinguished from
 //! that of a running one. To cancel a job, a client writes a note. The job finds it when it next reads its bundle, and ends
-//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source is terminated, which
-//! is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
+//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source, or for it to open, is
+//! terminated, which is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -188,7 +188,7 @@ fn take_lock(root: &RootDir) -> Result<Option<File>> {
 }
 
 /// A running job.
-struct Running<'a> {
+pub struct RunningJob<'a> {
     root: &'a RootDir,
     job: Mutex<Job>,
     told: Mutex<Option<(Instant, InstallStep)>>,
@@ -197,21 +197,20 @@ struct Running<'a> {
     _lock: File,
 }
 
-/// Runs a long operation as a job: it has a record, can be watched, and can be cancelled while it reads `input`.
+/// Runs a long operation as a job: it has a record from its beginning, can be watched, and can be cancelled until it has
+/// read a [`RunningJob::cancellable`] source to its end.
 ///
 /// # Errors
 /// `busy`: another job is running. `cancelled`. The refusal of the operation itself.
-pub fn run<I: BundleInput>(
+pub fn run(
     root: &RootDir,
     request: &AgentRequest,
     caller: &Caller,
-    input: I,
     watcher: &(dyn Fn(Progress) + Sync),
-    operation: impl FnOnce(CancellableSource<'_, I>, &(dyn Fn(Progress) + Sync)) -> Result<InstallDone>,
+    operation: impl FnOnce(&RunningJob<'_>, &(dyn Fn(Progress) + Sync)) -> Result<InstallDone>,
 ) -> Result<InstallDone> {
-    let running = Running::begin(root, request, caller)?;
-    let input = CancellableSource { input, running: &running };
-    let result = operation(input, &|at| {
+    let running = RunningJob::begin(root, request, caller)?;
+    let result = operation(&running, &|at| {
         if running.progress(at) {
             watcher(at);
         }
@@ -224,7 +223,7 @@ pub fn run<I: BundleInput>(
     result
 }
 
-impl<'a> Running<'a> {
+impl<'a> RunningJob<'a> {
     fn begin(root: &'a RootDir, request: &AgentRequest, caller: &Caller) -> Result<Self> {
         let what = request.verb();
         let busy = || {
@@ -257,6 +256,11 @@ impl<'a> Running<'a> {
         };
         running.change(|_| {});
         Ok(running)
+    }
+
+    /// The bundle's source of this job, which fails once the job is cancelled.
+    pub fn cancellable<I: BundleInput>(&self, input: I) -> CancellableSource<'_, I> {
+        CancellableSource { input, running: self }
     }
 
     /// Changes the record. A full `/run` must not end an install: clients then see an older state.
@@ -314,7 +318,7 @@ impl<'a> Running<'a> {
 /// A bundle's source that ends when the job is cancelled.
 pub struct CancellableSource<'a, I> {
     input: I,
-    running: &'a Running<'a>,
+    running: &'a RunningJob<'a>,
 }
 
 impl<I> CancellableSource<'_, I> {

@@ -155,25 +155,20 @@ pub fn dispatch(
             AgentResponse::VerifiedApi(agent.verify_api(&permit)?)
         }
         AgentRequest::Install { source, no_restart, allow_downgrade } => {
-            let source = BundleSource::open(source, root)?;
-            let options = InstallOptions {
-                allow_downgrade: allow_downgrade.clone(),
-                use_running_slot: source.transfers(),
-            };
-            AgentResponse::Installed(job::run(
-                root,
-                request,
-                caller,
-                source,
-                watcher,
-                |source, at| {
-                    let answer = agent.install(source, &options, at)?;
-                    let restarts = matches!(answer, InstallOutcome::System(_))
-                        && !no_restart
-                        && agent.restart(RestartKind::Trial)?;
-                    Ok(InstallDone { answer, restarts })
-                },
-            )?)
+            AgentResponse::Installed(job::run(root, request, caller, watcher, |job, at| {
+                // Within the job: a server or a pipe may not answer for long, and the job can be seen and cancelled
+                // meanwhile.
+                let source = BundleSource::open(source, root)?;
+                let options = InstallOptions {
+                    allow_downgrade: allow_downgrade.clone(),
+                    use_running_slot: source.transfers(),
+                };
+                let answer = agent.install(job.cancellable(source), &options, at)?;
+                let restarts = matches!(answer, InstallOutcome::System(_))
+                    && !no_restart
+                    && agent.restart(RestartKind::Trial)?;
+                Ok(InstallDone { answer, restarts })
+            })?)
         }
         AgentRequest::Commit => {
             let permit = agent.request_permit(AgentVerb::Commit)?;
