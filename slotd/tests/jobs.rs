@@ -7,6 +7,7 @@ mod common;
 use std::fs;
 use std::io::Write;
 use std::net::TcpListener;
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -245,6 +246,48 @@ fn a_source_that_cannot_be_opened_leaves_a_record() {
     assert_eq!(robot.run(&["job"])["state"]["refused"], refused);
 }
 
+/// The answer as text.
+fn in_text(robot: &Robot, verb: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
+    let output = command.arg("--root").arg(robot.dir.path()).arg(verb).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The id of the process of the job.
+fn process_of(job: &Value) -> Pid {
+    Pid::from_raw(i32::try_from(job["process"].as_i64().unwrap()).unwrap()).unwrap()
+}
+
+#[test]
+fn a_stopped_job_is_cancelled_too() {
+    let scene = Scene::new();
+    kill_process(process_of(&scene.job()), Signal::STOP).unwrap();
+    let cancelled = scene.robot.run(&["job", "--cancel"]);
+    assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
+    assert_eq!(scene.client.wait_with_output().unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn a_full_run_does_not_make_a_done_job_a_killed_one() {
+    let mut scene = Scene::new();
+    scene.until_it_waits();
+    // Every later write of the record fails as on a full file system.
+    symlink("/dev/full", scene.robot.path("run/slotd/job.partial")).unwrap();
+    scene.input.write_all(&scene.bundle[scene.bundle.len() / 2..]).unwrap();
+    let Scene { robot, new, client, input, .. } = scene;
+    drop(input);
+    let output = client.wait_with_output().unwrap();
+    assert_eq!(answer(&output)["slot"], "b", "{output:?}");
+    assert!(robot.slot(Slot::B) == new, "slot b has other bytes");
+    assert_eq!(robot.run(&["job"])["state"], "lost");
+    let refused = refusal(&robot, &["job", "--watch"]);
+    assert!(refused["message"].as_str().unwrap().contains("`/run` is full"), "{refused}");
+    assert!(refused["help"].as_str().unwrap().contains("`slotd status`"), "{refused}");
+    let text = in_text(&robot, "job");
+    assert!(text.contains("ended without leaving its result"), "{text}");
+}
+
 #[test]
 fn a_job_that_was_killed_is_told_from_one_that_runs() {
     let scene = Scene::new();
@@ -266,19 +309,26 @@ fn before_the_first_job_there_is_none_and_a_damaged_record_is_no_obstacle() {
     assert_eq!(robot.refused(&["job", "--watch"]), (4, "no-job".to_owned()));
     assert_eq!(robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
     robot.file("run/slotd/job.json", "{");
+    for args in [&["job"][..], &["job", "--watch"], &["job", "--cancel"]] {
+        let refused = refusal(&robot, args);
+        assert_eq!(refused["code"], "io");
+        let message = refused["message"].as_str().unwrap();
+        assert!(message.starts_with("reading the job's record /run/slotd/job.json: "), "{message}");
+        assert!(!refused["help"].as_str().unwrap().contains("card"), "{refused}");
+    }
     let file = write(robot.dir.path(), "update.bundle", &bundle_of(&new_system(robot.size, 3)));
     robot.run(&["install", &file]);
     let job = robot.run(&["job"]);
     assert_eq!((&job["id"], &job["state"]["done"]["restarts"]), (&1.into(), &false.into()));
     assert_eq!(job["request"]["install"]["source"], file);
-    let in_text = Command::new(env!("CARGO_BIN_EXE_slotd"))
-        .arg("--root")
-        .arg(robot.dir.path())
-        .arg("job")
-        .output()
-        .unwrap();
-    let text = String::from_utf8(in_text.stdout).unwrap();
+    let text = in_text(&robot, "job");
     assert!(text.starts_with("job 1 (install): done\nrequested by user id "), "{text}");
+    // Names that others have chosen do not control the terminal.
+    let mut stranger = job;
+    stranger["by"]["unit"] = "\x1b[31m.scope".into();
+    robot.file("run/slotd/job.json", stranger.to_string());
+    let text = in_text(&robot, "job");
+    assert!(text.contains(" in \\u{1b}[31m.scope: "), "{text}");
 }
 
 #[test]
