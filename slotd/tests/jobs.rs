@@ -291,13 +291,22 @@ fn a_full_run_does_not_make_a_done_job_a_killed_one() {
 #[test]
 fn a_job_that_was_killed_is_told_from_one_that_runs() {
     let scene = Scene::new();
-    let process = i32::try_from(scene.job()["process"].as_i64().unwrap()).unwrap();
-    assert_ne!(process, i32::try_from(scene.client.id()).unwrap());
-    kill_process(Pid::from_raw(process).unwrap(), Signal::KILL).unwrap();
+    // The status says that it runs, not that it was interrupted.
+    let status = scene.robot.run(&["status"]);
+    assert_eq!((&status["job"], status["interrupted"].is_object()), (&1.into(), true));
+    let text = in_text(&scene.robot, "status");
+    assert!(text.contains("\njob        1 is running"), "{text}");
+    assert!(!text.contains("interrupted"), "{text}");
+    let process = process_of(&scene.job());
+    assert_ne!(process, scene.pid());
+    kill_process(process, Signal::KILL).unwrap();
     let output = scene.client.wait_with_output().unwrap();
     assert_eq!(answer(&output)["refused"]["code"], "io", "{output:?}");
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(scene.robot.run(&["job"])["state"], "lost");
+    assert_eq!(scene.robot.run(&["status"])["job"], Value::Null);
+    let text = in_text(&scene.robot, "status");
+    assert!(text.contains("\ninterrupted: an install of "), "{text}");
     assert_eq!(scene.robot.refused(&["job", "--watch"]), (1, "io".to_owned()));
     assert_eq!(scene.robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
 }

@@ -14,6 +14,7 @@ use contract::answer::{
     ApiRollback, CheckOutcome, InstallOutcome, Progress, RestartKind, RobotEvent, RobotStatus,
     SlotChange, VerifyOutcome,
 };
+use contract::job::JobState;
 pub use contract::job::{Caller, CallerRights, InstallDone, Job};
 pub use contract::request::{AgentRequest, AgentVerb};
 use serde_json::{Value, json};
@@ -134,7 +135,7 @@ pub fn dispatch(
     }
     let agent = Agent::open(root)?;
     Ok(match request {
-        AgentRequest::Status => AgentResponse::Status(Box::new(agent.status()?)),
+        AgentRequest::Status => AgentResponse::Status(Box::new(status(&agent, root)?)),
         AgentRequest::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;
@@ -228,7 +229,7 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
     let events = || EventLog::new(root);
     Some(match request {
         AgentRequest::Report => {
-            let status = Agent::open(root).and_then(|agent| agent.status()).map(Box::new);
+            let status = Agent::open(root).and_then(|agent| status(&agent, root)).map(Box::new);
             Ok(AgentResponse::Report { board: Box::new(report::collect(root)), status })
         }
         AgentRequest::Backup { file } if file == "-" => {
@@ -253,6 +254,14 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
         }
         _ => return None,
     })
+}
+
+/// The robot's status, with the job that is running.
+fn status(agent: &Agent, root: &RootDir) -> Result<RobotStatus> {
+    // Without a readable record, `slotd job` says what is wrong with it.
+    let job = job::read(root).ok().flatten();
+    let running = job.filter(|job| job.state == JobState::Runs).map(|job| job.id);
+    Ok(RobotStatus { job: running, ..agent.status()? })
 }
 
 fn then_restart(agent: &Agent, changed: SlotChange, stay: bool) -> Result<AgentResponse> {
