@@ -241,9 +241,37 @@ fn one_whose_pipe_has_no_writer_is_a_job() {
 #[test]
 fn a_source_that_cannot_be_opened_leaves_a_record() {
     let robot = Plan::default().make();
-    let refused = refusal(&robot, &["install", "/nowhere/x.bundle"]);
+    let refused = refusal(&robot, &["install", "/nowhere/\x1b[31m.bundle"]);
     assert_eq!(refused["code"], "source");
+    let message = refused["message"].as_str().unwrap();
+    assert!(message.contains("/nowhere/\\u{1b}[31m.bundle"), "{message}");
     assert_eq!(robot.run(&["job"])["state"]["refused"], refused);
+}
+
+#[test]
+fn an_address_with_a_password_is_neither_used_nor_recorded() {
+    let robot = Plan::default().make();
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    server.set_nonblocking(true).unwrap();
+    let host = server.local_addr().unwrap();
+    for address in [
+        format!("http://user:hunter2@{host}/x.bundle"),
+        format!("https://hunter2@{host}?a=b"),
+        format!("HTTPS://user:hunter2@{host}"),
+    ] {
+        for verb in ["install", "verify"] {
+            let output = robot.command(&[verb, &address]).output().unwrap();
+            assert_eq!(answer(&output)["refused"]["code"], "source", "{output:?}");
+            let printed = [output.stdout, output.stderr].concat();
+            assert!(!String::from_utf8(printed).unwrap().contains("hunter2"), "{address}");
+        }
+    }
+    assert!(server.accept().is_err(), "the address was used");
+    assert_eq!(robot.run(&["job"]), Value::Null);
+    assert!(!robot.path("run/slotd/job.json").exists());
+    // An `@` in another place is no password.
+    let refused = refusal(&robot, &["verify", "http://127.0.0.1:1/user@1.bundle"]);
+    assert!(refused["message"].as_str().unwrap().contains("user@1.bundle"), "{refused}");
 }
 
 /// The answer as text.

@@ -33,7 +33,7 @@ use crate::provision::{self, ProvisionReport};
 use crate::refusal::{Refusal, Result};
 use crate::report::{self, BoardReport};
 use crate::root::RootDir;
-use crate::source::BundleSource;
+use crate::source::{BundleSource, refuse_credentials};
 use crate::startup::{self, PreparedData};
 
 /// The answer to a request.
@@ -156,6 +156,8 @@ pub fn dispatch(
             AgentResponse::VerifiedApi(agent.verify_api(&permit)?)
         }
         AgentRequest::Install { source, no_restart, allow_downgrade } => {
+            // The job's record has the source.
+            refuse_credentials(source)?;
             AgentResponse::Installed(job::run(root, request, caller, watcher, |job, at| {
                 // Within the job: a server or a pipe may not answer for long, and the job can be seen and cancelled
                 // meanwhile.
