@@ -4,7 +4,7 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
 use std::net::TcpListener;
 use std::os::unix::fs::symlink;
@@ -191,6 +191,19 @@ fn refusal(robot: &Robot, args: &[&str]) -> Value {
     answer(&robot.command(args).output().unwrap())["refused"].clone()
 }
 
+/// The answer as text.
+fn in_text(robot: &Robot, verb: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
+    let output = command.arg("--root").arg(robot.dir.path()).arg(verb).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The id of the process of the job.
+fn process_of(job: &Value) -> Pid {
+    Pid::from_raw(i32::try_from(job["process"].as_i64().unwrap()).unwrap()).unwrap()
+}
+
 /// Starts an install from a source that never answers, and expects a job that can be cancelled.
 fn is_a_job_before_it_opens(source: &str) {
     let robot = Plan::default().make();
@@ -274,19 +287,6 @@ fn an_address_with_a_password_is_neither_used_nor_recorded() {
     assert!(refused["message"].as_str().unwrap().contains("user@1.bundle"), "{refused}");
 }
 
-/// The answer as text.
-fn in_text(robot: &Robot, verb: &str) -> String {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
-    let output = command.arg("--root").arg(robot.dir.path()).arg(verb).output().unwrap();
-    assert!(output.status.success(), "{output:?}");
-    String::from_utf8(output.stdout).unwrap()
-}
-
-/// The id of the process of the job.
-fn process_of(job: &Value) -> Pid {
-    Pid::from_raw(i32::try_from(job["process"].as_i64().unwrap()).unwrap()).unwrap()
-}
-
 #[test]
 fn a_stopped_job_is_cancelled_too() {
     let scene = Scene::new();
@@ -314,6 +314,20 @@ fn a_full_run_does_not_make_a_done_job_a_killed_one() {
     assert!(refused["help"].as_str().unwrap().contains("`slotd status`"), "{refused}");
     let text = in_text(&robot, "job");
     assert!(text.contains("ended without leaving its result"), "{text}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_printed_is_reported() {
+    let robot = Plan::default().make();
+    for (format, verb) in [("json", "status"), ("text", "status"), ("json", "roll-back")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
+        command.args(["--format", format, "--root"]).arg(robot.dir.path()).arg(verb);
+        command.stdout(File::options().write(true).open("/dev/full").unwrap());
+        let output = command.output().unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("could not be written to standard output: "), "{verb}: {text}");
+    }
 }
 
 #[test]
