@@ -237,7 +237,7 @@ fn is_a_job_before_it_opens(source: &str) {
 
 #[test]
 fn one_whose_server_never_answers_is_a_job() {
-    // The kernel accepts the connection; nobody answers the request.
+    // The kernel accepts the connection; the request is not answered.
     let server = TcpListener::bind("127.0.0.1:0").unwrap();
     is_a_job_before_it_opens(&format!("http://{}/update.bundle", server.local_addr().unwrap()));
 }
@@ -282,7 +282,7 @@ fn an_address_with_a_password_is_neither_used_nor_recorded() {
     assert!(server.accept().is_err(), "the address was used");
     assert_eq!(robot.run(&["job"]), Value::Null);
     assert!(!robot.path("run/slotd/job.json").exists());
-    // An `@` in another place is no password.
+    // An `@` after the host does not start a password.
     let refused = refusal(&robot, &["verify", "http://127.0.0.1:1/user@1.bundle"]);
     assert!(refused["message"].as_str().unwrap().contains("user@1.bundle"), "{refused}");
 }
