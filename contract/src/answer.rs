@@ -44,7 +44,10 @@ pub struct RobotStatus {
     pub health: Option<TrialHealth>,
     /// The system that was installed into the other slot.
     pub other: Option<InstalledSlot>,
-    /// An install that was interrupted.
+    /// The number of the job that is running.
+    #[serde(default, skip_serializing_if = "Option::is_none", deserialize_with = "if_understood")]
+    pub job: Option<u64>,
+    /// An install that was interrupted, or that [`job`](Self::job) is running.
     #[serde(default, deserialize_with = "if_understood")]
     pub interrupted: Option<InstallJournal>,
     /// The lowest version and key epoch that are accepted.

@@ -61,7 +61,7 @@ pub enum JobState {
     Done(InstallDone),
     /// It was refused, failed, or was cancelled.
     Refused(Refusal),
-    /// Its process was killed. Never written: the reader detects it.
+    /// Its process ended without leaving its result: it was killed, or `/run` is full. Never written: the reader detects it.
     Lost,
 }
 

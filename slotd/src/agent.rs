@@ -134,6 +134,8 @@ impl Agent {
                 .filter(|_| runs)
                 .map(|state| TrialHealth { why: state.why(), state: Some(state) }),
             other: record::read_slot(root, self.device.idle()),
+            // The lobby adds it.
+            job: None,
             interrupted: record::read_journal(root),
             floor: trust.floor,
             keys: keys.keys.iter().filter(|key| !key.revoked).count(),

@@ -30,13 +30,16 @@ fn main() -> ExitCode {
     match get_answer(&cli, &root, &caller) {
         Ok(answer) => match print_answer(&cli, &answer) {
             Ok(()) => ExitCode::SUCCESS,
-            // Standard output is closed; the work is done.
-            Err(_) => ExitCode::from(1),
+            Err(error) => {
+                say_unprinted(&error);
+                ExitCode::from(1)
+            }
         },
         Err(refusal) => {
             let printed = match cli.format {
                 AnswerFormat::Json => {
-                    writeln!(std::io::stdout(), "{}", json!({ "refused": refusal }))
+                    let printed = writeln!(std::io::stdout(), "{}", json!({ "refused": refusal }));
+                    printed.inspect_err(say_unprinted)
                 }
                 AnswerFormat::Text => writeln!(std::io::stderr(), "slotd: {}", refusal.in_full()),
             };
@@ -45,6 +48,20 @@ fn main() -> ExitCode {
             ExitCode::from(refusal.kind() as u8)
         }
     }
+}
+
+/// Says that the answer could not be printed, unless its reader has ended, as in `slotd log | head`.
+fn say_unprinted(error: &std::io::Error) {
+    if error.kind() == std::io::ErrorKind::BrokenPipe {
+        return;
+    }
+    let printed = writeln!(
+        std::io::stderr(),
+        "slotd: the request was processed, but its answer could not be written to standard output: {error}\n\
+         help: see `slotd log` and `slotd status`"
+    );
+    // The exit code also says that it failed.
+    drop(printed);
 }
 
 /// A job, for the process that waits for it.

@@ -4,8 +4,10 @@
 
 mod common;
 
-use std::fs;
+use std::fs::{self, File};
 use std::io::Write;
+use std::net::TcpListener;
+use std::os::unix::fs::symlink;
 use std::os::unix::process::CommandExt;
 use std::process::{Child, ChildStdin, Command, Stdio};
 use std::time::{Duration, Instant};
@@ -184,16 +186,169 @@ fn one_that_waits_for_its_bundle_is_cancelled_too() {
     assert_eq!(scene.robot.run(&["install", &file])["resumed"], true);
 }
 
+/// The whole refusal of a command.
+fn refusal(robot: &Robot, args: &[&str]) -> Value {
+    answer(&robot.command(args).output().unwrap())["refused"].clone()
+}
+
+/// The answer as text.
+fn in_text(robot: &Robot, verb: &str) -> String {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
+    let output = command.arg("--root").arg(robot.dir.path()).arg(verb).output().unwrap();
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+/// The id of the process of the job.
+fn process_of(job: &Value) -> Pid {
+    Pid::from_raw(i32::try_from(job["process"].as_i64().unwrap()).unwrap()).unwrap()
+}
+
+/// Starts an install from a source that never answers, and expects a job that can be cancelled.
+fn is_a_job_before_it_opens(source: &str) {
+    let robot = Plan::default().make();
+    let mut client = robot.command(&["install", source]).process_group(0).spawn().unwrap();
+    let started = Instant::now();
+    let job = loop {
+        let job = robot.run(&["job"]);
+        if job["state"] == "runs" {
+            break job;
+        }
+        assert!(started.elapsed() < FOR_EVER, "{source}: {job}");
+        std::thread::sleep(Duration::from_millis(20));
+    };
+    assert_eq!(
+        (&job["request"]["install"]["source"], &job["progress"]),
+        (&source.into(), &Value::Null)
+    );
+    let file = write(robot.dir.path(), "other.bundle", &bundle_of(&new_system(robot.size, 3)));
+    assert_eq!(robot.refused(&["install", &file]), (4, "busy".to_owned()));
+    let group = Pid::from_raw(i32::try_from(client.id()).unwrap()).unwrap();
+    kill_process_group(group, Signal::INT).unwrap();
+    // Not to the end of its output, which the job has inherited.
+    assert_eq!(client.wait().unwrap().code(), None);
+    assert_eq!(robot.run(&["job"])["state"], "runs");
+    let cancelled = robot.run(&["job", "--cancel"]);
+    assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
+    assert!(robot.state().trial.is_none());
+    // Nothing is left of it.
+    assert_eq!(robot.run(&["install", &file])["slot"], "b");
+}
+
+#[test]
+fn one_whose_server_never_answers_is_a_job() {
+    // The kernel accepts the connection; the request is not answered.
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    is_a_job_before_it_opens(&format!("http://{}/update.bundle", server.local_addr().unwrap()));
+}
+
+#[test]
+fn one_whose_pipe_has_no_writer_is_a_job() {
+    let dir = tempfile::tempdir().unwrap();
+    let pipe = dir.path().join("pipe");
+    let made = Command::new("mkfifo").arg(&pipe).status().unwrap();
+    assert!(made.success(), "{made}");
+    is_a_job_before_it_opens(pipe.to_str().unwrap());
+}
+
+#[test]
+fn a_source_that_cannot_be_opened_leaves_a_record() {
+    let robot = Plan::default().make();
+    let refused = refusal(&robot, &["install", "/nowhere/\x1b[31m.bundle"]);
+    assert_eq!(refused["code"], "source");
+    let message = refused["message"].as_str().unwrap();
+    assert!(message.contains("/nowhere/\\u{1b}[31m.bundle"), "{message}");
+    assert_eq!(robot.run(&["job"])["state"]["refused"], refused);
+}
+
+#[test]
+fn an_address_with_a_password_is_neither_used_nor_recorded() {
+    let robot = Plan::default().make();
+    let server = TcpListener::bind("127.0.0.1:0").unwrap();
+    server.set_nonblocking(true).unwrap();
+    let host = server.local_addr().unwrap();
+    for address in [
+        format!("http://user:hunter2@{host}/x.bundle"),
+        format!("https://hunter2@{host}?a=b"),
+        format!("HTTPS://user:hunter2@{host}"),
+    ] {
+        for verb in ["install", "verify"] {
+            let output = robot.command(&[verb, &address]).output().unwrap();
+            assert_eq!(answer(&output)["refused"]["code"], "source", "{output:?}");
+            let printed = [output.stdout, output.stderr].concat();
+            assert!(!String::from_utf8(printed).unwrap().contains("hunter2"), "{address}");
+        }
+    }
+    assert!(server.accept().is_err(), "the address was used");
+    assert_eq!(robot.run(&["job"]), Value::Null);
+    assert!(!robot.path("run/slotd/job.json").exists());
+    // An `@` after the host does not start a password.
+    let refused = refusal(&robot, &["verify", "http://127.0.0.1:1/user@1.bundle"]);
+    assert!(refused["message"].as_str().unwrap().contains("user@1.bundle"), "{refused}");
+}
+
+#[test]
+fn a_stopped_job_is_cancelled_too() {
+    let scene = Scene::new();
+    kill_process(process_of(&scene.job()), Signal::STOP).unwrap();
+    let cancelled = scene.robot.run(&["job", "--cancel"]);
+    assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
+    assert_eq!(scene.client.wait_with_output().unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn a_full_run_does_not_make_a_done_job_a_killed_one() {
+    let mut scene = Scene::new();
+    scene.until_it_waits();
+    // Every later write of the record fails as on a full file system.
+    symlink("/dev/full", scene.robot.path("run/slotd/job.partial")).unwrap();
+    scene.input.write_all(&scene.bundle[scene.bundle.len() / 2..]).unwrap();
+    let Scene { robot, new, client, input, .. } = scene;
+    drop(input);
+    let output = client.wait_with_output().unwrap();
+    assert_eq!(answer(&output)["slot"], "b", "{output:?}");
+    assert!(robot.slot(Slot::B) == new, "slot b has other bytes");
+    assert_eq!(robot.run(&["job"])["state"], "lost");
+    let refused = refusal(&robot, &["job", "--watch"]);
+    assert!(refused["message"].as_str().unwrap().contains("`/run` is full"), "{refused}");
+    assert!(refused["help"].as_str().unwrap().contains("`slotd status`"), "{refused}");
+    let text = in_text(&robot, "job");
+    assert!(text.contains("ended without leaving its result"), "{text}");
+}
+
+#[test]
+fn an_answer_that_cannot_be_printed_is_reported() {
+    let robot = Plan::default().make();
+    for (format, verb) in [("json", "status"), ("text", "status"), ("json", "roll-back")] {
+        let mut command = Command::new(env!("CARGO_BIN_EXE_slotd"));
+        command.args(["--format", format, "--root"]).arg(robot.dir.path()).arg(verb);
+        command.stdout(File::options().write(true).open("/dev/full").unwrap());
+        let output = command.output().unwrap();
+        assert!(!output.status.success(), "{output:?}");
+        let text = String::from_utf8(output.stderr).unwrap();
+        assert!(text.contains("could not be written to standard output: "), "{verb}: {text}");
+    }
+}
+
 #[test]
 fn a_job_that_was_killed_is_told_from_one_that_runs() {
     let scene = Scene::new();
-    let process = i32::try_from(scene.job()["process"].as_i64().unwrap()).unwrap();
-    assert_ne!(process, i32::try_from(scene.client.id()).unwrap());
-    kill_process(Pid::from_raw(process).unwrap(), Signal::KILL).unwrap();
+    // The status says that it runs, not that it was interrupted.
+    let status = scene.robot.run(&["status"]);
+    assert_eq!((&status["job"], status["interrupted"].is_object()), (&1.into(), true));
+    let text = in_text(&scene.robot, "status");
+    assert!(text.contains("\njob        1 is running"), "{text}");
+    assert!(!text.contains("interrupted"), "{text}");
+    let process = process_of(&scene.job());
+    assert_ne!(process, scene.pid());
+    kill_process(process, Signal::KILL).unwrap();
     let output = scene.client.wait_with_output().unwrap();
     assert_eq!(answer(&output)["refused"]["code"], "io", "{output:?}");
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(scene.robot.run(&["job"])["state"], "lost");
+    assert_eq!(scene.robot.run(&["status"])["job"], Value::Null);
+    let text = in_text(&scene.robot, "status");
+    assert!(text.contains("\ninterrupted: an install of "), "{text}");
     assert_eq!(scene.robot.refused(&["job", "--watch"]), (1, "io".to_owned()));
     assert_eq!(scene.robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
 }
@@ -205,19 +360,26 @@ fn before_the_first_job_there_is_none_and_a_damaged_record_is_no_obstacle() {
     assert_eq!(robot.refused(&["job", "--watch"]), (4, "no-job".to_owned()));
     assert_eq!(robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
     robot.file("run/slotd/job.json", "{");
+    for args in [&["job"][..], &["job", "--watch"], &["job", "--cancel"]] {
+        let refused = refusal(&robot, args);
+        assert_eq!(refused["code"], "io");
+        let message = refused["message"].as_str().unwrap();
+        assert!(message.starts_with("reading the job's record /run/slotd/job.json: "), "{message}");
+        assert!(!refused["help"].as_str().unwrap().contains("card"), "{refused}");
+    }
     let file = write(robot.dir.path(), "update.bundle", &bundle_of(&new_system(robot.size, 3)));
     robot.run(&["install", &file]);
     let job = robot.run(&["job"]);
     assert_eq!((&job["id"], &job["state"]["done"]["restarts"]), (&1.into(), &false.into()));
     assert_eq!(job["request"]["install"]["source"], file);
-    let in_text = Command::new(env!("CARGO_BIN_EXE_slotd"))
-        .arg("--root")
-        .arg(robot.dir.path())
-        .arg("job")
-        .output()
-        .unwrap();
-    let text = String::from_utf8(in_text.stdout).unwrap();
+    let text = in_text(&robot, "job");
     assert!(text.starts_with("job 1 (install): done\nrequested by user id "), "{text}");
+    // Names that others have chosen do not control the terminal.
+    let mut stranger = job;
+    stranger["by"]["unit"] = "\x1b[31m.scope".into();
+    robot.file("run/slotd/job.json", stranger.to_string());
+    let text = in_text(&robot, "job");
+    assert!(text.contains(" in \\u{1b}[31m.scope: "), "{text}");
 }
 
 #[test]

@@ -128,7 +128,9 @@ fn format_status(status: &RobotStatus) -> String {
     if let Some(other) = &status.other {
         lines.push(format!("other      {}", other.version));
     }
-    if let Some(journal) = &status.interrupted {
+    if let Some(job) = status.job {
+        lines.push(format!("job        {job} is running: see `slotd job`"));
+    } else if let Some(journal) = &status.interrupted {
         lines.push(format!(
             "interrupted: an install of {} into slot {}; install the same bundle again to resume",
             journal.version, journal.slot
@@ -242,10 +244,12 @@ fn format_job(job: &Job) -> String {
         JobState::Done(_) => "done".to_owned(),
         JobState::Refused(refusal) => refusal.in_full(),
         JobState::Lost => {
-            "its process was killed; install the same bundle again to resume".to_owned()
+            "ended without leaving its result: its process was killed, or `/run` is full\n\
+            help: see `slotd status` and `slotd log` before you install the bundle again"
+                .to_owned()
         }
     };
-    let by = job.by.unit.as_deref().unwrap_or("a process without a unit");
+    let by = job.by.unit.as_deref().unwrap_or("a process without a unit").escape_debug();
     let command = job.by.command.escape_debug();
     format!(
         "job {} ({}): {state}\nrequested by user id {} in {by}: {command}",

@@ -50,7 +50,7 @@ pub fn backup(root: &RootDir, out: impl Write) -> Result<()> {
 /// # Errors
 /// `no-archive`, `io`.
 pub fn backup_to(root: &RootDir, file: &str) -> Result<()> {
-    let failed = |error: io::Error| Refusal::io(format!("writing {file}"), &error);
+    let failed = |error: io::Error| Refusal::io(format!("writing {}", file.escape_debug()), &error);
     let partial = PathBuf::from(format!("{file}.partial"));
     DirectFileChanges
         .remove(&partial)
@@ -122,6 +122,7 @@ pub fn open(file: &str) -> Result<Box<dyn Read>> {
         return Ok(Box::new(std::io::stdin()));
     }
     let opened = File::open(file).map_err(|error| {
+        let file = file.escape_debug();
         Refusal::new("source", format!("opening {file}: {error}"), "name a readable file")
     })?;
     Ok(Box::new(opened))

@@ -40,7 +40,7 @@ fn job_arguments(caller: &Caller, request: &AgentRequest) -> Result<Vec<String>>
 /// Starts a job and waits for it. If this process ends, the job continues. `told` receives the job's messages.
 ///
 /// # Errors
-/// The refusal of the job. `io`: it cannot be started, or was killed.
+/// The refusal of the job. `io`: it cannot be started, or ended without an answer.
 pub fn start_job(
     root: &RootDir,
     caller: &Caller,
@@ -72,7 +72,7 @@ pub fn start_job(
         Err(Refusal::new(
             "io",
             format!("the process of the job ended without an answer: {status}"),
-            "install the bundle again to resume; see `slotd job` and the journal",
+            "see `slotd job`, `slotd status` and `slotd log` before you install the bundle again",
         ))
     })
 }

@@ -2,8 +2,8 @@
 //!
 //! The process that runs it holds a lock until it ends, so that the record of a killed process can be distinguished from
 //! that of a running one. To cancel a job, a client writes a note. The job finds it when it next reads its bundle, and ends
-//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source is terminated, which
-//! is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
+//! as if the bundle's source had failed, which is safe at any moment. A job that waits for its source, or for it to open, is
+//! terminated, which is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
 
 use std::fs::{self, File, OpenOptions};
 use std::io::{self, Read};
@@ -18,6 +18,7 @@ use contract::answer::{InstallStep, Progress};
 use contract::job::{Caller, InstallDone, Job, JobState};
 use contract::request::AgentRequest;
 use rustix::fs::FlockOperation;
+use rustix::io::Errno;
 use rustix::process::{Pid, Signal, kill_process};
 
 use crate::durable;
@@ -46,8 +47,17 @@ fn cancel_path(root: &RootDir) -> PathBuf {
     root.run().join("cancel.json")
 }
 
-fn failed(error: &io::Error) -> Refusal {
-    Refusal::io("writing the job's record in /run/slotd", error)
+fn unwritten(error: &io::Error) -> Refusal {
+    let message = format!("writing the job's record in /run/slotd: {error}");
+    Refusal::new("io", message, "make space in `/run` (`df /run`); see the kernel's messages")
+}
+
+fn unreadable(error: &io::Error) -> Refusal {
+    Refusal::new(
+        "io",
+        format!("reading the job's record /run/slotd/job.json: {error}"),
+        "a running job and the next `slotd install` write it again; see `slotd status` and `slotd log`",
+    )
 }
 
 /// The record of the job that is running, or that ran last since the start.
@@ -56,7 +66,7 @@ fn failed(error: &io::Error) -> Refusal {
 /// `io`: the record cannot be read.
 pub fn read(root: &RootDir) -> Result<Option<Job>> {
     let job: Option<Job> =
-        durable::read_json(&record_path(root)).map_err(|error| failed(&error))?;
+        durable::read_json(&record_path(root)).map_err(|error| unreadable(&error))?;
     Ok(job.map(|job| match job.state {
         // The record is written before the lock is released: read it again.
         JobState::Runs if !is_running(root) => {
@@ -72,7 +82,7 @@ pub fn read(root: &RootDir) -> Result<Option<Job>> {
 /// Waits for the running job and returns its result; returns at once if it has ended.
 ///
 /// # Errors
-/// `no-job`: there was none since the start. The refusal of the job. `io`: it was killed.
+/// `no-job`: there was none since the start. The refusal of the job. `io`: it ended without leaving its result.
 pub fn watch(root: &RootDir, watcher: &(dyn Fn(Progress) + Sync)) -> Result<InstallDone> {
     let mut last = None;
     loop {
@@ -86,8 +96,8 @@ pub fn watch(root: &RootDir, watcher: &(dyn Fn(Progress) + Sync)) -> Result<Inst
             JobState::Lost => {
                 return Err(Refusal::new(
                     "io",
-                    "the process of the job was killed",
-                    "install the bundle again to resume; see the journal",
+                    "the job ended without leaving its result: its process was killed, or `/run` is full",
+                    "see `slotd status` and `slotd log` before you install the bundle again",
                 ));
             }
         }
@@ -109,7 +119,8 @@ fn is_running(root: &RootDir) -> bool {
 /// its state has the result.
 ///
 /// # Errors
-/// `no-job`: no job is running. `too-late`: it has read its bundle to the end and can no longer be cancelled. `io`.
+/// `no-job`: no job is running. `too-late`: it has read its bundle to the end and can no longer be cancelled. `io`: its
+/// record cannot be read or written, or its process does not end.
 pub fn cancel(root: &RootDir) -> Result<Job> {
     let none = || Refusal::new("no-job", "no job is running", "see `slotd job`");
     let job = read(root)?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
@@ -123,7 +134,7 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
         return Err(late());
     }
     durable::replace(&cancel_path(root), job.id.to_string().as_bytes())
-        .map_err(|error| failed(&error))?;
+        .map_err(|error| unwritten(&error))?;
     let started = Instant::now();
     let mut ended = false;
     loop {
@@ -134,17 +145,28 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
                 // It waits for its source, possibly for ever. Terminating it is as safe as a power cut.
                 let process = i32::try_from(now.process).ok().and_then(Pid::from_raw);
                 if let Some(process) = process {
-                    kill_process(process, Signal::TERM).map_err(|error| failed(&error.into()))?;
+                    // CONT: a process that is stopped ends only when it continues.
+                    for signal in [Signal::TERM, Signal::CONT] {
+                        match kill_process(process, signal) {
+                            // It has just ended.
+                            Ok(()) | Err(Errno::SRCH) => {}
+                            Err(error) => return Err(undying(&now, &error.to_string())),
+                        }
+                    }
                 }
                 ended = true;
             }
-            JobState::Runs if started.elapsed() >= PATIENCE * 3 => return Err(late()),
+            JobState::Runs if started.elapsed() >= PATIENCE * 3 => {
+                return Err(undying(&now, "it is still running"));
+            }
             JobState::Runs => {}
+            // It was not terminated here: its result is not known.
+            JobState::Lost if !ended => return Ok(now),
             JobState::Lost => {
                 // Do not overwrite the record of a newer job.
                 if let Some(_lock) = take_lock(root)? {
                     let ended = Job { state: JobState::Refused(cancelled()), ..now };
-                    write(root, &ended).map_err(|error| failed(&error))?;
+                    write(root, &ended).map_err(|error| unwritten(&error))?;
                     return Ok(ended);
                 }
             }
@@ -152,6 +174,16 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
         }
         std::thread::sleep(PAUSE / 5);
     }
+}
+
+/// The refusal for a job whose process cannot be terminated.
+fn undying(job: &Job, why: &str) -> Refusal {
+    let (process, what) = (job.process, job.request.verb());
+    Refusal::new(
+        "io",
+        format!("terminating the process {process} of `slotd {what}`: {why}"),
+        "see `slotd job` and the kernel's messages",
+    )
 }
 
 fn cancelled() -> Refusal {
@@ -169,26 +201,26 @@ fn write(root: &RootDir, job: &Job) -> io::Result<()> {
 
 /// The lock of a job's process; `None`: another process has it.
 fn take_lock(root: &RootDir) -> Result<Option<File>> {
-    private_dir(&root.run()).map_err(|error| failed(&error))?;
+    private_dir(&root.run()).map_err(|error| unwritten(&error))?;
     let mut options = OpenOptions::new();
     options.read(true).write(true).create(true).truncate(false).mode(0o600);
-    let lock = options.open(lock_file(root)).map_err(|error| failed(&error))?;
+    let lock = options.open(lock_file(root)).map_err(|error| unwritten(&error))?;
     let started = Instant::now();
     loop {
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => return Ok(Some(lock)),
             // A process that checks whether a job is running holds it for a moment.
-            Err(rustix::io::Errno::WOULDBLOCK) if started.elapsed() < PAUSE => {
+            Err(Errno::WOULDBLOCK) if started.elapsed() < PAUSE => {
                 std::thread::sleep(PAUSE / 25);
             }
-            Err(rustix::io::Errno::WOULDBLOCK) => return Ok(None),
-            Err(error) => return Err(failed(&error.into())),
+            Err(Errno::WOULDBLOCK) => return Ok(None),
+            Err(error) => return Err(unwritten(&error.into())),
         }
     }
 }
 
 /// A running job.
-struct Running<'a> {
+pub struct RunningJob<'a> {
     root: &'a RootDir,
     job: Mutex<Job>,
     told: Mutex<Option<(Instant, InstallStep)>>,
@@ -197,21 +229,20 @@ struct Running<'a> {
     _lock: File,
 }
 
-/// Runs a long operation as a job: it has a record, can be watched, and can be cancelled while it reads `input`.
+/// Runs a long operation as a job: it has a record from its beginning, can be watched, and can be cancelled until it has
+/// read a [`RunningJob::cancellable`] source to its end.
 ///
 /// # Errors
 /// `busy`: another job is running. `cancelled`. The refusal of the operation itself.
-pub fn run<I: BundleInput>(
+pub fn run(
     root: &RootDir,
     request: &AgentRequest,
     caller: &Caller,
-    input: I,
     watcher: &(dyn Fn(Progress) + Sync),
-    operation: impl FnOnce(CancellableSource<'_, I>, &(dyn Fn(Progress) + Sync)) -> Result<InstallDone>,
+    operation: impl FnOnce(&RunningJob<'_>, &(dyn Fn(Progress) + Sync)) -> Result<InstallDone>,
 ) -> Result<InstallDone> {
-    let running = Running::begin(root, request, caller)?;
-    let input = CancellableSource { input, running: &running };
-    let result = operation(input, &|at| {
+    let running = RunningJob::begin(root, request, caller)?;
+    let result = operation(&running, &|at| {
         if running.progress(at) {
             watcher(at);
         }
@@ -224,7 +255,7 @@ pub fn run<I: BundleInput>(
     result
 }
 
-impl<'a> Running<'a> {
+impl<'a> RunningJob<'a> {
     fn begin(root: &'a RootDir, request: &AgentRequest, caller: &Caller) -> Result<Self> {
         let what = request.verb();
         let busy = || {
@@ -246,7 +277,7 @@ impl<'a> Running<'a> {
             progress: None,
             state: JobState::Runs,
         };
-        durable::remove(&cancel_path(root)).map_err(|error| failed(&error))?;
+        durable::remove(&cancel_path(root)).map_err(|error| unwritten(&error))?;
         let running = Self {
             root,
             job: Mutex::new(job),
@@ -257,6 +288,11 @@ impl<'a> Running<'a> {
         };
         running.change(|_| {});
         Ok(running)
+    }
+
+    /// The bundle's source of this job, which fails once the job is cancelled.
+    pub fn cancellable<I: BundleInput>(&self, input: I) -> CancellableSource<'_, I> {
+        CancellableSource { input, running: self }
     }
 
     /// Changes the record. A full `/run` must not end an install: clients then see an older state.
@@ -314,7 +350,7 @@ impl<'a> Running<'a> {
 /// A bundle's source that ends when the job is cancelled.
 pub struct CancellableSource<'a, I> {
     input: I,
-    running: &'a Running<'a>,
+    running: &'a RunningJob<'a>,
 }
 
 impl<I> CancellableSource<'_, I> {

@@ -14,6 +14,7 @@ use contract::answer::{
     ApiRollback, CheckOutcome, InstallOutcome, Progress, RestartKind, RobotEvent, RobotStatus,
     SlotChange, VerifyOutcome,
 };
+use contract::job::JobState;
 pub use contract::job::{Caller, CallerRights, InstallDone, Job};
 pub use contract::request::{AgentRequest, AgentVerb};
 use serde_json::{Value, json};
@@ -32,7 +33,7 @@ use crate::provision::{self, ProvisionReport};
 use crate::refusal::{Refusal, Result};
 use crate::report::{self, BoardReport};
 use crate::root::RootDir;
-use crate::source::BundleSource;
+use crate::source::{BundleSource, refuse_credentials};
 use crate::startup::{self, PreparedData};
 
 /// The answer to a request.
@@ -134,7 +135,7 @@ pub fn dispatch(
     }
     let agent = Agent::open(root)?;
     Ok(match request {
-        AgentRequest::Status => AgentResponse::Status(Box::new(agent.status()?)),
+        AgentRequest::Status => AgentResponse::Status(Box::new(status(&agent, root)?)),
         AgentRequest::Log { last } => {
             let events =
                 agent.events().read().map_err(|error| Refusal::io("reading the log", &error))?;
@@ -155,25 +156,22 @@ pub fn dispatch(
             AgentResponse::VerifiedApi(agent.verify_api(&permit)?)
         }
         AgentRequest::Install { source, no_restart, allow_downgrade } => {
-            let source = BundleSource::open(source, root)?;
-            let options = InstallOptions {
-                allow_downgrade: allow_downgrade.clone(),
-                use_running_slot: source.transfers(),
-            };
-            AgentResponse::Installed(job::run(
-                root,
-                request,
-                caller,
-                source,
-                watcher,
-                |source, at| {
-                    let answer = agent.install(source, &options, at)?;
-                    let restarts = matches!(answer, InstallOutcome::System(_))
-                        && !no_restart
-                        && agent.restart(RestartKind::Trial)?;
-                    Ok(InstallDone { answer, restarts })
-                },
-            )?)
+            // The job's record has the source.
+            refuse_credentials(source)?;
+            AgentResponse::Installed(job::run(root, request, caller, watcher, |job, at| {
+                // Within the job: a server or a pipe may not answer for long, and the job can be seen and cancelled
+                // meanwhile.
+                let source = BundleSource::open(source, root)?;
+                let options = InstallOptions {
+                    allow_downgrade: allow_downgrade.clone(),
+                    use_running_slot: source.transfers(),
+                };
+                let answer = agent.install(job.cancellable(source), &options, at)?;
+                let restarts = matches!(answer, InstallOutcome::System(_))
+                    && !no_restart
+                    && agent.restart(RestartKind::Trial)?;
+                Ok(InstallDone { answer, restarts })
+            })?)
         }
         AgentRequest::Commit => {
             let permit = agent.request_permit(AgentVerb::Commit)?;
@@ -233,7 +231,7 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
     let events = || EventLog::new(root);
     Some(match request {
         AgentRequest::Report => {
-            let status = Agent::open(root).and_then(|agent| agent.status()).map(Box::new);
+            let status = Agent::open(root).and_then(|agent| status(&agent, root)).map(Box::new);
             Ok(AgentResponse::Report { board: Box::new(report::collect(root)), status })
         }
         AgentRequest::Backup { file } if file == "-" => {
@@ -258,6 +256,14 @@ fn without_agent(root: &RootDir, request: &AgentRequest) -> Option<Result<AgentR
         }
         _ => return None,
     })
+}
+
+/// The robot's status, with the job that is running.
+fn status(agent: &Agent, root: &RootDir) -> Result<RobotStatus> {
+    // Without a readable record, `slotd job` says what is wrong with it.
+    let job = job::read(root).ok().flatten();
+    let running = job.filter(|job| job.state == JobState::Runs).map(|job| job.id);
+    Ok(RobotStatus { job: running, ..agent.status()? })
 }
 
 fn then_restart(agent: &Agent, changed: SlotChange, stay: bool) -> Result<AgentResponse> {

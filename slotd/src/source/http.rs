@@ -126,7 +126,7 @@ impl HttpStream {
         match http.connect() {
             Ok(()) => Ok(http),
             Err(Failure::Passing(error) | Failure::Final(error)) => {
-                let action = format!("reading {address}");
+                let action = format!("reading {}", address.escape_debug());
                 Err(tls::refusal(&action, &error).unwrap_or_else(|| {
                     let help = "check the address and the network";
                     Refusal::new("source", format!("{action}: {error}"), help)

@@ -17,6 +17,25 @@ pub use http::HttpStream;
 pub use pace::{Pace, PaceLimits, PacedStream};
 pub(crate) use tls::refusal as distrusted;
 
+/// Refuses an address that has a user name or a password: messages and the job's record show the address.
+///
+/// # Errors
+/// `source`, which does not have the address.
+pub fn refuse_credentials(name: &str) -> Result<()> {
+    let Some((scheme, rest)) = name.split_once("://") else { return Ok(()) };
+    let is_web = ["http", "https"].iter().any(|known| scheme.eq_ignore_ascii_case(known));
+    // RFC 3986, 3.2: the part with the user and the host ends at the first of these.
+    let host = rest.split(['/', '?', '#']).next().unwrap_or_default();
+    if !is_web || !host.contains('@') {
+        return Ok(());
+    }
+    Err(Refusal::new(
+        "source",
+        "the bundle's address has a user name or a password, which messages and the job's record would show",
+        "fetch the bundle with another program: `curl --netrc ADDRESS | slotd install -`",
+    ))
+}
+
 /// An opened source.
 #[derive(Debug)]
 pub enum BundleSource {
@@ -32,8 +51,9 @@ impl BundleSource {
     /// Opens a source by name: a path, `-`, or an address that begins with `http://` or `https://`.
     ///
     /// # Errors
-    /// `source`: it cannot be opened or reached. `bad-certificate`: the server's certificate is not trusted.
+    /// `source`: it cannot be opened or reached, or its address has a password. `bad-certificate`: the server's certificate is not trusted.
     pub fn open(name: &str, root: &RootDir) -> Result<Self> {
+        refuse_credentials(name)?;
         if name == "-" {
             // A separate handle: Rust's standard input has a buffer, which `poll` does not see.
             let input = io::stdin().as_fd().try_clone_to_owned().map_err(|error| {
@@ -49,6 +69,7 @@ impl BundleSource {
             return Ok(Self::Http(Box::new(HttpStream::open(name, root)?)));
         }
         let failed = |error: io::Error| {
+            let name = name.escape_debug();
             Refusal::new("source", format!("opening {name}: {error}"), "check the path")
         };
         let file = File::open(name).map_err(failed)?;
