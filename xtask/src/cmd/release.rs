@@ -1,5 +1,6 @@
 //! `release …`: makes releases and manages their channels.
 
+use std::collections::BTreeMap;
 use std::fs::File;
 
 use anyhow::{Context, Result, bail, ensure};
@@ -199,7 +200,7 @@ fn find_release(
     let latest = text == "latest";
     let channels = channels_to_search(which.channel, latest)?;
     let wanted = if latest { None } else { Some(parse_version(text)?) };
-    let mut known = Vec::new();
+    let mut known = BTreeMap::new();
     for channel in channels {
         // A store that is signed by development keys is not evidence about a release product, not
         // even that it has no releases.
@@ -217,13 +218,14 @@ fn find_release(
         if let Some(entry) = found {
             return Ok((channel, entry.clone()));
         }
-        known.extend(index.releases_of(&product).map(|e| {
-            let mark = if e.yanked.is_some() { " (yanked)" } else { "" };
-            format!("{}{mark}", e.version)
-        }));
+        known.extend(index.releases_of(&product).map(|e| (e.version.clone(), e.yanked.is_some())));
     }
     check_has_channels(store)?;
     let why = if latest && !known.is_empty() { ": each was yanked" } else { "" };
+    let known: Vec<String> = known
+        .into_iter()
+        .map(|(version, yanked)| format!("{version}{}", if yanked { " (yanked)" } else { "" }))
+        .collect();
     let known = if known.is_empty() { "none".to_owned() } else { known.join(", ") };
     bail!("there is no release {text} of {product} in {}{why}\nhelp: known: {known}", store.name())
 }

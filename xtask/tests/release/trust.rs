@@ -135,7 +135,7 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     // A missing directory is not a store, and contains no information about releases; a new store
     // begins.
     fs::remove_dir_all(&target).unwrap();
-    assert!(bench.good(&list).contains("no releases"));
+    assert!(bench.refused(&list).contains("there is no release store at target"));
     bench.good(&publish);
     assert!(bench.good(&list).contains("serial 1"));
 }
