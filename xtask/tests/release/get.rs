@@ -73,7 +73,7 @@ fn what_is_fetched_becomes_a_card_and_an_update() {
     assert!(message.contains("can only be read") && message.contains("help: "), "{message}");
 }
 
-/// What a technician trusts does not depend on where a command is typed, and a mistyped store is no empty one.
+/// What a technician trusts does not depend on where a command is typed, and a mistyped store is an error.
 #[test]
 fn a_directory_like_a_checkout_changes_nothing_and_no_store_is_an_error() {
     let bench = Bench::new();
