@@ -150,14 +150,14 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
                         match kill_process(process, signal) {
                             // It has just ended.
                             Ok(()) | Err(Errno::SRCH) => {}
-                            Err(error) => return Err(undying(&now, &error.to_string())),
+                            Err(error) => return Err(not_terminated(&now, &error.to_string())),
                         }
                     }
                 }
                 ended = true;
             }
             JobState::Runs if started.elapsed() >= PATIENCE * 3 => {
-                return Err(undying(&now, "it is still running"));
+                return Err(not_terminated(&now, "it is still running"));
             }
             JobState::Runs => {}
             // It was not terminated here: its result is not known.
@@ -177,7 +177,7 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
 }
 
 /// The refusal for a job whose process cannot be terminated.
-fn undying(job: &Job, why: &str) -> Refusal {
+fn not_terminated(job: &Job, why: &str) -> Refusal {
     let (process, what) = (job.process, job.request.verb());
     Refusal::new(
         "io",

@@ -86,8 +86,8 @@ fn create_unfinished(object: &ReleaseObject, into: &Utf8Path) -> Result<TempPath
     Ok(file.into_temp_path())
 }
 
-/// Gives a file that was there before the mode that it would get now. More restrictive people may use a file that others can
-/// read.
+/// Gives a file that was there before the mode that it would get now. A file that more users can read, within the mode of its
+/// role, stays as it is.
 fn correct_mode(object: &ReleaseObject, into: &Utf8Path) -> Result<()> {
     let (path, most) = (into.join(&object.name), mode_of(object));
     let mode = |path: &Path| -> Result<u32> {
