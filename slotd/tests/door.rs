@@ -165,7 +165,9 @@ fn another_user_is_refused_also_where_the_socket_lets_him() {
         .unwrap();
     // A copy of the program: its build directory may be inaccessible to other users.
     let program = robot.path("slotd");
-    std::fs::copy(env!("CARGO_BIN_EXE_slotd"), &program).unwrap();
+    // Made by `cp`: while this process had it open for writing, a child that another test starts would, too, and it could not run.
+    let copied = Command::new("cp").arg(env!("CARGO_BIN_EXE_slotd")).arg(&program).status();
+    assert!(copied.unwrap().success());
     for (uid, expected) in [(60000, "1.0.0"), (65534, "not-offered")] {
         let mut command = Command::new(&program);
         command.arg("--root").arg(robot.dir.path()).arg("door").uid(uid).gid(uid);

@@ -1,10 +1,9 @@
 //! The command line as a person meets it: helps, hints, and verbs that need no build.
 
-use crate::common::root;
+use crate::common::{folder, make_program, root};
 
 use std::fs;
 use std::io::{BufRead, BufReader};
-use std::os::unix::fs::PermissionsExt;
 use std::process::{Command, Output, Stdio};
 
 use camino::Utf8Path;
@@ -338,11 +337,10 @@ fn outside_a_workspace_it_says_where_to_run() {
 /// As an environment of `uv venv`: a Python without pip comes first on the path.
 #[test]
 fn pip_is_found_beside_an_environment_without_it() {
-    let dir = tempfile::tempdir().expect("a directory");
-    let python = dir.path().join("python3");
-    fs::write(&python, "#!/bin/sh\necho No module named pip >&2\nexit 1\n").expect("written");
-    fs::set_permissions(&python, fs::Permissions::from_mode(0o755)).expect("a mode");
-    let path = format!("{}:{}", dir.path().display(), std::env::var("PATH").expect("a path"));
+    let (_keep, dir) = folder();
+    let python = dir.join("python3");
+    make_program(&python, "#!/bin/sh\necho No module named pip >&2\nexit 1\n");
+    let path = format!("{dir}:{}", std::env::var("PATH").expect("a path"));
     let output = xtask(&["doctor", "--format", "json"], &[("PATH", &path)]);
     let lacking: Value = serde_json::from_slice(&output.stdout).expect("JSON");
     let lacks = |program: &str| {

@@ -1,11 +1,9 @@
 //! What other programs see of our environment: programs that print theirs, under the names of those that we call,
 //! started by a process that has secrets.
 
-use crate::common::folder;
+use crate::common::{folder, make_program};
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 
 use camino::Utf8Path;
@@ -118,8 +116,7 @@ fn programs_see_what_they_need_and_no_secrets() {
     let (_keep, folder) = folder();
     for program in PROGRAMS {
         let path = folder.join(program);
-        fs::write(&path, "#!/bin/sh\nexec env\n").unwrap();
-        fs::set_permissions(&path, fs::Permissions::from_mode(0o755)).unwrap();
+        make_program(&path, "#!/bin/sh\nexec env\n");
     }
     let mut command = Command::new(std::env::current_exe().unwrap());
     command.args([

@@ -1,7 +1,7 @@
 //! What a build says of its commit, under everything that a user, a hook or an ignore rule can tell git: settings change
 //! nothing, and nothing that goes into an image is hidden.
 
-use crate::common::{copy, folder, root, text};
+use crate::common::{copy, folder, make_program, root, text};
 use crate::fixture_support;
 
 use std::fs;
@@ -296,8 +296,7 @@ fn nothing_that_a_build_reads_is_hidden() {
         }),
         ("one that a file monitor keeps to itself", &|rig| {
             let monitor = rig.dir.join("monitor");
-            fs::write(&monitor, "#!/bin/sh\nprintf 'token\\0'\n").expect("written");
-            fs::set_permissions(&monitor, fs::Permissions::from_mode(0o755)).expect("a mode");
+            make_program(&monitor, "#!/bin/sh\nprintf 'token\\0'\n");
             rig.git(&["config", "core.fsmonitor", monitor.as_str()]);
             rig.git(&["status"]);
             append(rig, old, "true\n");

@@ -2,7 +2,7 @@
 //! whose `/sys` says where each hangs. Only what would change this machine (mounts, modules, the restart) is
 //! replaced; the step after the search, `switch_root`, refuses to run here, which ends the script.
 
-use crate::common::find;
+use crate::common::{find, make_program};
 
 use std::fs;
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -55,7 +55,7 @@ impl Machine {
             .expect("a mode");
         let busybox = find("busybox");
         fs::create_dir_all(machine.at("bin")).expect("made");
-        fs::copy(busybox, machine.at("bin/busybox")).expect("copied");
+        make_program(&machine.at("bin/busybox"), fs::read(busybox).expect("read"));
         machine
     }
 

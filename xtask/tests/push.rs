@@ -4,7 +4,7 @@
 
 use crate::common::agent;
 use crate::common::rights::is_root;
-use crate::common::{find, folder, noise, tool};
+use crate::common::{find, folder, make_program, noise, tool};
 
 use std::fs;
 use std::io::{Read, Write};
@@ -156,15 +156,12 @@ impl Robot {
         write("dev/disk", &disk);
         // What the robot's shell finds: the agent; and for tests that do not run as root, a way to it.
         let script = |name: &str, text: &str| {
-            write(&format!("bin/{name}"), format!("#!/bin/sh\n{text}\n").as_bytes());
-            let path = root.join("bin").join(name);
-            fs::set_permissions(path, fs::Permissions::from_mode(0o755)).unwrap();
+            make_program(&root.join("bin").join(name), format!("#!/bin/sh\n{text}\n"));
         };
-        // A copy: this workspace may be in a home that another user cannot enter. Made by a
-        // separate program, so that no child of another test holds it open for writing.
+        // A copy: this workspace may be in a home that another user cannot enter.
         let agent = root.join("bin/agent");
         fs::create_dir_all(root.join("bin")).unwrap();
-        xtask::exec::Tool::new("cp").args([slotd(), agent.as_path()]).run().unwrap();
+        make_program(&agent, fs::read(slotd()).unwrap());
         script("slotd", &format!("exec '{agent}' --root '{root}' \"$@\""));
         script("sudo", "[ \"$1\" = -n ] || exit 1; shift; exec \"$@\"");
         let (port, sshd) = serve(bench, &root);
@@ -700,8 +697,7 @@ fn settings_for_people_do_not_stop_a_push() {
     let config = bench.dir.join("ssh_config");
     fs::write(&config, FOR_PEOPLE).unwrap();
     let real = find("ssh");
-    fs::write(bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n")).unwrap();
-    fs::set_permissions(bin.join("ssh"), fs::Permissions::from_mode(0o755)).unwrap();
+    make_program(&bin.join("ssh"), format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n"));
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
     let bundle = bench.bundle("2.0.0");
     let output = Command::new(env!("CARGO_BIN_EXE_xtask"))

@@ -1,7 +1,7 @@
 //! The overlays' files for a robot, tested on this machine: the boot steps below a directory
 //! instead of `/`, the units as systemd reads them, the SSH server's settings as sshd reads them.
 
-use crate::common::root;
+use crate::common::{make_program, root};
 use crate::overlay_support;
 
 use std::fs::{self, Permissions};
@@ -164,8 +164,9 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
     let robot = Robot::development();
     assert_eq!(robot.step("boot-scripts", &["1"]), "");
     let script = |name: &str, mode: u32, text: &str| {
-        robot.put(&format!("data/boot.d/{name}"), &format!("#!/bin/sh\n{text}\n"));
         let path = robot.at("data/boot.d").join(name);
+        fs::create_dir_all(path.parent().expect("a parent")).expect("made");
+        make_program(&path, format!("#!/bin/sh\n{text}\n"));
         fs::set_permissions(path, Permissions::from_mode(mode)).expect("a mode");
     };
     script("10-first", 0o755, "echo one");
@@ -502,9 +503,8 @@ fn state(robot: &Robot, check: &str) -> String {
         ("blkid", "echo /dev/sda1"),
     ] {
         let text = format!("#!/bin/sh\necho {name} \"$@\" >>'{calls}'\n{more}\n");
-        robot.put(&format!("stubs/{name}"), &text);
-        let path = robot.at("stubs").join(name);
-        fs::set_permissions(path, Permissions::from_mode(0o755)).expect("a mode");
+        fs::create_dir_all(robot.at("stubs")).expect("made");
+        make_program(&robot.at("stubs").join(name), text);
     }
     robot.put("dev/kmsg", "");
     let output = Command::new(robot.at("usr/lib/slipway/state"))

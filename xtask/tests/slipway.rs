@@ -1,5 +1,6 @@
 //! `slipway` as a technician runs it: in an empty directory, without a checkout, cargo and settings.
 
+use crate::common::make_program;
 use crate::common::skip::all;
 use crate::flash_support::{self, Folder};
 use crate::update;
@@ -7,7 +8,7 @@ use crate::update;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
-use std::os::unix::fs::{PermissionsExt, symlink};
+use std::os::unix::fs::symlink;
 use std::process::{Command, Output, Stdio};
 
 use bundle::BuildKind;
@@ -276,8 +277,7 @@ fn a_missing_program_is_named_with_its_packages_and_never_installed() {
     fs::create_dir(&empty).expect("a directory");
     for name in ["apt-get", "sudo", "dnf"] {
         let script = format!("#!/bin/sh\necho called > '{}/called'\n", machine.dir);
-        fs::write(empty.join(name), script).expect("written");
-        fs::set_permissions(empty.join(name), fs::Permissions::from_mode(0o755)).expect("a mode");
+        make_program(&empty.join(name), script);
     }
     fs::write(machine.dir.join("here/a.bundle"), "no bundle").expect("written");
     let store = ["release", "list", "--store", "ssh://host/srv"];
@@ -412,8 +412,7 @@ fn the_static_program_needs_nothing_and_is_the_same_from_every_directory() {
     let root = dir.join("root");
     clear(&root);
     fs::create_dir_all(root.join("etc")).expect("a directory");
-    fs::copy(&made[0].binary.path, root.join("slipway")).expect("copied");
-    fs::set_permissions(root.join("slipway"), fs::Permissions::from_mode(0o755)).expect("a mode");
+    make_program(&root.join("slipway"), fs::read(&made[0].binary.path).expect("read"));
     let said = in_root(&root, None, &["--version"]);
     assert!(text(&said.stdout).ends_with("(commit 0123456789abcdef)\n"), "{said:?}");
     let keep = tempfile::tempdir_in(&dir).expect("a directory");

@@ -14,5 +14,5 @@ mod workspace;
 pub use card::partition;
 pub use folder::{folder, folder_on_disk};
 pub use noise::noise;
-pub use program::{find, good, text, tool};
+pub use program::{find, good, make_program, text, tool};
 pub use workspace::{complain, copy, copy_to, files, root};

@@ -2,7 +2,7 @@
 //! overlays.
 #![allow(dead_code)]
 
-use crate::common::root;
+use crate::common::{root, tool};
 
 use std::fs::{self, Permissions};
 use std::os::unix::fs::{PermissionsExt, symlink};
@@ -35,8 +35,9 @@ pub struct Robot {
 impl Robot {
     pub fn new(plan: &Plan) -> Self {
         let robot = Self { dir: tempfile::tempdir().expect("a directory") };
+        let written = robot.at("written");
         for file in render(&root(), plan).expect("rendered").overlay {
-            let path = robot.at(&file.target);
+            let path = written.join(&file.target);
             fs::create_dir_all(path.parent().expect("a parent")).expect("made");
             match &file.content {
                 OverlayContent::File(bytes) => {
@@ -47,6 +48,10 @@ impl Robot {
                 OverlayContent::Symlink(to) => symlink(to, &path).expect("linked"),
             }
         }
+        // A copy runs at once, whatever the children of other tests have open (see `make_program`).
+        let dot = written.join(".");
+        tool("cp").args(["-a", dot.as_str(), robot.at("").as_str()]).run().expect("copied");
+        fs::remove_dir_all(written).expect("removed");
         fs::write(robot.at("etc/machine-id"), format!("{}\n", "0a".repeat(16))).expect("an id");
         robot
     }

@@ -1,11 +1,10 @@
 //! Stores elsewhere: a real `sshd` with and without a shell, a real S3 protocol (moto's server, from the
 //! package index), and readers of a real web server with the commands of `docs/reference/release-store.md`.
 
-use crate::common::{find, good, noise, root};
+use crate::common::{find, good, make_program, noise, root};
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::os::unix::fs::PermissionsExt;
 use std::process::Command;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -78,8 +77,7 @@ fn settings_for_people_do_not_stop_publishing() {
     for name in ["ssh", "sftp"] {
         let real = find(name);
         let script = format!("#!/bin/sh\nexec {real} -F '{config}' \"$@\"\n");
-        fs::write(bin.join(name), script).unwrap();
-        fs::set_permissions(bin.join(name), fs::Permissions::from_mode(0o755)).unwrap();
+        make_program(&bin.join(name), script);
     }
     let path = format!("{bin}:{}", std::env::var("PATH").unwrap());
     good(host.publish(&bench, "one", "public").env("PATH", path).output().unwrap());
