@@ -178,6 +178,24 @@ fn git_is_called_in_one_place() {
     complain(findings.map(|(path, _)| format!("{path}: calls git without git.rs")).collect());
 }
 
+/// The reader of a robot's message may have only `slipway`.
+#[test]
+fn the_agent_names_both_programs() {
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        if !["slotd/src", "contract/src", "bundle/src"].iter().any(|tree| path.starts_with(tree)) {
+            continue;
+        }
+        for (number, line) in text.lines().enumerate() {
+            let said = line.contains("cargo xtask") && !line.trim_start().starts_with("//");
+            if said && !line.contains("`slipway ") {
+                findings.push(format!("{path}:{}: names only `cargo xtask`", number + 1));
+            }
+        }
+    }
+    complain(findings);
+}
+
 /// The faults that `cargo xtask check --mutants` makes still have their place in the source.
 #[test]
 fn every_mutant_has_its_place() {
