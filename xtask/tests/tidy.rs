@@ -282,6 +282,25 @@ fn printing_is_done_in_one_place() {
     complain(findings);
 }
 
+/// Reading a variable as text ignores what is not UTF-8, unless it is an error.
+#[test]
+fn variables_are_read_in_one_place() {
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        if !is_host_tool(&path) || path == "xtask/src/variable.rs" {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (number, line) in code.lines().enumerate() {
+            if line.contains("env::var(") {
+                findings
+                    .push(format!("{path}:{}: reads a variable without variable.rs", number + 1));
+            }
+        }
+    }
+    complain(findings);
+}
+
 /// A result is a value until a verb prints it; progress and warnings go to standard error from anywhere.
 #[test]
 fn results_are_printed_by_verbs_alone() {
