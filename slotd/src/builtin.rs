@@ -32,8 +32,7 @@ impl BuiltInApi {
         let path = root.api_file();
         let Some(text) = read(&path)? else { return Ok(None) };
         let bad = |why: String| {
-            let help = "build the image again with a current `cargo xtask`";
-            Refusal::new("bad-api", format!("{}: {why}", path.display()), help)
+            Refusal::new("bad-api", format!("{}: {why}", path.display()), crate::NEWER_IMAGE)
         };
         let api = ApiFile::parse(&text).map_err(|error| bad(error.message().to_owned()))?;
         if Interpreter::parse(&api.python).is_none() {
@@ -59,8 +58,11 @@ impl BuiltInApi {
     /// `bad-api`.
     pub fn interpreter(&self) -> Result<Interpreter> {
         Interpreter::parse(&self.python).ok_or_else(|| {
-            let help = "build the image again with a current `cargo xtask`";
-            Refusal::new("bad-api", format!("invalid Python version `{}`", self.python), help)
+            Refusal::new(
+                "bad-api",
+                format!("invalid Python version `{}`", self.python),
+                crate::NEWER_IMAGE,
+            )
         })
     }
 

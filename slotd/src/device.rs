@@ -26,8 +26,7 @@ pub struct RobotDevice {
 }
 
 /// The help for an image that contradicts itself or its disk.
-const NOT_OUR_DISK: &str =
-    "the card was not made by `cargo xtask build-image` for this system: flash the card again";
+const NOT_OUR_DISK: &str = "the card was not made from an image of this system: flash it again with `slipway flash` or `cargo xtask flash`";
 
 /// Reads `device.toml`. Functions that need only this work on any root file system.
 ///

@@ -46,6 +46,12 @@ pub mod storage;
 pub mod trust;
 pub mod update;
 
+/// The help for an image that contradicts itself. Its reader may have only `slipway`, or a checkout.
+const NEWER_IMAGE: &str = "flash a newer image (`slipway release get`, `slipway flash`), or build the image again with a current `cargo xtask`";
+
+/// The same for a bundle.
+const NEWER_BUNDLE: &str = "install a newer bundle (`slipway release get --role bundle`), or build the bundle again with a current `cargo xtask`";
+
 pub use contract::refusal;
 pub use contract::refusal::{Refusal, Result};
 pub use root::RootDir;

@@ -76,7 +76,9 @@ fn run_job(root: &RootDir, caller: &str, request: &AgentRequest) -> ExitCode {
 /// The update user's door, whose answers are the agent's own bytes.
 fn run_door(cli: &AgentCli, serve: bool) -> ExitCode {
     let root = RootDir::new(&cli.root);
-    let line = std::env::var("SSH_ORIGINAL_COMMAND").unwrap_or_default();
+    // What is not UTF-8 is refused with the rest of the line.
+    let line = std::env::var_os("SSH_ORIGINAL_COMMAND").unwrap_or_default();
+    let line = line.to_string_lossy();
     let done = match serve {
         true => door::run_server(&root, &cli.root).map(|()| 0),
         false => door::run_client(&root, &line),

@@ -270,7 +270,11 @@ pub fn install_key_set(robot: &RobotContext<'_>, file: &Path) -> Result<KeySet> 
             "sign it with a current key of this robot's key set",
         ));
     }
-    let set = parse(file, &json, "create the key set again with `cargo xtask keys`")?;
+    let set = parse(
+        file,
+        &json,
+        "copy it again from the key directory of your team: `slipway keys list` or `cargo xtask keys list` names it",
+    )?;
     // The newest set accepted here may have come with an image: as a file it is not known yet.
     if set.serial <= trust.solid.serial || set.serial < trust.raw.serial {
         return Err(Refusal::new(

@@ -1,6 +1,11 @@
 //! An install continues when its client ends, however it ends; it can be watched and cancelled; a client that does not read
 //! does not block it.
-#![expect(clippy::unwrap_used, clippy::indexing_slicing, reason = "a test may fail by panicking")]
+#![expect(
+    clippy::unwrap_used,
+    clippy::panic,
+    clippy::indexing_slicing,
+    reason = "a test may fail by panicking"
+)]
 
 mod common;
 
@@ -259,6 +264,16 @@ fn a_source_that_cannot_be_opened_leaves_a_record() {
     let message = refused["message"].as_str().unwrap();
     assert!(message.contains("/nowhere/\\u{1b}[31m.bundle"), "{message}");
     assert_eq!(robot.run(&["job"])["state"]["refused"], refused);
+    // Nothing can be opened, and nothing may be.
+    refusal(&robot, &["install", "http://user:hunter2@127.0.0.1:1/x.bundle"]);
+    refusal(&robot, &["install", "http://127.0.0.1:1/x.bundle"]);
+    let log = robot.run(&["log"]);
+    let logged: Vec<_> = log.as_array().unwrap().iter().collect();
+    let [first, secret, last] = logged.as_slice() else { panic!("{log}") };
+    assert_eq!((&first["event"], &first["message"]), (&"install-refused".into(), &message.into()));
+    assert!(secret["message"].as_str().unwrap().contains("user name or a password"), "{secret}");
+    assert!(last["message"].as_str().unwrap().contains("127.0.0.1:1"), "{last}");
+    assert!(!log.to_string().contains("hunter2"), "{log}");
 }
 
 #[test]
@@ -294,6 +309,33 @@ fn a_stopped_job_is_cancelled_too() {
     let cancelled = scene.robot.run(&["job", "--cancel"]);
     assert_eq!(cancelled["state"]["refused"]["code"], "cancelled");
     assert_eq!(scene.client.wait_with_output().unwrap().status.code(), Some(1));
+}
+
+#[test]
+fn a_damaged_record_does_not_keep_a_job_from_being_cancelled() {
+    for damage in ["", "{", "[]", "a later version"] {
+        let scene = Scene::new();
+        // Then it writes nothing more.
+        scene.until_it_waits();
+        let job = scene.job();
+        let text = match damage {
+            "a later version" => {
+                let mut later = job.clone();
+                later["state"] = serde_json::json!({ "paused": {} });
+                later.to_string()
+            }
+            damage => damage.to_owned(),
+        };
+        scene.robot.file("run/slotd/job.json", text);
+        let shown = scene.job();
+        for key in ["id", "request", "by", "process", "state"] {
+            assert_eq!(shown[key], job[key], "{damage}: {key}");
+        }
+        let cancelled = scene.robot.run(&["job", "--cancel"]);
+        assert_eq!(cancelled["state"]["refused"]["code"], "cancelled", "{damage}");
+        assert_eq!(scene.robot.run(&["job"]), cancelled, "{damage}");
+        assert_eq!(scene.client.wait_with_output().unwrap().status.code(), Some(1));
+    }
 }
 
 #[test]
@@ -360,7 +402,8 @@ fn before_the_first_job_there_is_none_and_a_damaged_record_is_no_obstacle() {
     assert_eq!(robot.refused(&["job", "--watch"]), (4, "no-job".to_owned()));
     assert_eq!(robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
     robot.file("run/slotd/job.json", "{");
-    for args in [&["job"][..], &["job", "--watch"], &["job", "--cancel"]] {
+    assert_eq!(robot.refused(&["job", "--cancel"]), (4, "no-job".to_owned()));
+    for args in [&["job"][..], &["job", "--watch"]] {
         let refused = refusal(&robot, args);
         assert_eq!(refused["code"], "io");
         let message = refused["message"].as_str().unwrap();

@@ -1,10 +1,12 @@
 //! `Artifact`: the only value that stages pass to each other. A file, its size and its SHA-256.
 
-use std::fs::File;
+use std::fs::{File, FileType};
 use std::io::{self, Read, Write};
+use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
+use rustix::fs::OFlags;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -34,6 +36,47 @@ impl Artifact {
 /// SHA-256 of some bytes, lower-case hexadecimal.
 pub fn hash_bytes(bytes: &[u8]) -> String {
     hex(&Sha256::digest(bytes))
+}
+
+/// Opens a regular file or a block device for reading. Anything else of that name would block, such as a FIFO, or never end.
+///
+/// # Errors
+/// When it is something else, or cannot be opened.
+pub fn open_file(path: &Utf8Path) -> Result<File> {
+    open_kind(path, |kind| kind.is_file() || kind.is_block_device())
+}
+
+/// As [`open_file`], without block devices.
+///
+/// # Errors
+/// As [`open_file`].
+pub fn open_regular(path: &Utf8Path) -> Result<File> {
+    open_kind(path, FileType::is_file)
+}
+
+fn open_kind(path: &Utf8Path, wanted: impl Fn(&FileType) -> bool) -> Result<File> {
+    let context = || format!("opening {path}");
+    let check = |about: std::fs::Metadata| {
+        let kind = about.file_type();
+        let name = match kind {
+            _ if wanted(&kind) => return Ok(()),
+            _ if kind.is_dir() => "a directory",
+            _ if kind.is_fifo() => "a FIFO",
+            _ if kind.is_socket() => "a socket",
+            _ if kind.is_block_device() => "a block device",
+            _ => "a character device",
+        };
+        bail!("{path} is {name}, expected a regular file\nhelp: name a regular file")
+    };
+    // Before it is opened: opening a device may change it.
+    let about = std::fs::metadata(path);
+    let is_missing = about.as_ref().is_err_and(|error| error.kind() == io::ErrorKind::NotFound);
+    let help = if is_missing { "\nhelp: check the path" } else { "" };
+    check(about.with_context(|| context() + help)?)?;
+    let no_wait = OFlags::NONBLOCK.bits().cast_signed();
+    let file = File::options().read(true).custom_flags(no_wait).open(path).with_context(context)?;
+    check(file.metadata().with_context(context)?)?;
+    Ok(file)
 }
 
 /// Length and SHA-256 of a file.

@@ -11,7 +11,7 @@ use std::os::unix::fs::MetadataExt;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::SystemTime;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, bail, ensure};
 use bundle::KeySet;
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::de::DeserializeOwned;
@@ -21,6 +21,7 @@ use sha2::{Digest, Sha256};
 
 use crate::artifact::{Artifact, hex, write_atomically};
 use crate::progress::warn;
+use crate::variable;
 
 /// How many results of each stage are kept; older ones are removed when a new one is created.
 const KEPT_PER_STAGE: usize = 6;
@@ -172,17 +173,20 @@ impl Cache {
     /// Finds the cache's directory.
     ///
     /// # Errors
-    /// When there is no home directory and no variable is set.
+    /// When there is no home directory and no variable is set, or one is not UTF-8.
     pub fn locate() -> Result<Self> {
-        let variable =
-            |name: &str| std::env::var(name).ok().filter(|v| !v.is_empty()).map(Utf8PathBuf::from);
-        let root = variable("SLIPWAY_CACHE")
-            .or_else(|| variable("XDG_CACHE_HOME").map(|c| c.join("slipway")))
-            .or_else(|| variable("HOME").map(|h| h.join(".cache/slipway")))
-            .context(
+        let root = if let Some(root) = variable::find("SLIPWAY_CACHE")? {
+            Utf8PathBuf::from(root)
+        } else if let Some(caches) = variable::find("XDG_CACHE_HOME")? {
+            Utf8PathBuf::from(caches).join("slipway")
+        } else if let Some(home) = variable::find("HOME")? {
+            Utf8PathBuf::from(home).join(".cache/slipway")
+        } else {
+            bail!(
                 "finding the cache: HOME is not set\n\
-                 help: set SLIPWAY_CACHE to a directory with 5 GiB of free space",
-            )?;
+                 help: set SLIPWAY_CACHE to a directory with 5 GiB of free space"
+            )
+        };
         Ok(Self::in_dir(std::path::absolute(&root)?.try_into()?))
     }
 

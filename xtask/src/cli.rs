@@ -307,7 +307,7 @@ pub struct InspectArgs {
 /// Options of `verify`.
 #[derive(Debug, Clone, Args)]
 pub struct VerifyArgs {
-    /// A card image with its .bmap beside it, or a bundle.
+    /// A card image (.img) with its .bmap beside it, or a bundle (.bundle).
     pub file: Utf8PathBuf,
     /// Public keys to trust: a key set (JSON) or a minisign public key [default: your own key set].
     #[arg(long, value_name = "FILE")]

@@ -13,6 +13,8 @@ use std::process::{Command, ExitStatus, Stdio};
 use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::variable;
+
 /// How many of a failed program's last lines its error shows.
 const TAIL_LINES: usize = 15;
 
@@ -45,17 +47,21 @@ pub fn of_cargo_run() -> Vec<String> {
 
 /// The cargo that started this program, else the one on the path.
 pub fn cargo_program() -> String {
-    std::env::var("CARGO").unwrap_or_else(|_| "cargo".to_owned())
+    // What cargo sets is not a setting of the user.
+    let own = std::env::var_os("CARGO").and_then(|path| path.into_string().ok());
+    own.unwrap_or_else(|| "cargo".to_owned())
 }
 
 /// Where cargo keeps its settings and what it downloads.
 ///
 /// # Errors
-/// When neither variable is set.
+/// When neither variable is set, or one is not UTF-8.
 pub fn cargo_home() -> Result<String> {
-    std::env::var("CARGO_HOME")
-        .or_else(|_| std::env::var("HOME").map(|home| format!("{home}/.cargo")))
-        .context("neither CARGO_HOME nor HOME is set")
+    if let Some(dir) = variable::find("CARGO_HOME")? {
+        return Ok(dir);
+    }
+    let home = variable::find("HOME")?.context("neither CARGO_HOME nor HOME is set")?;
+    Ok(format!("{home}/.cargo"))
 }
 
 impl Tool {
@@ -392,10 +398,12 @@ fn keep_tail(tail: &mut Vec<String>, line: &str) {
 /// The path of a program on `PATH`, in `/usr/sbin` or in `/sbin` (which `PATH` lacks for many
 /// users).
 pub fn find_program(program: &str) -> Option<Utf8PathBuf> {
-    let path = std::env::var("PATH").unwrap_or_default();
-    path.split(':')
-        .chain(["/usr/sbin", "/sbin"])
-        .filter(|dir| !dir.is_empty())
-        .map(|dir| Utf8Path::new(dir).join(program))
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    // A directory whose name is not UTF-8 does not hide the others.
+    std::env::split_paths(&path)
+        .filter_map(|dir| Utf8PathBuf::try_from(dir).ok())
+        .chain(["/usr/sbin", "/sbin"].map(Utf8PathBuf::from))
+        .filter(|dir| !dir.as_str().is_empty())
+        .map(|dir| dir.join(program))
         .find(|candidate| candidate.is_file())
 }

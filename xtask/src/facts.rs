@@ -5,6 +5,7 @@ use camino::Utf8Path;
 
 use crate::git;
 use crate::plan::CheckoutFacts;
+use crate::variable;
 
 /// Asks git and the environment. The epoch is `SOURCE_DATE_EPOCH`, else the commit's time.
 ///
@@ -18,8 +19,8 @@ pub fn collect(root: &Utf8Path) -> Result<CheckoutFacts> {
         None => false,
     };
     // CI systems export what is not set as an empty text.
-    let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
+    let epoch = match variable::find("SOURCE_DATE_EPOCH")? {
+        Some(text) if !text.trim().is_empty() => text.trim().parse().with_context(|| {
             format!("SOURCE_DATE_EPOCH: expected seconds since 1970, found \"{text}\"")
         })?,
         _ => git::commit_time(root).map_err(|error| {

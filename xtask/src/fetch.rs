@@ -67,7 +67,7 @@ impl Downloader {
     /// A store below `cache`; `offline` never opens a connection.
     ///
     /// # Errors
-    /// When the directory cannot be created, or SSL_CERT_FILE contains no certificates.
+    /// When the directory cannot be created, or SSL_CERT_FILE names no file with certificates.
     pub fn new(cache: &Utf8Path, offline: bool) -> Result<Self> {
         let store = cache.join("downloads/sha256");
         fs::create_dir_all(&store).with_context(|| format!("creating {store}"))?;

@@ -1,6 +1,5 @@
 //! What is in an image, a bundle or a slot image.
 
-use std::fs::File;
 use std::io::{Read, Seek, SeekFrom};
 use std::os::unix::fs::FileExt;
 
@@ -10,6 +9,7 @@ use camino::Utf8Path;
 use contract::device_file::{PATH, RawSectors};
 use serde::Serialize;
 
+use crate::artifact::open_file;
 use crate::diff::Inventory;
 use crate::disk::ext4_read::{needs_replay, read_small};
 use crate::disk::layout::SECTOR;
@@ -45,7 +45,7 @@ pub enum OutputFileKind {
 /// # Errors
 /// When it is not one of the three.
 pub fn detect_kind(path: &Utf8Path) -> Result<OutputFileKind> {
-    let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let mut file = open_file(path)?;
     let mut head = [0; 512];
     let n = file.read(&mut head).with_context(|| format!("reading {path}"))?;
     // A tar's first header names its first member at byte 0 and says "ustar" at 257 (POSIX ustar).
@@ -62,7 +62,8 @@ pub fn detect_kind(path: &Utf8Path) -> Result<OutputFileKind> {
     }
     bail!(
         "{path} is neither a card image, a bundle nor a slot image\n\
-         help: a compressed image must be unpacked first, for example with zstd -d"
+         help: unpack a compressed image first, for example with zstd -d; get a file again that was truncated or \
+         changed"
     )
 }
 
@@ -159,7 +160,7 @@ pub(crate) fn inspect_image(path: &Utf8Path) -> Result<ImageView> {
     }
     for offset in trust {
         let mut copy = vec![0; bundle::area::COPY];
-        let read = File::open(path).and_then(|file| file.read_exact_at(&mut copy, offset));
+        let read = open_file(path)?.read_exact_at(&mut copy, offset);
         read.with_context(|| format!("reading the trust area at {offset} of {path}"))?;
         let state = match bundle::area::AreaCopy::decode(&copy) {
             Ok(copy) => Some(format!("{} bytes, write {}", copy.text.len(), copy.sequence)),
@@ -187,7 +188,7 @@ pub(crate) fn detect_filesystem(
     path: &Utf8Path,
     offset: u64,
 ) -> Result<Option<DetectedFilesystem>> {
-    let mut file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let mut file = open_file(path)?;
     let mut head = vec![0; 2048];
     file.seek(SeekFrom::Start(offset)).with_context(|| format!("reading {path}"))?;
     file.read_exact(&mut head).with_context(|| format!("reading {path}"))?;
@@ -274,7 +275,7 @@ pub(crate) struct BundleView {
 /// # Errors
 /// When the file is not a bundle.
 pub(crate) fn inspect_bundle(path: &Utf8Path) -> Result<BundleView> {
-    let open = || File::open(path).with_context(|| format!("opening {path}"));
+    let open = || open_file(path);
     let keys = KeyDirectory::open(&key_directory()?)?.set().clone();
     Ok(match bundle::BundleReader::open(bundle::StreamInput(open()?), &keys) {
         Ok(reader) => BundleView {

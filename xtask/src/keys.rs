@@ -17,6 +17,7 @@ use crate::artifact;
 use crate::program;
 use crate::progress;
 use crate::ssh_keys;
+use crate::variable;
 
 /// The environment variable with the password of release keys, for use without a terminal.
 pub const PASSWORD_VARIABLE: &str = "SLIPWAY_KEY_PASSWORD";
@@ -28,16 +29,15 @@ pub const KEY_SET: &str = "keyset.json";
 /// `~/.config/slipway/keys`.
 ///
 /// # Errors
-/// When none of the three variables is set.
+/// When none of the three variables is set, or one is not UTF-8.
 pub fn key_directory() -> Result<Utf8PathBuf> {
-    let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-    if let Some(dir) = variable("SLIPWAY_KEYS") {
+    if let Some(dir) = variable::find("SLIPWAY_KEYS")? {
         return Ok(dir.into());
     }
-    if let Some(dir) = variable("XDG_CONFIG_HOME") {
+    if let Some(dir) = variable::find("XDG_CONFIG_HOME")? {
         return Ok(Utf8PathBuf::from(dir).join("slipway/keys"));
     }
-    if let Some(home) = variable("HOME") {
+    if let Some(home) = variable::find("HOME")? {
         return Ok(Utf8PathBuf::from(home).join(".config/slipway/keys"));
     }
     bail!("finding the key directory: HOME is not set\nhelp: set SLIPWAY_KEYS to a directory")
@@ -495,18 +495,15 @@ fn write_with_mode(path: &Utf8Path, content: &[u8], mode: u32) -> Result<()> {
 
 /// The password from the environment; `None` lets the `minisign` crate ask for it.
 fn password_from_environment(what: &str) -> Result<Option<String>> {
-    match std::env::var(PASSWORD_VARIABLE) {
-        Ok(password) if password.is_empty() => {
+    match variable::find_or_empty(PASSWORD_VARIABLE).with_context(|| what.to_owned())? {
+        Some(password) if password.is_empty() => {
             bail!("{what}: {PASSWORD_VARIABLE} is empty\nhelp: a release key needs a password")
         }
-        Ok(password) => Ok(Some(password)),
-        Err(std::env::VarError::NotPresent) if std::io::stdin().is_terminal() => Ok(None),
-        Err(std::env::VarError::NotPresent) => bail!(
+        Some(password) => Ok(Some(password)),
+        None if std::io::stdin().is_terminal() => Ok(None),
+        None => bail!(
             "{what}: cannot ask for the password (no terminal)\nhelp: set {PASSWORD_VARIABLE}"
         ),
-        Err(std::env::VarError::NotUnicode(_)) => {
-            bail!("{what}: {PASSWORD_VARIABLE} is not UTF-8")
-        }
     }
 }
 

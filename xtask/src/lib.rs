@@ -48,6 +48,7 @@ pub mod time;
 pub mod tls;
 pub mod tools;
 pub mod update;
+pub mod variable;
 pub mod verify;
 pub mod wheel;
 pub mod workspace;

@@ -134,7 +134,7 @@ pub fn load_channel(
     if there {
         let sha256 = hash_bytes(file.as_deref().unwrap_or_default());
         let now = SeenIndex { serial: index.serial, sha256 };
-        authority.memory.judge(store, channel, seen.as_ref(), &now)?;
+        authority.memory.judge(store, channel, &seen, &now)?;
     }
     Ok((index, token))
 }

@@ -5,10 +5,9 @@ mod answer;
 pub(crate) mod ssh;
 
 use std::collections::BTreeSet;
-use std::fs::File;
 use std::time::{Duration, Instant};
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Result, bail, ensure};
 use bundle::Version;
 use bundle::bootstate::Slot;
 use bundle::component::API;
@@ -18,6 +17,7 @@ use contract::answer::{self as agent, Progress, RobotEvent, RobotStatus};
 use serde::Serialize;
 use serde::de::DeserializeOwned;
 
+use crate::artifact::open_regular;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::update;
 pub use answer::{PushedApi, PushedSystem};
@@ -237,7 +237,7 @@ impl RobotPush<'_> {
         let mut pauses = PAUSES.iter();
         loop {
             let bundle = &self.request.bundle;
-            let file = File::open(bundle).with_context(|| format!("opening {bundle}"))?;
+            let file = open_regular(bundle)?;
             let mut shown = InstallDisplay::new(&self.connection.host);
             let reply = self
                 .connection

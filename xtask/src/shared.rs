@@ -23,6 +23,7 @@ use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say, warn};
 use crate::store::client::ServerTimeouts;
 use crate::store::{FileStore, ObjectError, SecretText, StoreOptions, open_files};
+use crate::variable;
 use record::{ObjectCompression, PackedObject, PortableValue, StageFile, StageRecord};
 
 /// The address of the shared cache.
@@ -82,16 +83,15 @@ impl RemoteStore {
     /// # Errors
     /// When the address is invalid, or there are no credentials.
     pub fn from_environment() -> Result<Option<Self>> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let Some(address) = variable(ADDRESS) else { return Ok(None) };
-        let writes = match variable(WRITE).as_deref() {
+        let Some(address) = variable::find(ADDRESS)? else { return Ok(None) };
+        let writes = match variable::find(WRITE)?.as_deref() {
             None | Some("0") => false,
             Some("1") => true,
             Some(other) => {
                 bail!("{WRITE} is `{other}`, expected 1 or 0\nhelp: 1 allows this machine to write")
             }
         };
-        let authorization = variable(AUTHORIZATION).map(SecretText::new);
+        let authorization = variable::find(AUTHORIZATION)?.map(SecretText::new);
         Self::open(&address, authorization, writes).map(Some)
     }
 

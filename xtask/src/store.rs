@@ -89,12 +89,12 @@ pub trait FileStore {
 
 /// A place for releases. Paths are those of `docs/reference/release-store.md`. Only a channel's file ever changes.
 pub trait ReleaseStore: FileStore {
-    /// The store's canonical address, under which it is remembered.
+    /// The addresses under which the store is remembered, each once.
     ///
     /// # Errors
-    /// When it cannot be determined.
-    fn identity(&self) -> Result<String> {
-        Ok(self.name())
+    /// When they cannot be determined.
+    fn identities(&self) -> Result<Vec<String>> {
+        Ok(vec![self.name()])
     }
 
     /// Whether the store exists. A missing directory is a new store.

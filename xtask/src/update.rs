@@ -370,8 +370,8 @@ pub struct VerifiedBundle {
 /// When the file is not a bundle.
 pub fn read_unverified(path: &Utf8Path) -> Result<(BundleManifest, String)> {
     let read = || -> Result<(BundleManifest, String)> {
-        let mut archive = tar::Archive::new(File::open(path)?);
-        let entry = archive.entries()?.next().context("the file is empty")?;
+        let mut archive = tar::Archive::new(artifact::open_file(path)?);
+        let entry = archive.entries()?.next().context("not an update bundle (no tar header)")?;
         // The crate's own message contains the bytes.
         let Ok(entry) = entry else { bail!("not an update bundle (no tar header)") };
         let mut json = Vec::new();
@@ -393,7 +393,7 @@ pub fn verify_bundle(
     keys: &KeySet,
     policy: &BundlePolicy<'_>,
 ) -> Result<VerifiedBundle> {
-    let file = File::open(path).with_context(|| format!("opening {path}"))?;
+    let file = artifact::open_file(path)?;
     let walk = || -> bundle::Result<VerifiedBundle> {
         let mut reader =
             BundleReader::open(StreamInput(BufReader::with_capacity(1 << 18, file)), keys)?;

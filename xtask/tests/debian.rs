@@ -140,7 +140,9 @@ impl World {
         }
         self.sign(folder, "stable", folder, &self.index(folder)?)?;
         let address = format!("{}/{folder}/", self.server.address);
-        self.mirrors.sources.push(AptSourceMirror::new(folder, &address, self.root().join(file)));
+        self.mirrors.sources.push(
+            AptSourceMirror::new(folder, &address, self.root().join(file)).expect("an address"),
+        );
         Ok(())
     }
 

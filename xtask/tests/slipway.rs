@@ -5,10 +5,13 @@ use crate::common::skip::all;
 use crate::flash_support::{self, Folder};
 use crate::update;
 
+use std::ffi::OsStr;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::TcpListener;
+use std::os::unix::ffi::OsStrExt;
 use std::os::unix::fs::symlink;
+use std::os::unix::net::UnixListener;
 use std::process::{Command, Output, Stdio};
 
 use bundle::BuildKind;
@@ -227,7 +230,7 @@ fn it_writes_a_card() {
     machine.refused(
         &["flash", image.as_str(), "nowhere"],
         1,
-        &["help: slipway flash --list shows devices"],
+        &["looking for nowhere", "help: slipway flash --list shows devices", "8G FILE\n"],
     );
     machine.refused(
         &["flash", image.as_str(), "/dev/null"],
@@ -260,8 +263,30 @@ fn what_a_checkout_would_say_has_to_be_given() {
         2,
         &["--product <PRODUCT>"],
     );
-    machine.refused(&["push", "robot", "--bundle", "none.bundle"], 1, &["none.bundle"]);
-    machine.refused(&["inspect", "none.img"], 1, &["none.img"]);
+    for arguments in [
+        &["push", "robot", "--bundle", "none.bundle"][..],
+        &["inspect", "none.img"],
+        &["verify", "none.img"],
+        &["flash", "none.img", "card"],
+    ] {
+        machine.refused(arguments, 1, &["none.", "No such file", "help: check the path"]);
+    }
+    let show = ["release", "show", "one", "--store", "x", "--product", "y"];
+    machine.refused(&show, 1, &["`one` is not a version", "help: `slipway release list`"]);
+    machine.refused(
+        &["release", "list", "--store", "http://127.0.0.1:1"],
+        1,
+        &["Connection refused", "help: check the address"],
+    );
+    // `latest` has no default channel here.
+    for part in ["show", "get", "diff"] {
+        let help = machine.good(&["release", part, "--help"]);
+        assert!(
+            help.contains("required for `latest`") && !help.contains("latest`: nightly"),
+            "{help}"
+        );
+    }
+    assert!(machine.good(&["flash", "--help"]).contains("flash [OPTIONS] <IMAGE> [DEVICE]"));
     machine.refused(&["release", "list", "--store", "ftp://x"], 1, &["help: a directory, ssh://"]);
     machine.refused(
         &["release", "show", "1.0.0", "--store", "x", "--product", "y"],
@@ -294,6 +319,69 @@ fn a_missing_program_is_named_with_its_packages_and_never_installed() {
         assert_eq!(output.status.code(), Some(1), "{message}");
         assert!(words.iter().all(|word| message.contains(word)), "{arguments:?}: {message}");
         assert!(!machine.dir.join("called").exists(), "{arguments:?} called another program");
+    }
+}
+
+#[test]
+fn what_is_no_file_is_refused_and_does_not_block() {
+    let machine = Machine::new();
+    let here = machine.dir.join("here");
+    let kinds = ["a FIFO", "a socket", "a character device", "a directory"];
+    for (name, kind) in ["fifo", "socket", "device", "directory"].into_iter().zip(kinds) {
+        let path = here.join(format!("{name}.img"));
+        let _listener = match name {
+            "fifo" => {
+                use rustix::fs::{CWD, FileType, mknodat};
+                mknodat(CWD, path.as_std_path(), FileType::Fifo, 0o644.into(), 0).expect("a FIFO");
+                None
+            }
+            "socket" => Some(UnixListener::bind(&path).expect("a socket")),
+            "device" => {
+                symlink("/dev/zero", &path).expect("a link");
+                None
+            }
+            _ => {
+                fs::create_dir(&path).expect("a directory");
+                None
+            }
+        };
+        let words = [path.file_name().expect("a name"), kind, "expected a regular file", "help: "];
+        for arguments in [
+            &["inspect", path.as_str()][..],
+            &["inspect", "--diff", path.as_str(), path.as_str()],
+            &["verify", path.as_str()],
+            &["flash", path.as_str(), "card", "--yes"],
+            &["push", "robot", "--bundle", path.as_str()],
+        ] {
+            machine.refused(arguments, 1, &words);
+        }
+    }
+}
+
+/// Another directory of keys would be used instead, and another password.
+#[test]
+fn a_variable_that_is_not_utf_8_is_refused_by_name() {
+    let machine = Machine::new();
+    let web = ["release", "list", "--store", "https://127.0.0.1:1/store"];
+    let bucket = ["release", "list", "--store", "s3://bucket"];
+    for (name, arguments) in [
+        ("SLIPWAY_KEYS", &["keys", "list"][..]),
+        ("XDG_CONFIG_HOME", &["keys", "list"]),
+        ("HOME", &["keys", "list"]),
+        ("SLIPWAY_STATE", &web),
+        ("XDG_STATE_HOME", &web),
+        ("SSL_CERT_FILE", &web),
+        ("AWS_SECRET_ACCESS_KEY", &bucket),
+    ] {
+        let mut command = machine.command(arguments);
+        command.env(name, OsStr::from_bytes(b"/secret-\xff"));
+        let output = machine.checked(command);
+        let message = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{message}");
+        for words in [name, "is not UTF-8", "help: "] {
+            assert!(message.contains(words), "{name}: no `{words}` in {message}");
+        }
+        assert!(!message.contains("secret-"), "{message}");
     }
 }
 

@@ -178,6 +178,24 @@ fn git_is_called_in_one_place() {
     complain(findings.map(|(path, _)| format!("{path}: calls git without git.rs")).collect());
 }
 
+/// The reader of a robot's message may have only `slipway`.
+#[test]
+fn the_agent_names_both_programs() {
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        if !["slotd/src", "contract/src", "bundle/src"].iter().any(|tree| path.starts_with(tree)) {
+            continue;
+        }
+        for (number, line) in text.lines().enumerate() {
+            let said = line.contains("cargo xtask") && !line.trim_start().starts_with("//");
+            if said && !line.contains("`slipway ") {
+                findings.push(format!("{path}:{}: names only `cargo xtask`", number + 1));
+            }
+        }
+    }
+    complain(findings);
+}
+
 /// The faults that `cargo xtask check --mutants` makes still have their place in the source.
 #[test]
 fn every_mutant_has_its_place() {
@@ -258,6 +276,25 @@ fn printing_is_done_in_one_place() {
             let line = line.trim_start();
             if !line.starts_with("//") && words.iter().any(|word| line.contains(word)) {
                 findings.push(format!("{path}:{}: prints without text.rs", number + 1));
+            }
+        }
+    }
+    complain(findings);
+}
+
+/// Reading a variable as text ignores what is not UTF-8, unless it is an error.
+#[test]
+fn variables_are_read_in_one_place() {
+    let mut findings = Vec::new();
+    for (path, text) in rust() {
+        if !is_host_tool(&path) || path == "xtask/src/variable.rs" {
+            continue;
+        }
+        let code = text.split("#[cfg(test)]").next().unwrap_or_default();
+        for (number, line) in code.lines().enumerate() {
+            if line.contains("env::var(") {
+                findings
+                    .push(format!("{path}:{}: reads a variable without variable.rs", number + 1));
             }
         }
     }

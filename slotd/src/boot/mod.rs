@@ -67,7 +67,7 @@ pub fn open(device: &RobotDevice) -> Result<Box<dyn BootControl>> {
                 return Err(Refusal::new(
                     "bad-device",
                     format!("device.toml lists {} boot-state sectors, expected 2", sectors.len()),
-                    "build the image again with a current `cargo xtask`",
+                    crate::NEWER_IMAGE,
                 ));
             };
             let disk = device.open_disk(true)?;

@@ -117,8 +117,7 @@ impl<S: Storage> Tryboot<S> {
         root: &RootDir,
     ) -> Result<Self> {
         let bad = |why: String| {
-            let help = "build the image again with a current `cargo xtask`";
-            Refusal::new("bad-device", format!("device.toml: {why}"), help)
+            Refusal::new("bad-device", format!("device.toml: {why}"), crate::NEWER_IMAGE)
         };
         let seconds = parse_day(since)
             .ok_or_else(|| bad(format!("invalid date `{since}` in `eeprom-since`")))?;

@@ -130,7 +130,7 @@ fn bad(wheel: &ComponentWheel, why: &str) -> Refusal {
     Refusal::new(
         "bad-tree",
         format!("unpacking {} {}: {why}", wheel.name, wheel.version),
-        "rebuild the bundle with a current `cargo xtask`",
+        crate::NEWER_BUNDLE,
     )
 }
 

@@ -87,8 +87,7 @@ pub fn grow(root: &RootDir) -> Result<GrowOutcome> {
     let device = RobotDevice::read(root)?;
     let known = device.about.partitions.get("data").copied();
     let known = known.ok_or_else(|| {
-        let help = "build the image again with a current `cargo xtask`";
-        Refusal::new("bad-device", "device.toml lists no partition `data`", help)
+        Refusal::new("bad-device", "device.toml lists no partition `data`", crate::NEWER_IMAGE)
     })?;
     let disk = device.open_disk(true)?;
     let grown = grow::grow(&disk, known.number, known.start_sector)

@@ -6,7 +6,7 @@
 //! terminated, which is as safe as a power cut. Once the bundle was read to its end, the job can no longer be cancelled.
 
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, Read};
+use std::io::{self, Read, Write};
 use std::os::unix::fs::OpenOptionsExt;
 use std::path::PathBuf;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -36,7 +36,8 @@ fn record_path(root: &RootDir) -> PathBuf {
     root.run().join("job.json")
 }
 
-/// Held by the process of the recorded job.
+/// Held by the process of the recorded job. It contains the record as it was at the beginning of the job, in case the other one is
+/// damaged.
 fn lock_file(root: &RootDir) -> PathBuf {
     root.run().join("job.lock")
 }
@@ -56,8 +57,17 @@ fn unreadable(error: &io::Error) -> Refusal {
     Refusal::new(
         "io",
         format!("reading the job's record /run/slotd/job.json: {error}"),
-        "a running job and the next `slotd install` write it again; see `slotd status` and `slotd log`",
+        "a running job and the next `slotd install` write it again; see `slotd status` and `slotd log`. A restart of the robot ends a running job; this is as safe as a power cut",
     )
+}
+
+/// The record in the file; of a running job, if the file is missing or damaged, the one that its lock contains.
+fn read_record(root: &RootDir) -> io::Result<Option<Job>> {
+    match durable::read_json(&record_path(root)) {
+        Ok(Some(job)) => Ok(Some(job)),
+        unread if is_running(root) => durable::read_json(&lock_file(root)).or(unread),
+        unread => unread,
+    }
 }
 
 /// The record of the job that is running, or that ran last since the start.
@@ -65,8 +75,7 @@ fn unreadable(error: &io::Error) -> Refusal {
 /// # Errors
 /// `io`: the record cannot be read.
 pub fn read(root: &RootDir) -> Result<Option<Job>> {
-    let job: Option<Job> =
-        durable::read_json(&record_path(root)).map_err(|error| unreadable(&error))?;
+    let job = read_record(root).map_err(|error| unreadable(&error))?;
     Ok(job.map(|job| match job.state {
         // The record is written before the lock is released: read it again.
         JobState::Runs if !is_running(root) => {
@@ -123,7 +132,12 @@ fn is_running(root: &RootDir) -> bool {
 /// record cannot be read or written, or its process does not end.
 pub fn cancel(root: &RootDir) -> Result<Job> {
     let none = || Refusal::new("no-job", "no job is running", "see `slotd job`");
-    let job = read(root)?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
+    let read = || match read(root) {
+        // It has ended: either it has written its file again, or the file stays damaged.
+        Err(_) if !is_running(root) => read(root).or(Ok(None)),
+        read => read,
+    };
+    let job = read()?.filter(|job| job.state == JobState::Runs).ok_or_else(none)?;
     let late = || {
         let what = job.request.verb();
         let message =
@@ -138,7 +152,9 @@ pub fn cancel(root: &RootDir) -> Result<Job> {
     let started = Instant::now();
     let mut ended = false;
     loop {
-        let now = read(root)?.filter(|now| now.id == job.id).ok_or_else(none)?;
+        let lost = || Job { state: JobState::Lost, cancellable: false, ..job.clone() };
+        let now =
+            Some(read()?.unwrap_or_else(lost)).filter(|now| now.id == job.id).ok_or_else(none)?;
         match now.state {
             JobState::Runs if !now.cancellable => return Err(late()),
             JobState::Runs if started.elapsed() >= PATIENCE && !ended => {
@@ -219,6 +235,12 @@ fn take_lock(root: &RootDir) -> Result<Option<File>> {
     }
 }
 
+/// Stores the first record of the job in its lock.
+fn fill_lock(mut lock: &File, job: &Job) -> io::Result<()> {
+    lock.set_len(0)?;
+    lock.write_all(&serde_json::to_vec(job)?)
+}
+
 /// A running job.
 pub struct RunningJob<'a> {
     root: &'a RootDir,
@@ -226,7 +248,7 @@ pub struct RunningJob<'a> {
     told: Mutex<Option<(Instant, InstallStep)>>,
     cancelled: AtomicBool,
     looked: Mutex<Instant>,
-    _lock: File,
+    lock: File,
 }
 
 /// Runs a long operation as a job: it has a record from its beginning, can be watched, and can be cancelled until it has
@@ -284,9 +306,12 @@ impl<'a> RunningJob<'a> {
             told: Mutex::new(None),
             cancelled: AtomicBool::new(false),
             looked: Mutex::new(Instant::now()),
-            _lock: lock,
+            lock,
         };
-        running.change(|_| {});
+        running.change(|job| {
+            // A full `/run` must not end an install.
+            drop(fill_lock(&running.lock, job));
+        });
         Ok(running)
     }
 

@@ -156,12 +156,17 @@ pub fn dispatch(
             AgentResponse::VerifiedApi(agent.verify_api(&permit)?)
         }
         AgentRequest::Install { source, no_restart, allow_downgrade } => {
+            // Before the install itself, which logs its own refusals.
+            let unopened = |refusal: Refusal| {
+                agent.events().add("install-refused", json!(refusal));
+                refusal
+            };
             // The job's record has the source.
-            refuse_credentials(source)?;
+            refuse_credentials(source).map_err(unopened)?;
             AgentResponse::Installed(job::run(root, request, caller, watcher, |job, at| {
                 // Within the job: a server or a pipe may not answer for long, and the job can be seen and cancelled
                 // meanwhile.
-                let source = BundleSource::open(source, root)?;
+                let source = BundleSource::open(source, root).map_err(unopened)?;
                 let options = InstallOptions {
                     allow_downgrade: allow_downgrade.clone(),
                     use_running_slot: source.transfers(),

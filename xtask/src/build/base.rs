@@ -84,7 +84,8 @@ fn source_spec(source: AptSourcePlan) -> AptSourceSpec {
 /// As [`AptMirrors::from_host`].
 pub fn load_mirrors(root: &Utf8Path, sources: &[AptSourcePlan]) -> Result<AptMirrors> {
     let mirror = |s: &AptSourcePlan| AptSourceMirror::new(&s.name, &s.address, root.join(&s.key));
-    Ok(AptMirrors::from_host()?.with_sources(sources.iter().map(mirror).collect()))
+    let sources = sources.iter().map(mirror).collect::<Result<_>>()?;
+    Ok(AptMirrors::from_host()?.with_sources(sources))
 }
 
 /// Refuses a package lock that was made for another request than the product's.

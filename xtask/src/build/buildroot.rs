@@ -75,7 +75,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let key = base_key(build, &tree, epoch)?;
     let name = output_name(build.root, &plan.product.name, &plan.board.name);
     let setup = BuildrootSetup::new(&build.cache.root, &tree.path, build.root, &name)?;
-    let (title, site) = (defconfig_title(plan), BuildrootSite::of_machine(build.options.offline));
+    let (title, site) = (defconfig_title(plan), BuildrootSite::of_machine(build.options.offline)?);
     let log = build.log("base");
     let request = BuildrootRequest {
         plan: &pinned,

@@ -42,7 +42,7 @@ pub use component::{ComponentBundle, build_component};
 pub use image::{BuiltCard, ComposedSystem, qemu_files, wrap_script};
 pub use options::{BuildOptions, BuildStage, BundleCompression};
 pub use outcome::BuildSummary;
-pub use program::{Program, TOOL_SOURCES, program, programs};
+pub use program::{Program, TOOL_SOURCES, program, programs, programs_in};
 
 /// The context of a build.
 pub struct BuildContext<'a> {

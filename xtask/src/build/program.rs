@@ -101,8 +101,7 @@ pub fn programs(
     commit: Option<&str>,
     allow_changes: bool,
 ) -> Result<Vec<Program>> {
-    let platforms = pins::programs(root)?;
-    if platforms.is_empty() {
+    if pins::programs(root)?.is_empty() {
         return Ok(Vec::new());
     }
     let facts = facts::collect(root)?;
@@ -115,8 +114,17 @@ pub fn programs(
         if facts.modified { " with changes" } else { "" }
     );
     let named = if facts.modified { format!("{commit} with changes") } else { commit.to_owned() };
-    let cache = Cache::locate()?;
-    platforms.into_iter().map(|platform| program(root, &cache, platform, &named)).collect()
+    programs_in(root, &Cache::locate()?, &named)
+}
+
+/// The programs that the `releases.toml` of a checkout names, compiled with this cache. `commit` is what their `--version`
+/// prints.
+///
+/// # Errors
+/// As [`program`].
+pub fn programs_in(root: &Utf8Path, cache: &Cache, commit: &str) -> Result<Vec<Program>> {
+    let platforms = pins::programs(root)?;
+    platforms.into_iter().map(|platform| program(root, cache, platform, commit)).collect()
 }
 
 /// Compiles the program for a platform, or uses its kept binary. `commit` is what its `--version` prints.

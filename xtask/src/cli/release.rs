@@ -82,7 +82,7 @@ pub enum ReleaseCommand {
         /// with its block map.
         #[arg(long, value_parser = ["image", "bundle", "sbom", "notes", "program"])]
         role: Vec<String>,
-        /// The target directory.
+        /// The target directory, which is created if it does not exist.
         #[arg(long, value_name = "DIR", default_value = ".")]
         into: Utf8PathBuf,
         /// How to print it.
@@ -98,7 +98,7 @@ pub enum ReleaseCommand {
         #[command(flatten)]
         #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
         which: ReleaseArgs,
-        /// Also every file: unpacks both images.
+        /// Also compare every file: fetches and unpacks both images.
         #[arg(long)]
         files: bool,
         /// How to print it.
@@ -131,7 +131,8 @@ pub enum ReleaseCommand {
     /// results.
     ///
     /// Shows differences down to the file inside the filesystem. Uses an empty stage cache and the
-    /// existing downloads.
+    /// existing downloads. If a release in dist/releases was made of these results, its programs
+    /// are verified and compared, too.
     Check(ReleaseCheckArgs),
     /// Remove files from a directory store one day after the last release stopped referring to
     /// them.

@@ -36,8 +36,8 @@ pub fn command(version: &'static str) -> ArgParser {
         .subcommands(verbs)
 }
 
-/// An argument of a verb, where there is no workspace.
-fn without_workspace(verb: &str, arg: Arg) -> Arg {
+/// An argument of a verb, or of its subcommand, where there is no workspace.
+fn without_workspace(verb: &str, part: &str, arg: Arg) -> Arg {
     match (verb, arg.get_id().as_str()) {
         ("flash", "image") => arg
             .value_name("IMAGE")
@@ -52,6 +52,12 @@ fn without_workspace(verb: &str, arg: Arg) -> Arg {
             .required(true)
             .help("The store: a directory, ssh://[USER@]HOST[:PORT]/PATH, s3://BUCKET[/PREFIX], or https://HOST[/PATH]"),
         ("release", "product") => arg.required(true).help("The product"),
+        ("release", "channel") if part != "list" => {
+            arg.help("The channel; required for `latest` [default: any that has the version]")
+        }
+        ("verify", "keys") => arg.help(
+            "Public keys to trust: a key set (JSON) or a minisign public key [default: the key set that `slipway keys list` shows]",
+        ),
         _ => arg,
     }
 }
@@ -66,7 +72,19 @@ pub fn parse(version: &'static str) -> CommandLine {
 /// One verb of `cargo xtask`, with these of its subcommands.
 fn narrow(of: &ArgParser, name: &'static str, parts: &[&str]) -> ArgParser {
     let verb = of.find_subcommand(name).expect("a verb of `cargo xtask`").clone();
-    let adapted = |verb: ArgParser| verb.mut_args(|arg| without_workspace(name, arg));
+    let adapted = |verb: ArgParser| {
+        let part = verb.get_name().to_owned();
+        let verb = verb.mut_args(|arg| without_workspace(name, &part, arg));
+        match (name, part.as_str()) {
+            ("flash", _) => verb.override_usage(
+                "slipway flash [OPTIONS] <IMAGE> [DEVICE]\n       slipway flash --list",
+            ),
+            ("keys", "list") => verb.about(
+                "List the keys of the key set in $SLIPWAY_KEYS, else ~/.config/slipway/keys; secrets are never shown",
+            ),
+            _ => verb,
+        }
+    };
     if parts.is_empty() {
         return adapted(verb);
     }

@@ -137,7 +137,7 @@ fn menuconfig(target: &BuildrootTargetArgs) -> Result<()> {
 
 fn package_menuconfig(target: &BuildrootTargetArgs, package: &str) -> Result<()> {
     let case = resolve_one_case(target)?;
-    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
+    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline)?);
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
     setup.fetching(&site).arg(format!("{package}-menuconfig")).run_on_terminal()?;
@@ -205,7 +205,7 @@ fn print_changes(case: &Case) -> Result<()> {
 
 fn make(target: &BuildrootTargetArgs, arguments: &[String]) -> Result<()> {
     let case = resolve_one_case(target)?;
-    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline));
+    let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline)?);
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
     setup.fetching(&site).args(arguments).run_on_terminal()

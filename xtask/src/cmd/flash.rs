@@ -18,7 +18,7 @@ use crate::flash::{self, FlashOutcome, FlashRequest};
 use crate::progress::{format_bytes, format_duration, say};
 use crate::tools::{self, ToolPurpose};
 use crate::workspace::{BuildSelection, dist_dir, resolve_plan};
-use crate::{err, errln, out, outln, program, text};
+use crate::{err, errln, out, outln, program, text, variable};
 
 /// `cargo xtask flash`.
 ///
@@ -158,7 +158,7 @@ fn wifi_password(options: &FlashArgs, ssid: &str) -> Result<Option<String>> {
         let text = std::fs::read_to_string(path).with_context(|| format!("reading {path}"))?;
         // Editors on Windows put a byte order mark before the text.
         text.trim_start_matches('\u{feff}').trim_end_matches(['\r', '\n']).to_owned()
-    } else if let Ok(password) = std::env::var(PASSWORD_VARIABLE) {
+    } else if let Some(password) = variable::find_or_empty(PASSWORD_VARIABLE)? {
         password
     } else if std::io::stdin().is_terminal() {
         ask_hidden(ssid)?

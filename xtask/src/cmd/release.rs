@@ -454,8 +454,15 @@ fn check_release(options: &ReleaseCheckArgs) -> Result<()> {
     let root = workspace_root()?;
     let config = config::load(&root, options.product.as_deref(), options.board.as_deref())?;
     let (product, board) = (&config.product.name.value.0, &config.board.name.value.0);
+    let authority = SigningAuthority::open(false)?;
+    let programs = check::released_programs(&root, product, board, &authority)?;
     let comparison = match &options.against {
-        Some(dir) => check::compare_builds(&root.join("dist").join(product).join(board), dir)?,
+        Some(dir) => {
+            let dist = root.join("dist").join(product).join(board);
+            let mut comparison = check::compare_builds(&dist, dir)?;
+            comparison.add(check::compare_programs(&local_store(&root), &programs, None)?);
+            comparison
+        }
         None => {
             let compression = options.compression.to_possible_value();
             check::rebuild_and_compare(&check::RebuildRequest {
@@ -464,6 +471,7 @@ fn check_release(options: &ReleaseCheckArgs) -> Result<()> {
                 board,
                 keep_stages: &options.keep_stage,
                 compression: compression.as_ref().map_or("fast", |v| v.get_name()),
+                programs: &programs,
             })?
         }
     };

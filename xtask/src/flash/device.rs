@@ -442,7 +442,7 @@ pub fn find_device(typed: &Utf8Path) -> Result<FlashDevice> {
     // Follows links such as those in /dev/disk/by-id.
     let path = path.canonicalize_utf8().with_context(|| {
         format!(
-            "looking for {typed}\nhelp: {} flash --list shows devices; a plain file is made by: truncate --size 8G FILE\nlooking",
+            "looking for {typed}\nhelp: {} flash --list shows devices; a plain file is made by: truncate --size 8G FILE",
             program::name()
         )
     })?;

@@ -10,6 +10,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use lzma_rust2::XzReader;
 
 use super::frames::{self, FrameUnpacker, ImageFrame};
+use crate::artifact::open_regular;
 use crate::disk::bmap::{self, BlockMap};
 use crate::progress::{ProgressStep, ProgressUnit};
 
@@ -82,9 +83,8 @@ impl ImageSource {
             plain.extension() == Some("img"),
             "{path} is not a card image\nhelp: name a file that ends in .img, .img.zst or .img.xz"
         );
-        let file = File::open(path).with_context(context)?;
+        let file = open_regular(path).with_context(context)?;
         let stored = file.metadata().with_context(context)?;
-        ensure!(stored.is_file(), "{}: not a plain file", context());
         let map = [bmap::path_for(plain), bmap::path_for(path)].into_iter().find(|m| m.is_file());
         let map = map.map(|map| BlockMap::read(&map)).transpose()?;
         let frames = match form {

@@ -14,6 +14,7 @@ use crate::artifact::{hash_bytes, none_if_missing, write_atomically};
 use crate::progress::warn;
 use crate::store::ReleaseStore;
 use crate::store::format::{Channel, to_pretty_json};
+use crate::variable;
 
 /// The format version of the memory's files.
 const FORMAT: u32 = 1;
@@ -53,14 +54,13 @@ impl IndexMemory {
     /// accept the current state of stores, whatever was seen before.
     ///
     /// # Errors
-    /// When none of these is set.
+    /// When none of these is set, or one is not UTF-8.
     pub fn locate(restored: bool) -> Result<Self> {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let dir = if let Some(dir) = variable("SLIPWAY_STATE") {
+        let dir = if let Some(dir) = variable::find("SLIPWAY_STATE")? {
             Utf8PathBuf::from(dir)
-        } else if let Some(dir) = variable("XDG_STATE_HOME") {
+        } else if let Some(dir) = variable::find("XDG_STATE_HOME")? {
             Utf8PathBuf::from(dir).join("slipway")
-        } else if let Some(home) = variable("HOME") {
+        } else if let Some(home) = variable::find("HOME")? {
             Utf8PathBuf::from(home).join(".local/state/slipway")
         } else {
             bail!(
@@ -111,7 +111,7 @@ impl IndexMemory {
         }
     }
 
-    /// The last index of a channel that was seen.
+    /// The last index of a channel that was seen, for each of the store's identities.
     ///
     /// # Errors
     /// When the memory is damaged, so that it is unknown.
@@ -119,8 +119,9 @@ impl IndexMemory {
         &self,
         store: &dyn ReleaseStore,
         channel: Channel,
-    ) -> Result<Option<SeenIndex>> {
-        Ok(self.read(&store.identity()?)?.channels.remove(channel.name()))
+    ) -> Result<Vec<Option<SeenIndex>>> {
+        let seen = |store: String| Ok(self.read(&store)?.channels.remove(channel.name()));
+        store.identities()?.into_iter().map(seen).collect()
     }
 
     /// Compares the store's current index with the one that was `seen` before, and remembers it.
@@ -131,10 +132,10 @@ impl IndexMemory {
         &self,
         store: &dyn ReleaseStore,
         channel: Channel,
-        seen: Option<&SeenIndex>,
+        seen: &[Option<SeenIndex>],
         now: &SeenIndex,
     ) -> Result<()> {
-        if let Some(seen) = seen.filter(|_| !self.restored) {
+        for seen in seen.iter().flatten().filter(|_| !self.restored) {
             let name = store.name();
             ensure!(
                 now.serial >= seen.serial,
@@ -158,10 +159,15 @@ impl IndexMemory {
                 seen.sha256
             );
         }
-        if (now.serial == 0 && seen.is_none()) || seen == Some(now) {
+        let is_known = |seen: &Option<SeenIndex>| match seen {
+            Some(seen) => seen == now,
+            None => now.serial == 0,
+        };
+        if seen.iter().all(is_known) {
             return Ok(());
         }
-        if let Some(seen) = seen.filter(|seen| self.restored && seen.serial >= now.serial) {
+        let newest = seen.iter().flatten().max_by_key(|seen| seen.serial);
+        if let Some(seen) = newest.filter(|seen| self.restored && seen.serial >= now.serial) {
             let (name, now) = (store.name(), Shown(now.serial));
             warn(format!("{name}: the serial of {channel} is now {now}, it was {}", seen.serial));
         }
@@ -199,7 +205,7 @@ impl IndexMemory {
     /// # Errors
     /// When the memory cannot be written.
     pub fn forget(&self, store: &dyn ReleaseStore) -> Result<()> {
-        if self.path(&store.identity()?).exists() {
+        if store.identities()?.iter().any(|identity| self.path(identity).exists()) {
             self.change(store, BTreeMap::clear)
         } else {
             Ok(())
@@ -209,15 +215,17 @@ impl IndexMemory {
     fn change(
         &self,
         store: &dyn ReleaseStore,
-        change: impl FnOnce(&mut BTreeMap<String, SeenIndex>),
+        change: impl Fn(&mut BTreeMap<String, SeenIndex>),
     ) -> Result<()> {
         let _turn = self.lock()?;
-        let identity = store.identity()?;
-        let mut record = self.read(&identity)?;
-        change(&mut record.channels);
-        let text = to_pretty_json(&record)?;
-        write_atomically(&self.path(&identity), |out| Ok(out.write_all(text.as_bytes())?))
-            .with_context(|| format!("remembering the serials of {identity}"))
+        for identity in store.identities()? {
+            let mut record = self.read(&identity)?;
+            change(&mut record.channels);
+            let text = to_pretty_json(&record)?;
+            write_atomically(&self.path(&identity), |out| Ok(out.write_all(text.as_bytes())?))
+                .with_context(|| format!("remembering the serials of {identity}"))?;
+        }
+        Ok(())
     }
 
     /// Processes on one machine take turns. The lock is released when the value is dropped or the

@@ -12,7 +12,9 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
 use super::collect::{read_packages, read_report};
-use crate::artifact::hash_bytes;
+use super::create::{local_store, parse_version};
+use crate::artifact::{hash_bytes, hash_file};
+use crate::build::{self, Program};
 use crate::cache::Cache;
 use crate::config;
 use crate::diff::{self, ChangeSet, EntryContent, Inventory, InventoryDifference, what_changed};
@@ -22,7 +24,11 @@ use crate::facts;
 use crate::git;
 use crate::inspect::{DetectedFilesystem, detect_filesystem};
 use crate::progress::say;
+use crate::publish::{SigningAuthority, load_channel, load_manifest};
 use crate::report::BuildReport;
+use crate::store::ReleaseStore;
+use crate::store::directory::DirectoryStore;
+use crate::store::format::{Channel, ReleaseObject};
 use crate::update;
 
 /// How many bytes around the first difference are shown.
@@ -81,6 +87,8 @@ pub struct RebuildRequest<'a> {
     pub keep_stages: &'a [String],
     /// The compression level of the bundle, as for `build-image`.
     pub compression: &'a str,
+    /// The programs of the release that was made of the current results, if there is one ([`released_programs`]).
+    pub programs: &'a [ReleaseObject],
 }
 
 /// Builds the commit of the current results again, in another directory and with an empty stage
@@ -132,7 +140,12 @@ pub fn rebuild_and_compare(request: &RebuildRequest<'_>) -> Result<BuildComparis
     }
     tool.run_lines(|line| say("again", line.trim_start())).context("building a second time")?;
     let second = checkout.join("dist").join(product).join(board);
-    let comparison = compare_builds(&dist, &second)?;
+    let mut comparison = compare_builds(&dist, &second)?;
+    if !request.programs.is_empty() {
+        let commit = facts.commit.as_deref().unwrap_or_default();
+        let made = build::programs_in(&checkout, &Cache::in_dir(cache), commit)?;
+        comparison.add(compare_programs(&local_store(root), request.programs, Some(&made))?);
+    }
     if !comparison.equal {
         say("kept", format!("the second build is kept in {}", keep.keep().display()));
     }
@@ -184,6 +197,81 @@ pub fn compare_builds(one: &Utf8Path, other: &Utf8Path) -> Result<BuildCompariso
         found.push(ComparedOutput { name, equal: differences.is_empty(), differences });
     }
     Ok(BuildComparison { equal: found.iter().all(|output| output.equal), outputs: found })
+}
+
+/// The programs of the release in the local store that was made of these results; none when there is no such release. Its
+/// manifest is signed by a trusted key.
+///
+/// # Errors
+/// When the store, the manifest or the report of the results is not valid.
+pub fn released_programs(
+    root: &Utf8Path,
+    product: &str,
+    board: &str,
+    authority: &SigningAuthority,
+) -> Result<Vec<ReleaseObject>> {
+    let (store, dist) = (local_store(root), root.join("dist").join(product).join(board));
+    let report = read_report(&dist, product, board)?;
+    if !store.exists() {
+        return Ok(Vec::new());
+    }
+    let version = parse_version(&report.product.version)?;
+    for channel in Channel::ALL {
+        let (index, _) = load_channel(&store, channel, authority)?;
+        let Some(entry) = index.find(product, &version) else { continue };
+        let manifest = load_manifest(&store, entry, authority.keys())?;
+        if manifest.commit == report.commit {
+            return Ok(manifest.programs);
+        }
+    }
+    Ok(Vec::new())
+}
+
+/// Compares the programs of a release with their objects in the store, by size and SHA-256, and with those that were `made`
+/// again, byte for byte.
+///
+/// # Errors
+/// When a file cannot be read.
+pub fn compare_programs(
+    store: &DirectoryStore,
+    programs: &[ReleaseObject],
+    made: Option<&[Program]>,
+) -> Result<Vec<ComparedOutput>> {
+    let compare = |program: &ReleaseObject| -> Result<Vec<LocatedDifference>> {
+        let stored = store.object(&program.sha256);
+        let different = |place: &str, what: String| Ok(vec![difference_at(place, None, what)]);
+        if !stored.is_file() {
+            return different("store", format!("{stored} is missing"));
+        }
+        let found = hash_file(&stored)?;
+        if found != (program.size, program.sha256.clone()) {
+            let (size, sha256) = found;
+            return different(
+                "store",
+                format!(
+                    "{stored} has {size} bytes and the SHA-256 {sha256}, the manifest other ones"
+                ),
+            );
+        }
+        let Some(made) = made else { return Ok(Vec::new()) };
+        let Some(again) = made.iter().find(|made| made.name == program.name) else {
+            return different(
+                "file",
+                "not made again: releases.toml of the commit does not name its platform".to_owned(),
+            );
+        };
+        let again = &again.binary.path;
+        match first_difference(&File::open(&stored)?, &File::open(again)?, 0..u64::MAX)? {
+            Some(at) => different("file", describe_difference(&stored, again, at)?),
+            None => Ok(Vec::new()),
+        }
+    };
+    let outputs = programs.iter().map(|program| {
+        let differences = compare(program)?;
+        let name = program.name.clone();
+        Ok(ComparedOutput { name, equal: differences.is_empty(), differences })
+    });
+    outputs.collect()
 }
 
 /// The files of a build that are part of a release, by its report: files of earlier versions are
@@ -447,6 +535,12 @@ fn compare_sboms(one: &Utf8Path, other: &Utf8Path) -> Result<Vec<LocatedDifferen
 }
 
 impl BuildComparison {
+    /// Adds outputs that were compared.
+    pub fn add(&mut self, outputs: Vec<ComparedOutput>) {
+        self.equal &= outputs.iter().all(|output| output.equal);
+        self.outputs.extend(outputs);
+    }
+
     /// The comparison in human-readable form.
     pub fn describe(&self) -> String {
         let mut text = String::new();

@@ -12,6 +12,7 @@ use super::collect::{self, CollectedBuild};
 use super::notes::{self, PastRelease};
 use crate::artifact::Artifact;
 use crate::build::Program;
+use crate::program;
 use crate::publish::{self, SigningAuthority, change_channel, load_channel};
 use crate::scratch::create_scratch_dir;
 use crate::store::directory::DirectoryStore;
@@ -244,5 +245,11 @@ fn find_past_release(
 /// # Errors
 /// When it is invalid.
 pub fn parse_version(text: &str) -> Result<Version> {
-    Version::parse(text).with_context(|| format!("reading the version `{text}`"))
+    Version::parse(text).ok().with_context(|| {
+        format!(
+            "`{text}` is not a version such as 1.2.0 or 1.2.0-rc.1\n\
+             help: `{} release list` shows the versions",
+            program::name()
+        )
+    })
 }

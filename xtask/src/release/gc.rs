@@ -47,10 +47,10 @@ pub fn collect_garbage(
         let seen = authority.memory().last_seen(store, channel)?;
         let (ChannelIndex { serial, releases, retired, .. }, _) =
             load_channel(store, channel, authority)?;
-        match seen {
-            Some(_) => known += 1,
-            None if serial > 0 => new.push(format!("{channel} (serial {serial})")),
-            None => {}
+        match seen.iter().any(Option::is_some) {
+            true => known += 1,
+            false if serial > 0 => new.push(format!("{channel} (serial {serial})")),
+            false => {}
         }
         for entry in &releases {
             collect_references(

@@ -1,12 +1,14 @@
 //! `release get`: files of a release from a store, each verified, under the names that the release gives them.
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt;
+use std::fs::{self, File, Permissions};
+use std::os::unix::fs::{MetadataExt, PermissionsExt};
 use std::path::Path;
 
 use anyhow::{Context, Result, bail, ensure};
 use camino::Utf8Path;
-use tempfile::TempPath;
+use rustix::fs::{FlockOperation, flock};
+use rustix::io::Errno;
+use tempfile::NamedTempFile;
 
 use crate::artifact::{Artifact, hash_file, none_if_missing};
 use crate::progress::{ProgressStep, ProgressUnit, list_names};
@@ -46,6 +48,7 @@ pub fn get(
              help: move the directory away, or name another one with --into"
         );
     }
+    objects.iter().try_for_each(|object| remove_abandoned(object, into))?;
     let what = format!("{} {} from {}", manifest.product, manifest.version, store.name());
     let total = objects.iter().map(|o| o.size).sum();
     let step = ProgressStep::new("get", what, total, ProgressUnit::Bytes);
@@ -59,7 +62,7 @@ pub fn get(
             step.advance(*size);
         } else {
             let unfinished = create_unfinished(object, into)?;
-            let file = Utf8Path::from_path(&unfinished).context("the name is not UTF-8")?;
+            let file = Utf8Path::from_path(unfinished.path()).context("the name is not UTF-8")?;
             store
                 .get(sha256, *size, file, &|bytes| step.advance(bytes))
                 .with_context(|| format!("fetching {name}"))?;
@@ -75,15 +78,55 @@ fn mode_of(object: &ReleaseObject) -> u32 {
     if object.role == "program" { 0o755 } else { 0o644 }
 }
 
+/// The number of random letters and digits at the end of an unfinished file's name.
+const RANDOM: usize = 6;
+
+/// The beginning of the names of an object's unfinished files.
+fn unfinished_prefix(object: &ReleaseObject) -> String {
+    format!("{}.partial-", object.name)
+}
+
 /// A new file beside the object's final name. Its own name is unique: another process may fetch the same object, and whatever
-/// has that name already, such as a link, is not ours to write to.
-fn create_unfinished(object: &ReleaseObject, into: &Utf8Path) -> Result<TempPath> {
-    let file = tempfile::Builder::new()
-        .prefix(&format!("{}.partial-", object.name))
-        .permissions(Permissions::from_mode(mode_of(object)))
-        .tempfile_in(into)
-        .with_context(|| format!("creating a file in {into}"))?;
-    Ok(file.into_temp_path())
+/// has that name already, such as a link, is not ours to write to. It is locked: only an unfinished file without a lock is
+/// abandoned.
+fn create_unfinished(object: &ReleaseObject, into: &Utf8Path) -> Result<NamedTempFile> {
+    let context = || format!("creating a file in {into}");
+    loop {
+        let file = tempfile::Builder::new()
+            .prefix(&unfinished_prefix(object))
+            .rand_bytes(RANDOM)
+            .permissions(Permissions::from_mode(mode_of(object)))
+            .tempfile_in(into)
+            .with_context(context)?;
+        let lock = flock(file.as_file(), FlockOperation::NonBlockingLockExclusive);
+        // Another process may have removed it before it was locked. A filesystem without locks has no such process.
+        let about = file.as_file().metadata().with_context(context)?;
+        if lock != Err(Errno::WOULDBLOCK) && about.nlink() > 0 {
+            return Ok(file);
+        }
+    }
+}
+
+/// Removes the unfinished files that interrupted processes have left.
+fn remove_abandoned(object: &ReleaseObject, into: &Utf8Path) -> Result<()> {
+    let context = || format!("reading {into}");
+    let prefix = unfinished_prefix(object);
+    let is_random =
+        |end: &str| end.len() == RANDOM && end.chars().all(|c| c.is_ascii_alphanumeric());
+    for entry in into.read_dir_utf8().with_context(context)? {
+        let entry = entry.with_context(context)?;
+        let path = entry.path();
+        let is_ours = entry.file_name().strip_prefix(&prefix).is_some_and(is_random)
+            && entry.file_type().with_context(context)?.is_file();
+        // Network filesystems lock only files that are open for writing.
+        let Some(Ok(file)) = is_ours.then(|| File::options().write(true).open(path)) else {
+            continue;
+        };
+        if flock(&file, FlockOperation::NonBlockingLockExclusive).is_ok() {
+            none_if_missing(fs::remove_file(path)).with_context(|| format!("removing {path}"))?;
+        }
+    }
+    Ok(())
 }
 
 /// Gives a file that was there before the mode that it would get now. A file that more users can read, within the mode of its
@@ -99,7 +142,7 @@ fn correct_mode(object: &ReleaseObject, into: &Utf8Path) -> Result<()> {
         return Ok(());
     }
     // The umask, and what the filesystem makes of it: FAT has no modes.
-    let expected = mode(&create_unfinished(object, into)?)?;
+    let expected = mode(create_unfinished(object, into)?.path())?;
     if found == expected || (found & expected == expected && found & !most == 0) {
         return Ok(());
     }

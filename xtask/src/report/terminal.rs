@@ -42,7 +42,8 @@ impl TerminalStyle {
     pub fn for_stream(stream: &impl IsTerminal) -> Self {
         let no_color = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty());
         let dumb = std::env::var_os("TERM").is_some_and(|value| value == "dumb");
-        let width = std::env::var("COLUMNS").ok().and_then(|value| value.parse().ok());
+        let width = std::env::var_os("COLUMNS")
+            .and_then(|value| value.to_str().and_then(|value| value.parse().ok()));
         Self {
             color: stream.is_terminal() && !no_color && !dumb,
             width: width.unwrap_or(DEFAULT_WIDTH),

@@ -14,6 +14,7 @@ use ureq::{Agent, RequestBuilder, Timeout};
 use super::ObjectError;
 use super::format::LARGEST_TEXT;
 use crate::artifact::hash_reader;
+use crate::text::printable;
 use crate::tls::load_authorities;
 
 /// The timeouts of a server.
@@ -63,10 +64,21 @@ const ELSEWHERE: &str = "help: try again, or use another copy of the store";
 /// Whether another attempt would be the same.
 fn is_final(error: &ureq::Error) -> bool {
     match error {
-        ureq::Error::BodyExceedsLimit(_) | ureq::Error::Timeout(Timeout::PerRead) => true,
+        ureq::Error::BodyExceedsLimit(_)
+        | ureq::Error::RequireHttpsOnly(_)
+        | ureq::Error::Timeout(Timeout::PerRead) => true,
         ureq::Error::Io(error) => is_slow(error),
         _ => false,
     }
+}
+
+/// An address without its user, password, query and fragment, which may be secret.
+fn without_secrets(address: &str) -> String {
+    let shown = address.split(['?', '#']).next().unwrap_or_default();
+    let (scheme, rest) = shown.split_once("://").unwrap_or(("", shown));
+    let (host, path) = rest.split_once('/').unwrap_or((rest, ""));
+    let host = host.rsplit('@').next().unwrap_or_default();
+    printable(&format!("{scheme}://{host}/{path}"))
 }
 
 /// Whether it is [`PacedBody`]'s own error, not the system's.
@@ -142,13 +154,15 @@ pub(super) enum RequestBody {
 }
 
 impl HttpClient {
-    pub fn new(name: String, timeouts: ServerTimeouts) -> Result<Self> {
+    /// `encrypted`: the store's address is https, and remains so: a redirect to http is refused.
+    pub fn new(name: String, encrypted: bool, timeouts: ServerTimeouts) -> Result<Self> {
         // A server that transfers nothing for this time is unreachable.
         let silence = Some(timeouts.silence);
         // For small files; objects have their own limit.
         let body = timeouts.allowed(LARGEST_TEXT);
         let config = Agent::config_builder()
             .http_status_as_error(false)
+            .https_only(encrypted)
             .user_agent(concat!("slipway/", env!("CARGO_PKG_VERSION")))
             // The stored bytes, never compressed for the transfer.
             .accept_encoding("identity")
@@ -174,7 +188,10 @@ impl HttpClient {
         loop {
             let error = match once() {
                 Ok(answer) if !matches!(answer.status, 408 | 429 | 500..=599) => return Ok(answer),
-                Ok(answer) => anyhow::Error::msg(format!("the server answered {}", answer.status)),
+                Ok(answer) => {
+                    let message = format!("the server answered {}\n{ELSEWHERE}", answer.status);
+                    anyhow::Error::msg(message)
+                }
                 // Neither overloaded nor disconnected: it would do the same again, for minutes.
                 Err(error) if is_final(&error) => {
                     return Err(self.describe(&error))
@@ -243,8 +260,24 @@ impl HttpClient {
                 "the server has sent more than {LARGEST_TEXT} bytes, the maximum for this file\n\
                  help: check that this is the address of a store"
             ),
+            ureq::Error::RequireHttpsOnly(target) => format!(
+                "{} redirects to {}, which is not encrypted\n\
+                 help: use the address of a server that stays with https",
+                self.name,
+                without_secrets(target)
+            ),
             ureq::Error::Io(error) if is_slow(error) => error.to_string(),
-            other => other.to_string(),
+            other => {
+                let message = other.to_string();
+                // The TLS library's own words.
+                let help = match message.contains("certificate") {
+                    true => {
+                        "check the clock of this machine; to trust an authority of your own, set SSL_CERT_FILE to its certificate (PEM)"
+                    }
+                    false => "check the address and the network, then try again",
+                };
+                format!("{message}\nhelp: {help}")
+            }
         })
     }
 

@@ -271,17 +271,23 @@ impl FileStore for DirectoryStore {
 }
 
 impl ReleaseStore for DirectoryStore {
-    fn identity(&self) -> Result<String> {
+    /// The directory itself, and the path that was given: a symbolic link in it may lead to another directory tomorrow.
+    fn identities(&self) -> Result<Vec<String>> {
         let context = || format!("looking up the full path of {}", self.root);
-        if self.root.exists() {
-            return Ok(self.root.canonicalize_utf8().with_context(context)?.into_string());
-        }
-        // The path of a directory that may not exist yet: one of its parents exists.
         let full = camino::absolute_utf8(&self.root).with_context(context)?;
+        // Of a directory that may not exist yet, one of its parents exists.
         let there =
             full.ancestors().find(|path| path.exists()).context("the root directory exists")?;
-        let rest = full.strip_prefix(there).with_context(context)?;
-        Ok(there.canonicalize_utf8().with_context(context)?.join(rest).into_string())
+        let itself = there.canonicalize_utf8().with_context(context)?;
+        // Without a `/` at the end, which joining an empty path would add.
+        let itself: Utf8PathBuf = itself
+            .components()
+            .chain(full.strip_prefix(there).with_context(context)?.components())
+            .collect();
+        let given: Utf8PathBuf = full.components().collect();
+        let mut identities = vec![itself.into_string(), given.into_string()];
+        identities.dedup();
+        Ok(identities)
     }
 
     fn exists(&self) -> bool {

@@ -52,7 +52,8 @@ impl HttpStore {
             "{shown}: credentials would be sent unencrypted\nhelp: use https"
         );
         let base = address.trim_end_matches('/').to_owned();
-        let client = HttpClient::new(base.clone(), options.timeouts)?;
+        let client =
+            HttpClient::new(base.clone(), uri.scheme_str() == Some("https"), options.timeouts)?;
         Ok(Self { base, authorization: options.authorization.clone(), read_only: false, client })
     }
 

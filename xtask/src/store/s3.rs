@@ -16,6 +16,7 @@ use super::format::{Channel, object_path};
 use super::{ChannelToken, FileStore, ObjectError, ReleaseStore, StoreOptions};
 use crate::artifact::{hash_bytes, hash_file};
 use crate::scratch::create_scratch_dir;
+use crate::variable;
 
 /// How long a signed request is valid: as long as its upload may take.
 const VALID: Duration = Duration::from_secs(3600);
@@ -49,8 +50,9 @@ impl S3Store {
     /// # Errors
     /// When the address is invalid, or there are no credentials.
     pub fn new(address: &str, options: &StoreOptions) -> Result<Self> {
-        let variable = |names: &[&str]| {
-            names.iter().find_map(|name| std::env::var(name).ok().filter(|v| !v.is_empty()))
+        let first_of = |names: [&str; 2]| -> Result<Option<String>> {
+            let values = names.map(variable::find).into_iter();
+            Ok(values.collect::<Result<Vec<_>>>()?.into_iter().flatten().next())
         };
         let (name, prefix) = address.split_once('/').unwrap_or((address, ""));
         let prefix = prefix.trim_matches('/');
@@ -60,18 +62,24 @@ impl S3Store {
             !name.is_empty() && name.chars().all(plain) && prefix.chars().all(plain) && !dots,
             "s3://{address}: expected letters, digits and ._- only\nhelp: s3://BUCKET[/PREFIX]"
         );
-        let region = options.region.clone();
-        let region = region
-            .or_else(|| variable(&["AWS_REGION", "AWS_DEFAULT_REGION"]))
-            .unwrap_or_else(|| "us-east-1".to_owned());
-        let named = options.endpoint.clone();
-        let named = named.or_else(|| variable(&["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"]));
+        let region = match &options.region {
+            Some(region) => Some(region.clone()),
+            None => first_of(["AWS_REGION", "AWS_DEFAULT_REGION"])?,
+        };
+        let region = region.unwrap_or_else(|| "us-east-1".to_owned());
+        let named = match &options.endpoint {
+            Some(endpoint) => Some(endpoint.clone()),
+            None => first_of(["AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL"])?,
+        };
         // Self-hosted services seldom have a host name for each bucket.
         let style = if named.is_some() { UrlStyle::Path } else { UrlStyle::VirtualHost };
         let endpoint = named.unwrap_or_else(|| format!("https://s3.{region}.amazonaws.com"));
+        let encrypted = endpoint.to_ascii_lowercase().starts_with("https://");
         let url = endpoint.parse().with_context(|| format!("reading the endpoint `{endpoint}`"))?;
         let bucket = rusty_s3::Bucket::new(url, style, name.to_owned(), region)
             .with_context(|| format!("the bucket {name} at {endpoint}"))?;
+        // The crate ignores values that are not UTF-8.
+        first_of(["AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"])?;
         let credentials = Credentials::from_env().with_context(|| {
             format!(
                 "s3://{address}: there are no credentials\n\
@@ -79,7 +87,7 @@ impl S3Store {
             )
         })?;
         let prefix = if prefix.is_empty() { String::new() } else { format!("{prefix}/") };
-        let client = HttpClient::new(format!("s3://{name}/{prefix}"), options.timeouts)?;
+        let client = HttpClient::new(format!("s3://{name}/{prefix}"), encrypted, options.timeouts)?;
         Ok(Self { bucket, credentials: Secret(credentials), prefix, client })
     }
 
@@ -289,9 +297,9 @@ impl FileStore for S3Store {
 }
 
 impl ReleaseStore for S3Store {
-    fn identity(&self) -> Result<String> {
+    fn identities(&self) -> Result<Vec<String>> {
         // Services may have buckets of the same name.
-        Ok(format!("{} at {}", self.client.name, self.bucket.base_url()))
+        Ok(vec![format!("{} at {}", self.client.name, self.bucket.base_url())])
     }
 
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {

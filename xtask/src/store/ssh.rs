@@ -332,9 +332,9 @@ impl FileStore for SshStore {
 }
 
 impl ReleaseStore for SshStore {
-    fn identity(&self) -> Result<String> {
+    fn identities(&self) -> Result<Vec<String>> {
         let port = self.port.map_or(String::new(), |port| format!(" port {port}"));
-        Ok(format!("ssh {}:{}{port}", self.destination, self.path))
+        Ok(vec![format!("ssh {}:{}{port}", self.destination, self.path)])
     }
 
     fn index(&self, channel: Channel) -> Result<(Option<Vec<u8>>, ChannelToken)> {

@@ -19,7 +19,7 @@ use crate::common::archive::Server;
 use crate::slipway::Machine;
 
 /// A machine that trusts the keys of the bench.
-fn machine(bench: &Bench) -> Machine {
+pub fn machine(bench: &Bench) -> Machine {
     let machine = Machine::new();
     let keys = machine.dir.join("home/.config/slipway/keys");
     fs::create_dir_all(&keys).unwrap();
@@ -177,6 +177,35 @@ fn what_is_in_the_target_directory_is_neither_followed_nor_shared() {
     }
     children.into_iter().for_each(|mut child| assert!(child.wait().unwrap().success()));
     assert_eq!(names(&here).len(), 3);
+}
+
+/// A process that was killed leaves its unfinished file. It has no lock, unlike one that another process is writing.
+#[test]
+fn what_an_interrupted_get_has_left_is_removed_by_the_next() {
+    let bench = Bench::new();
+    let store = bench.store("store");
+    bench.release(&store, "robot", "1.0.0");
+    let machine = machine(&bench);
+    let here = machine.dir.join("here");
+    let name = "robot-1.0.0-notes";
+    let [left, live, link, others] = ["aB3dE6", "aB3dE7", "aB3dE8", "mine.txt"]
+        .map(|end| here.join(format!("{name}.partial-{end}")));
+    let another = here.join("robot-1.0.0-part-0.partial-aB3dE6");
+    for path in [&left, &live, &others, &another] {
+        fs::write(path, "half").unwrap();
+    }
+    symlink(&others, &link).unwrap();
+    let lock = fs::File::open(&live).unwrap();
+    lock.lock().unwrap();
+    let get = ["release", "get", "1.0.0", "--product", "robot", "--role", "notes", "--store"];
+    let get = [&get[..], &[store.root().as_str()]].concat();
+    machine.good(&get);
+    assert!(!left.exists(), "{:?}", names(&here));
+    assert!([&live, &link, &others, &another].iter().all(|path| path.exists()));
+    drop(lock);
+    // Also when the file is there already.
+    machine.good(&get);
+    assert!(!live.exists());
 }
 
 #[test]

@@ -3,6 +3,7 @@
 
 mod builds;
 mod get;
+mod https;
 mod lint;
 mod programs;
 mod remote;

@@ -9,6 +9,7 @@ use serde_json::Value;
 use xtask::artifact::{Artifact, hash_bytes};
 use xtask::build::Program;
 use xtask::publish::pins::{self, Platform};
+use xtask::release::check::{compare_programs, released_programs};
 use xtask::release::create::{ReleaseRequest, create_release};
 use xtask::store::FileStore;
 use xtask::store::format::{Channel, ReleaseManifest};
@@ -101,6 +102,52 @@ fn a_release_has_programs_that_every_reader_checks() {
     fs::set_permissions(&manifest, fs::Permissions::from_mode(0o644)).unwrap();
     fs::write(&manifest, text.replace(&sha256, &hash_bytes(b"another"))).unwrap();
     machine.refused(&show, 1, &[&path, "expected"]);
+}
+
+/// `release check` compares them as the results of the build.
+#[test]
+fn the_programs_of_a_release_are_compared_with_those_that_are_made_again() {
+    let bench = Bench::new();
+    let path = released(&bench);
+    let store = bench.store("dist/releases");
+    let against = ["release", "check", "--product", "shop", "--board", "sample", "--against"];
+    let against = [&against[..], &["dist/shop/sample"]].concat();
+    let said = bench.good(&against);
+    assert!(said.contains(&format!(" equal    {}\n", program_name())), "{said}");
+    let programs = released_programs(&bench.dir, "shop", "sample", &bench.authority()).unwrap();
+    let again = |content: &[u8], name: String| {
+        let path = bench.dir.join("again");
+        fs::write(&path, content).unwrap();
+        let made = Program {
+            name,
+            binary: Artifact::from_file(path).unwrap(),
+            compiler: "none".to_owned(),
+        };
+        let compared = compare_programs(&store, &programs, Some(&[made])).unwrap();
+        let [output] = compared.as_slice() else { panic!("{compared:?}") };
+        assert_eq!(output.equal, output.differences.is_empty());
+        output.differences.iter().map(|found| found.what.clone()).collect::<String>()
+    };
+    assert_eq!(again(PROGRAM, program_name()), "");
+    let other = again(b"#!/bin/sh\necho a pr0gram\n", program_name());
+    assert!(other.contains("differs from byte 19"), "{other}");
+    assert!(again(PROGRAM, "slipway-0.0.0-other".to_owned()).contains("not made again"));
+    // What is in the store is not what was signed.
+    let object = store.object(&hash_bytes(PROGRAM));
+    fs::set_permissions(&object, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&object, b"another").unwrap();
+    let output = bench.xtask(&against).output().unwrap();
+    let said = String::from_utf8(output.stdout).unwrap();
+    assert!(said.contains("7 bytes") && said.contains(&hash_bytes(b"another")), "{said}");
+    assert!(String::from_utf8(output.stderr).unwrap().contains("1 of 5 outputs differ"));
+    fs::remove_file(&object).unwrap();
+    let output = bench.xtask(&against).output().unwrap();
+    assert!(String::from_utf8(output.stdout).unwrap().contains("is missing"));
+    // Nor is a manifest without a valid signature.
+    let manifest = bench.dir.join("dist/releases").join(&path);
+    fs::set_permissions(&manifest, fs::Permissions::from_mode(0o644)).unwrap();
+    fs::write(&manifest, "{}").unwrap();
+    assert!(bench.refused(&against).contains(&path));
 }
 
 #[test]

@@ -140,6 +140,39 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     assert!(bench.good(&list).contains("serial 1"));
 }
 
+/// The link is part of the address that was given: what was seen through it is remembered, too.
+#[test]
+fn a_link_that_leads_to_an_older_store_is_refused() {
+    let bench = Bench::new();
+    let local = bench.store("local");
+    let [old, new, link] = ["old", "new", "link"].map(|name| bench.dir.join(name));
+    bench.release(&local, "robot", "1.0.0");
+    copy(local.root(), &old);
+    bench.release(&local, "robot", "1.1.0");
+    copy(local.root(), &new);
+    let lead = |to: &Utf8Path| {
+        drop(fs::remove_file(&link));
+        std::os::unix::fs::symlink(to, &link).unwrap();
+    };
+    // The same place however it is typed, and below a link.
+    let whole = format!("{link}/");
+    for address in ["link", "./link", link.as_str(), &whole, "link/."] {
+        let list = ["release", "list", "--store", address];
+        lead(&new);
+        assert!(bench.good(&list).contains("serial 2"), "{address}");
+        lead(&old);
+        let message = bench.refused(&list);
+        for word in ["has an older index of the channel nightly", "its serial is 1", "has seen 2"] {
+            assert!(message.contains(word), "{address}: no `{word}` in {message}");
+        }
+    }
+    // A directory that was seen by its own name keeps what was seen there.
+    assert!(bench.good(&["release", "list", "--store", "old"]).contains("serial 1"));
+    bench.good(&["release", "list", "--store", "link", "--store-was-restored"]);
+    assert!(bench.good(&["release", "list", "--store", "link"]).contains("serial 1"));
+    assert!(bench.good(&["release", "list", "--store", "new"]).contains("serial 2"));
+}
+
 #[test]
 fn two_publishers_with_memories_of_their_own_do_not_take_each_other_for_attackers() {
     let bench = Bench::new();

@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use crate::artifact::hash_bytes;
 use crate::exec::Tool;
 use crate::progress::say;
+use crate::variable;
 
 /// Variables of the caller that are passed to Buildroot: user, directories, proxies, keys.
 const KEPT: [&str; 18] = [
@@ -65,9 +66,12 @@ pub const REMOTE_CCACHE: &str = "SLIPWAY_CCACHE_REMOTE";
 
 impl BuildrootSite {
     /// The settings of this machine's environment.
-    pub fn of_machine(offline: bool) -> Self {
-        let variable = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        Self { mirror: variable(MIRROR), offline, remote_ccache: variable(REMOTE_CCACHE) }
+    ///
+    /// # Errors
+    /// When a variable is not UTF-8.
+    pub fn of_machine(offline: bool) -> Result<Self> {
+        let (mirror, remote_ccache) = (variable::find(MIRROR)?, variable::find(REMOTE_CCACHE)?);
+        Ok(Self { mirror, offline, remote_ccache })
     }
 }
 

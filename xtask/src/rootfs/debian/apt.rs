@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use super::access::{self, AptLogins};
 use super::sources::AptSourceMirror;
 use crate::exec::Tool;
+use crate::variable;
 
 /// Overrides the archive's address (`…/debian`).
 pub const MIRROR_VARIABLE: &str = "SLIPWAY_DEBIAN_MIRROR";
@@ -39,8 +40,8 @@ impl AptMirrors {
     /// # Errors
     /// When neither names a Debian archive, or the keyring is missing.
     pub fn from_host() -> Result<Self> {
-        let set = |name: &str| std::env::var(name).ok().filter(|value| !value.is_empty());
-        let (mut archive, mut security) = (set(MIRROR_VARIABLE), set(SECURITY_VARIABLE));
+        let mut archive = variable::find(MIRROR_VARIABLE)?;
+        let mut security = variable::find(SECURITY_VARIABLE)?;
         if archive.is_none() || security.is_none() {
             let listing = Tool::new("apt-get")
                 .env("LC_ALL", "C")
@@ -63,7 +64,8 @@ impl AptMirrors {
         let Some(security) = security else {
             bail!(missing("security archive", SECURITY_VARIABLE))
         };
-        let keyring = Utf8PathBuf::from(set(KEYRING_VARIABLE).unwrap_or_else(|| KEYRING.into()));
+        let keyring = variable::find(KEYRING_VARIABLE)?.unwrap_or_else(|| KEYRING.into());
+        let keyring = Utf8PathBuf::from(keyring);
         if !keyring.is_file() {
             bail!(
                 "the keyring {keyring} that packages are verified with is missing\n\

@@ -352,8 +352,8 @@ pub fn lock_packages(
     let mut package = solved?;
     package.extend(host::lock_host_tools(mirrors, cache)?);
     let now = || std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
-    let epoch = match std::env::var("SOURCE_DATE_EPOCH") {
-        Ok(text) if !text.trim().is_empty() => {
+    let epoch = match crate::variable::find("SOURCE_DATE_EPOCH")? {
+        Some(text) if !text.trim().is_empty() => {
             text.trim().parse().context("SOURCE_DATE_EPOCH is not a number of seconds")?
         }
         _ => now().context("the system clock is set before 1970")?.as_secs(),

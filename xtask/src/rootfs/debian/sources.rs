@@ -15,6 +15,7 @@ use super::apt::{AptArchive, AptMirrors, PrivateApt};
 use super::lock::{ArchiveName, LockedPackage, split_stanzas};
 use crate::plan::keyring::{KeyringError, decode_keyring};
 use crate::rootfs::{PackageRole, glob};
+use crate::variable;
 
 /// Prefix of the variable that overrides a source's address, followed by the source's name in
 /// capitals with `_` for `-`.
@@ -69,10 +70,13 @@ pub struct AptSourceMirror {
 
 impl AptSourceMirror {
     /// A source with the address from the environment, else from the product.
-    pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Self {
-        let set = std::env::var(address_variable(name)).ok().filter(|value| !value.is_empty());
+    ///
+    /// # Errors
+    /// When the variable is not UTF-8.
+    pub fn new(name: &str, address: &str, key: Utf8PathBuf) -> Result<Self> {
+        let set = variable::find(&address_variable(name))?;
         let address = set.as_deref().unwrap_or(address).trim_end_matches('/').to_owned();
-        Self { name: name.to_owned(), address, key }
+        Ok(Self { name: name.to_owned(), address, key })
     }
 }
 
