@@ -49,17 +49,24 @@ pub enum RebuildAction {
 /// scratch (Buildroot manual, "Infrastructure for packages using kconfig").
 const KCONFIG: [&str; 3] = ["linux", "uboot", "busybox"];
 
-/// Symbols that affect only the last steps, which every make runs, or no file at all.
-const HARMLESS: [&str; 19] = [
+/// Symbols that affect only the last steps, which every make runs, or no file at all. Those of the
+/// workspace (`BR2_EXTERNAL_SLIPWAY_VERSION` is its commit) and of the build machine are written by
+/// Buildroot itself: the files of the external tree and the packages' dependencies are compared
+/// instead.
+const HARMLESS: [&str; 24] = [
     "BR2_BACKUP_SITE",
     "BR2_CCACHE",
     "BR2_DEFCONFIG",
     "BR2_DL_DIR",
     "BR2_DOWNLOAD_FORCE_CHECK_HASHES",
+    "BR2_EXTERNAL_",
     "BR2_GLOBAL_PATCH_DIR",
+    "BR2_HOST_CMAKE_AT_LEAST",
     "BR2_HOST_DIR",
+    "BR2_HOST_GCC_",
     "BR2_JLEVEL",
     "BR2_KERNEL_MIRROR",
+    "BR2_NEEDS_HOST_",
     "BR2_PRIMARY_SITE",
     "BR2_ROOTFS_OVERLAY",
     "BR2_ROOTFS_POST",
@@ -69,6 +76,7 @@ const HARMLESS: [&str; 19] = [
     "BR2_TARGET_GENERIC_ISSUE",
     "BR2_TARGET_GENERIC_ROOT",
     "BR2_TARGET_ROOTFS_",
+    "BR2_VERSION",
     "BR2_WGET",
 ];
 
