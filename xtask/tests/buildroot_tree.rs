@@ -342,6 +342,28 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
 }
 
 #[test]
+fn every_symbol_that_a_missing_command_names_exists() {
+    let Some(tree) = tree("every_symbol_that_a_missing_command_names_exists") else { return };
+    let read = |path: &str| std::fs::read_to_string(tree.join(path)).expect(path);
+    let busybox = read("package/busybox/busybox.config");
+    let known = |option: &str| {
+        let forms = [format!("{option}=y"), format!("# {option} is not set")];
+        busybox.lines().any(|line| forms.iter().any(|form| form == line))
+    };
+    let (options, symbols) = xtask::compose::commands::named_symbols();
+    let unknown: Vec<_> = options.iter().filter(|option| !known(option)).collect();
+    assert!(unknown.is_empty(), "not options of busybox: {unknown:?}");
+    let menus = Tool::new("grep")
+        .args(["-rhE", "^\\s*(menu)?config BR2_PACKAGE_"])
+        .arg(tree.join("package"));
+    let menus = menus.read().expect("symbols");
+    let found: std::collections::HashSet<&str> =
+        menus.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+    let unknown: Vec<_> = symbols.iter().filter(|symbol| !found.contains(**symbol)).collect();
+    assert!(unknown.is_empty(), "not symbols of Buildroot: {unknown:?}");
+}
+
+#[test]
 fn a_commit_in_the_workspace_rebuilds_nothing_but_what_it_changed() {
     let Some(tree) = tree("a_commit_in_the_workspace_rebuilds_nothing_but_what_it_changed") else {
         return;
