@@ -268,6 +268,10 @@ fn kconfig_takes_every_line_of_every_board_in_time() {
         let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect(board);
         engine::require_hashes(&info, &tree).expect(board);
         assert!(info.packages().count() > 80, "{board}: few packages");
+        // Sandboxes of services; `import xml`. No keyboard maps.
+        let needs = |name: &str, other: &str| info.0[name].dependencies.contains(other);
+        assert!(needs("systemd", "libseccomp") && needs("python3", "expat"), "{board}");
+        assert!(!info.0.contains_key("kbd"), "{board}");
         assert_eq!(info.0["python3"].version.split('.').take(2).collect::<Vec<_>>(), ["3", "12"]);
     }
 }
