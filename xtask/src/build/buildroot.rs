@@ -23,7 +23,7 @@ use crate::rootfs::debian::PackagesLock;
 use crate::wheel::target::Libc;
 
 /// Raised when a change of the engine's code changes its output.
-const BUILDROOT_VERSION: u32 = 1;
+const BUILDROOT_VERSION: u32 = 2;
 
 /// The name of the output directory: two checkouts of the workspace do not share output, since it
 /// contains absolute paths to the external tree.
@@ -54,7 +54,8 @@ fn base_key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Resul
         .with_json("prune", &prune_rules(build)?)?
         .with_json("device trees", &board.device_trees)?
         .with_json("firmware", &board.firmware)?
-        .with_json("boot loader", &board.bootloader)
+        .with_json("boot loader", &board.bootloader)?
+        .with_json("modules", &board.modules_keep)
 }
 
 /// The stage `base`.
@@ -93,6 +94,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
             device_trees: &plan.board.device_trees,
             firmware: &plan.board.firmware,
             bootloader: plan.board.bootloader.as_deref(),
+            modules: &plan.board.modules_keep,
             prune: &prune_rules(build)?,
             arch: &plan.board.arch,
             epoch,
