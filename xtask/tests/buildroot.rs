@@ -10,6 +10,7 @@ use xtask::cmd::doctor;
 use xtask::exec::Tool;
 use xtask::plan::fragment::Defconfig;
 use xtask::plan::{BuildrootPlan, Plan};
+use xtask::rootfs::buildroot::engine;
 use xtask::rootfs::buildroot::failure::{self, BuildrootFailure};
 use xtask::rootfs::buildroot::info::BuildrootInfo;
 use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
@@ -208,6 +209,31 @@ fn what_is_in_everything_is_a_full_rebuild_and_says_why() {
     new.config.insert("BR2_PACKAGE_GLIBC_UTILS".into(), "y".into());
     let reached = targets(&base(), &new);
     assert!(reached[0].starts_with("everything: glibc: BR2_PACKAGE_GLIBC_UTILS"), "{reached:?}");
+}
+
+#[test]
+fn an_older_c_library_than_the_wheels_need_is_refused_before_the_build() {
+    for (locked, found) in [
+        ("glibc 2.40", "2.41-143-gfc7a48bc9e999c0f"),
+        ("glibc 2.41", "2.41"),
+        ("glibc 2.9", "2.41"),
+    ] {
+        engine::require_libc(locked, found).expect(found);
+    }
+    for (locked, found) in
+        [("glibc 2.42", "2.41-143-gfc7a"), ("musl 1.2", "2.41"), ("glibc 2.1", "x")]
+    {
+        let error = engine::require_libc(locked, found).expect_err(found).to_string();
+        assert!(error.contains(&format!("has glibc {found}, but")), "{error}");
+    }
+    let mut plan = resolved("qemu-arm64").rootfs.buildroot.expect("a pinned release");
+    plan.libc = "glibc 2.99".into();
+    let mut info = info();
+    info.0.retain(|name, _| name == "glibc");
+    info.0.values_mut().for_each(|entry| entry.hashes.clear());
+    info.0.values_mut().for_each(|entry| entry.downloads.clear());
+    let error = engine::require_packages(&info, Utf8Path::new("/none"), &plan).expect_err("old");
+    assert!(error.to_string().contains("rootfs.buildroot.libc"), "{error}");
 }
 
 /// A git repository that looks like a Buildroot release, with an annotated tag as upstream's.

@@ -1,6 +1,6 @@
 //! The stage `base` of the engine `buildroot`.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 
 use super::BuildContext;
@@ -20,7 +20,6 @@ use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::rebuild::list_files;
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::rootfs::debian::PackagesLock;
-use crate::wheel::target::Libc;
 
 /// Raised when a change of the engine's code changes its output.
 const BUILDROOT_VERSION: u32 = 2;
@@ -101,7 +100,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
         };
         let system = collect_base(&setup, &info, &wants, dir)
             .context("collecting the output of Buildroot")?;
-        require_libc(&pinned.libc, &system.glibc)?;
+        engine::require_libc(&pinned.libc, &system.glibc)?;
         let key = dir.file_name().unwrap_or_default().to_owned();
         Ok(BuiltBase { system, replaced: Vec::new(), epoch, key })
     })?;
@@ -124,21 +123,6 @@ fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Resul
 /// The time of the tree's commit: the files of a release have it on every build machine.
 fn commit_time(tree: &BuildrootTree) -> Result<u64> {
     git::commit_time(&tree.path).context("reading the time of Buildroot's commit")
-}
-
-/// The wheels were locked for a C library: the built library must not be older.
-fn require_libc(locked: &str, built: &str) -> Result<()> {
-    let (wanted, found): (Libc, Libc) = (locked.parse()?, format!("glibc {built}").parse()?);
-    let fits = match (&wanted, &found) {
-        (Libc::Glibc(major, minor), Libc::Glibc(a, b)) => (a, b) >= (major, minor),
-        (wanted, found) => wanted == found,
-    };
-    ensure!(
-        fits,
-        "Buildroot built {found}, but the product's wheels are locked for {wanted}\n\
-         help: correct `rootfs.buildroot.libc` and run cargo xtask lock --only wheels"
-    );
-    Ok(())
 }
 
 /// An `mke2fs` that reads tars: the machine's own if it is new enough, else the one in the package

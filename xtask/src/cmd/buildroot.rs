@@ -242,7 +242,7 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
             let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
-            engine::require_hashes(&info, &setup.tree)?;
+            engine::require_packages(&info, &setup.tree, &case.buildroot)?;
             note = format!(", {} packages", info.packages().count());
         }
         let seconds = started.elapsed();
