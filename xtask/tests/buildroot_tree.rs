@@ -394,7 +394,12 @@ fn a_commit_in_the_workspace_rebuilds_nothing_but_what_it_changed() {
     let lines = "BR2_aarch64=y\nBR2_PACKAGE_BUSYBOX_CONFIG_FRAGMENT_FILES=\
                  \"$(BR2_EXTERNAL_SLIPWAY_PATH)/busybox/busybox.fragment\"\n";
     let (defconfig, _) = fragment::merge_fragments([(Utf8Path::new("a.fragment"), lines)]);
-    let pinned = BuildrootTree { path: tree, commit: "c".into(), changes: String::new() };
+    let pinned = BuildrootTree {
+        path: tree,
+        commit: "c".into(),
+        changes: String::new(),
+        changed: Default::default(),
+    };
     let configure = || check::check_defconfig(&setup, &defconfig, "a case").expect("valid").config;
     let first = configure();
     let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect("packages");

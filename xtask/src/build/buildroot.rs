@@ -84,6 +84,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
         setup: &setup,
         site: &site,
         log: &log,
+        yes: build.options.yes,
     };
     let made = build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         // Fetched first, so that what comes later needs no network.

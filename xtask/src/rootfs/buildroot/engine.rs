@@ -14,7 +14,8 @@ use super::check;
 use super::failure::{self, offline_help, plain_uri};
 use super::info::BuildrootInfo;
 use super::make::{BuildrootSetup, BuildrootSite};
-use super::rebuild::{self, OutputState, RebuildAction};
+use super::pending::PendingRebuild;
+use super::rebuild::{OutputState, RebuildAction};
 use super::tree::BuildrootTree;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
@@ -41,6 +42,8 @@ pub struct BuildrootRequest<'a> {
     pub site: &'a BuildrootSite,
     /// The log of make's output; errors name it.
     pub log: &'a Utf8Path,
+    /// Build everything again without asking.
+    pub yes: bool,
 }
 
 /// Builds everything that is not finished yet.
@@ -175,15 +178,9 @@ fn prepare_output(
     info: &BuildrootInfo,
 ) -> Result<()> {
     let setup = request.setup;
-    let old = OutputState::load(&setup.output)?;
-    let rebuild = match &old {
-        Some(old) => rebuild::compare_states(old, state, info),
-        None if info.finished(&setup.output) == 0 => RebuildAction::Nothing,
-        None => RebuildAction::Everything(
-            "the configuration of the output directory is unknown".to_owned(),
-        ),
-    };
-    match rebuild {
+    let pending = PendingRebuild::find(&setup.output, request.tree, state, info)?;
+    pending.require_permission(&setup.output, request.yes)?;
+    match pending.action {
         RebuildAction::Nothing => {}
         RebuildAction::Everything(why) => {
             warn(format!("a full rebuild is necessary: {why}"));
