@@ -304,6 +304,8 @@ fn an_older_c_library_than_the_wheels_need_is_refused_before_the_build() {
     info.0.values_mut().for_each(|entry| entry.downloads.clear());
     let error = engine::require_packages(&info, Utf8Path::new("/none"), &plan).expect_err("old");
     assert!(error.to_string().contains("rootfs.buildroot.libc"), "{error}");
+    info.0.values_mut().for_each(|entry| entry.version = "custom".into());
+    engine::require_packages(&info, Utf8Path::new("/none"), &plan).expect("read after the build");
 }
 
 /// A git repository that looks like a Buildroot release, with an annotated tag as upstream's.

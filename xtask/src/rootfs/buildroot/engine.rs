@@ -124,8 +124,10 @@ pub fn require_packages(info: &BuildrootInfo, tree: &Utf8Path, plan: &BuildrootP
             plan.python
         );
     }
-    // A prebuilt toolchain has its own library, which is read after the build.
-    version("glibc").map_or(Ok(()), |version| require_libc(&plan.libc, version))
+    // A prebuilt toolchain has its own library, and sources from elsewhere have the version `custom`:
+    // these are read after the build.
+    let glibc = version("glibc").filter(|version| *version != "custom");
+    glibc.map_or(Ok(()), |version| require_libc(&plan.libc, version))
 }
 
 /// The wheels were locked for a C library: that of the system must not be older. `found` is a version
