@@ -180,6 +180,10 @@ pub struct BuildImageArgs {
     /// Engine buildroot: also collect sources and licence texts into dist/…/legal-info.
     #[arg(long)]
     pub legal_info: bool,
+    /// Engine buildroot: build everything again without asking. Required for that where there is no
+    /// terminal.
+    #[arg(long)]
+    pub yes: bool,
     /// How to print the report.
     #[arg(long, value_enum, default_value = "text")]
     pub format: OutputFormat,
@@ -220,6 +224,15 @@ pub enum BuildrootCommand {
     UbootMenuconfig(BuildrootTargetArgs),
     /// Show what was changed in the menus, as lines for fragments with the file for each line.
     Diff(BuildrootTargetArgs),
+    /// Show which packages the next build would build again, and why. Changes nothing.
+    Why {
+        #[command(flatten)]
+        #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+        target: BuildrootTargetArgs,
+        /// How to print it.
+        #[arg(long, value_enum, default_value = "text")]
+        format: OutputFormat,
+    },
     /// Run any target of Buildroot's make, with the product's configuration.
     Make {
         #[command(flatten)]

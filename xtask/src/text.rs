@@ -82,6 +82,17 @@ pub fn eprint(text: &str) {
     drop(std::io::stderr().lock().write_all(printable_lines(text).as_bytes()));
 }
 
+/// Asks on the terminal; returns the line that is typed, without surrounding spaces.
+///
+/// # Errors
+/// When standard input cannot be read.
+pub fn ask_line(question: &str) -> Result<String> {
+    eprint(question);
+    let mut answer = String::new();
+    std::io::stdin().read_line(&mut answer).context("reading the answer")?;
+    Ok(answer.trim().to_owned())
+}
+
 /// `println!` without control characters.
 #[macro_export]
 macro_rules! outln {

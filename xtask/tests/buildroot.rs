@@ -10,8 +10,10 @@ use xtask::cmd::doctor;
 use xtask::exec::Tool;
 use xtask::plan::fragment::Defconfig;
 use xtask::plan::{BuildrootPlan, Plan};
+use xtask::rootfs::buildroot::engine;
 use xtask::rootfs::buildroot::failure::{self, BuildrootFailure};
 use xtask::rootfs::buildroot::info::BuildrootInfo;
+use xtask::rootfs::buildroot::pending::PendingRebuild;
 use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
 use xtask::rootfs::buildroot::tree::{self, TreeChoice};
 use xtask::{config, plan, render, tools};
@@ -113,6 +115,7 @@ fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> OutputState {
     };
     OutputState {
         tree: "commit".into(),
+        tree_changed: Default::default(),
         config: pairs(config).into_iter().collect(),
         dependencies: info()
             .packages()
@@ -150,6 +153,10 @@ fn exactly_what_a_change_reaches_is_built_again() {
     let mut new = base();
     for symbol in ["BR2_JLEVEL", "BR2_TARGET_GENERIC_HOSTNAME", "BR2_PRIMARY_SITE"] {
         new.config.insert(symbol.into(), "7".into());
+    }
+    // What Buildroot writes about the workspace and the build machine.
+    for symbol in ["BR2_EXTERNAL_SLIPWAY_VERSION", "BR2_VERSION", "BR2_HOST_GCC_AT_LEAST_13"] {
+        new.config.insert(symbol.into(), "x".into());
     }
     assert!(targets(&base(), &new).is_empty());
 
@@ -206,6 +213,101 @@ fn what_is_in_everything_is_a_full_rebuild_and_says_why() {
     assert!(reached[0].starts_with("everything: glibc: BR2_PACKAGE_GLIBC_UTILS"), "{reached:?}");
 }
 
+#[test]
+fn a_changed_recipe_of_one_s_own_tree_rebuilds_its_package() {
+    let (_guard, dir) = folder();
+    repository(&dir);
+    let git = |arguments: &[&str]| {
+        let tool = Tool::new("git").args(["-C", dir.as_str(), "-c", "user.name=t"]);
+        tool.args(["-c", "user.email=t@localhost"]).args(arguments).run().expect("git");
+    };
+    let write = |path: &str, text: &str| {
+        let path = dir.join(path);
+        std::fs::create_dir_all(path.parent().expect("a directory")).expect("made");
+        std::fs::write(path, text).expect("written");
+    };
+    write("package/python3/python3.mk", "1");
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "-m", "two"]);
+    let own = TreeChoice { own: Some(dir.clone()), allow_changes: true, ..TreeChoice::default() };
+    let obtain = || {
+        let plan = pin();
+        tree::obtain_tree(&plan, &dir, &own).expect("a tree")
+    };
+    let (output_guard, output) = folder();
+    let state_of = |tree: &tree::BuildrootTree| OutputState {
+        tree: format!("{} {}", tree.commit, tree.changes),
+        tree_changed: tree.changed.clone(),
+        ..state(&[], &[])
+    };
+    // What was built; then what the tree that is there now would build again.
+    let build = || state_of(&obtain()).save(&output).expect("saved");
+    let due = || {
+        let tree = obtain();
+        let found = PendingRebuild::find(&output, &tree, &state_of(&tree), &info()).expect("known");
+        match found.action {
+            RebuildAction::Targets(targets) => targets.into_keys().collect(),
+            RebuildAction::Nothing => Vec::new(),
+            RebuildAction::Everything(why) => vec![format!("everything: {why}")],
+        }
+    };
+    build();
+    assert!(due().is_empty());
+    write("package/python3/python3.mk", "2");
+    assert_eq!(due(), ["python3-dirclean"], "a change that is not committed");
+    build();
+    assert!(due().is_empty());
+    git(&["commit", "--quiet", "-a", "-m", "three"]);
+    assert!(due().is_empty(), "what was built is committed now");
+    build();
+    write("package/python3/0001-x.patch", "");
+    write("package/python3/python3.hash", "");
+    write("package/frobnicate/frobnicate.mk", "not configured");
+    write("docs/manual.adoc", "");
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "-m", "four"]);
+    assert_eq!(due(), ["python3-dirclean"]);
+    build();
+    write("package/pkg-generic.mk", "");
+    assert_eq!(due(), ["everything: Buildroot's package/pkg-generic.mk changed"]);
+    std::fs::remove_file(dir.join("package/pkg-generic.mk")).expect("removed");
+    write("package/glibc/glibc.mk", "");
+    let all = due();
+    assert!(all[0].starts_with("everything: glibc: Buildroot's package/glibc/"), "{all:?}");
+    // A commit that this checkout does not have.
+    let lost = OutputState { tree: format!("{} ", "1".repeat(40)), ..state(&[], &[]) };
+    lost.save(&output).expect("saved");
+    assert_eq!(due(), ["everything: the Buildroot tree changed"]);
+    drop(output_guard);
+}
+
+#[test]
+fn an_older_c_library_than_the_wheels_need_is_refused_before_the_build() {
+    for (locked, found) in [
+        ("glibc 2.40", "2.41-143-gfc7a48bc9e999c0f"),
+        ("glibc 2.41", "2.41"),
+        ("glibc 2.9", "2.41"),
+    ] {
+        engine::require_libc(locked, found).expect(found);
+    }
+    for (locked, found) in
+        [("glibc 2.42", "2.41-143-gfc7a"), ("musl 1.2", "2.41"), ("glibc 2.1", "x")]
+    {
+        let error = engine::require_libc(locked, found).expect_err(found).to_string();
+        assert!(error.contains(&format!("has glibc {found}, but")), "{error}");
+    }
+    let mut plan = resolved("qemu-arm64").rootfs.buildroot.expect("a pinned release");
+    plan.libc = "glibc 2.99".into();
+    let mut info = info();
+    info.0.retain(|name, _| name == "glibc");
+    info.0.values_mut().for_each(|entry| entry.hashes.clear());
+    info.0.values_mut().for_each(|entry| entry.downloads.clear());
+    let error = engine::require_packages(&info, Utf8Path::new("/none"), &plan).expect_err("old");
+    assert!(error.to_string().contains("rootfs.buildroot.libc"), "{error}");
+    info.0.values_mut().for_each(|entry| entry.version = "custom".into());
+    engine::require_packages(&info, Utf8Path::new("/none"), &plan).expect("read after the build");
+}
+
 /// A git repository that looks like a Buildroot release, with an annotated tag as upstream's.
 fn repository(dir: &Utf8Path) -> (String, String) {
     std::fs::create_dir_all(dir.join("package")).expect("made");
@@ -225,19 +327,24 @@ fn repository(dir: &Utf8Path) -> (String, String) {
     (format!("file://{dir}"), git(&["rev-parse", "HEAD"]).trim().to_owned())
 }
 
-#[test]
-fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
-    let (_guard, dir) = folder();
-    let (url, commit) = repository(&dir.join("upstream"));
-    let cache = dir.join("cache");
-    let mut plan = BuildrootPlan {
-        url,
+/// A release that no tree has yet.
+fn pin() -> BuildrootPlan {
+    BuildrootPlan {
+        url: String::new(),
         release: "2025.02.99".into(),
         commit: "0".repeat(40),
         python: "3.12".into(),
         libc: "glibc 2.40".into(),
         defconfig: Defconfig::default(),
-    };
+    }
+}
+
+#[test]
+fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
+    let (_guard, dir) = folder();
+    let (url, commit) = repository(&dir.join("upstream"));
+    let cache = dir.join("cache");
+    let mut plan = BuildrootPlan { url, ..pin() };
     let choice = TreeChoice::default();
 
     let offline = TreeChoice { offline: true, ..TreeChoice::default() };

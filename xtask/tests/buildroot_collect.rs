@@ -49,7 +49,11 @@ fn rootfs(path: &Utf8Path, busybox: &[u8]) {
     file("./usr/bin/busybox", busybox);
     file("./usr/bin/python3.12", &elf(3));
     file("./usr/lib/libc.so.6", b"\0GNU C Library (Buildroot) stable release version 2.41.\n");
-    file("./usr/lib/modules/6.6.78/modules.dep", b"kernel/fs/fuse/fuse.ko:\n");
+    let dep = b"kernel/fs/fuse/fuse.ko:\nkernel/sound/core/snd.ko: kernel/sound/soundcore.ko\n\
+                kernel/sound/soundcore.ko:\n";
+    file("./usr/lib/modules/6.6.78/modules.dep", dep);
+    file("./usr/lib/modules/6.6.78/kernel/sound/core/snd.ko", &elf(1));
+    file("./usr/lib/modules/6.6.78/kernel/sound/soundcore.ko", &elf(1));
     file("./usr/lib/modules/6.6.78/modules.builtin", b"kernel/fs/ext4/ext4.ko\n");
     file("./usr/lib/modules/6.6.78/kernel/fs/fuse/fuse.ko", &elf(1));
     let metadata = b"Metadata-Version: 2.1\nName: numpy\nVersion: 1.26.4\n\ntext\n";
@@ -95,11 +99,17 @@ fn made() -> Made {
 }
 
 fn take(made: &Made, trees: &[&str]) -> anyhow::Result<BaseSystem> {
+    take_keeping(made, trees, &[])
+}
+
+fn take_keeping(made: &Made, trees: &[&str], modules: &[&str]) -> anyhow::Result<BaseSystem> {
+    let modules: Vec<String> = modules.iter().map(|m| (*m).to_owned()).collect();
     let trees: Vec<String> = trees.iter().map(|t| (*t).to_owned()).collect();
     let wants = CollectRequest {
         device_trees: &trees,
         firmware: &["rpi-firmware/start.elf".to_owned()],
         bootloader: Some("u-boot.bin"),
+        modules: &modules,
         prune: &PruneRules::standard().expect("rules"),
         arch: "arm64",
         epoch: EPOCH,
@@ -140,6 +150,39 @@ fn a_finished_output_folder_becomes_the_base_that_every_engine_yields() {
     for file in base.files() {
         assert!(file.starts_with(made.dir.join("base")), "{file} is in the stage's directory");
     }
+}
+
+#[test]
+fn only_the_modules_that_the_board_keeps_are_in_the_base() {
+    let made = made();
+    // Buildroot's own depmod; the machine's need not be there. It writes what it finds, as kmod's does.
+    let depmod = made.setup.output.join("host/sbin/depmod");
+    let text = "#!/bin/sh\nset -e\ncd \"$2/lib/modules/$3\"\n\
+                [ ! -e modules.dep ] || mv modules.dep modules.old\n\
+                while IFS= read -r line; do [ ! -e \"${line%%:*}\" ] || echo \"$line\"; done \
+                <modules.old >modules.dep\nrm modules.old\n";
+    put(depmod.clone(), text);
+    let executable = std::os::unix::fs::PermissionsExt::from_mode(0o755);
+    std::fs::set_permissions(&depmod, executable).expect("executable");
+    // A module, one that is built in, and one that only another engine's kernel has.
+    let keep = ["fs/fuse", "fs/ext4/ext4.ko", "drivers/net/wireless/**/mac80211_hwsim.ko"];
+    let base = take_keeping(&made, &[], &keep).expect("a base");
+    for tar in [&base.rootfs.path, &base.initrd_parts.modules.path] {
+        let tree = xtask::rootfs::tree::RootTree::from_tar(tar).expect("a tar");
+        let paths: Vec<&str> = tree.iter().map(|(path, _)| path).collect();
+        assert!(paths.iter().any(|path| path.ends_with("kernel/fs/fuse/fuse.ko")), "{paths:?}");
+        assert!(!paths.iter().any(|path| path.contains("sound")), "{paths:?}");
+        let index = paths.iter().find(|path| path.ends_with("modules.dep")).expect("an index");
+        assert_eq!(tree.read(index).expect("an index"), b"kernel/fs/fuse/fuse.ko:\n");
+    }
+    let sound = take_keeping(&made, &[], &["sound/core"]).expect("a base");
+    let tree = xtask::rootfs::tree::RootTree::from_tar(&sound.rootfs.path).expect("a tar");
+    assert!(
+        tree.get("usr/lib/modules/6.6.78/kernel/sound/soundcore.ko").is_some(),
+        "needed by snd"
+    );
+    let error = take_keeping(&made, &[], &["drivers/none"]).expect_err("keeps nothing").to_string();
+    assert!(error.contains("no module of this kernel matches an entry"), "{error}");
 }
 
 #[test]

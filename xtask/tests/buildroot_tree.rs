@@ -18,7 +18,8 @@ use xtask::rootfs::buildroot::check::{self, LossReason, LostRequest};
 use xtask::rootfs::buildroot::expr::KconfigValues;
 use xtask::rootfs::buildroot::info::BuildrootInfo;
 use xtask::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
-use xtask::rootfs::buildroot::tree::pinned_path;
+use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
+use xtask::rootfs::buildroot::tree::{BuildrootTree, pinned_path};
 use xtask::rootfs::buildroot::{engine, menus};
 use xtask::{config, plan};
 
@@ -267,6 +268,10 @@ fn kconfig_takes_every_line_of_every_board_in_time() {
         let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect(board);
         engine::require_hashes(&info, &tree).expect(board);
         assert!(info.packages().count() > 80, "{board}: few packages");
+        // Sandboxes of services; `import xml`. No keyboard maps.
+        let needs = |name: &str, other: &str| info.0[name].dependencies.contains(other);
+        assert!(needs("systemd", "libseccomp") && needs("python3", "expat"), "{board}");
+        assert!(!info.0.contains_key("kbd"), "{board}");
         assert_eq!(info.0["python3"].version.split('.').take(2).collect::<Vec<_>>(), ["3", "12"]);
     }
 }
@@ -338,4 +343,87 @@ fn what_was_changed_in_the_menus_waits_until_it_is_in_a_fragment() {
     let done = merge("BR2_aarch64=y\nBR2_CCACHE=y\n");
     let config = check::check_defconfig(&setup, &done, "a test").expect("resolved").config;
     assert!(menus::advise_changes(&found, &done, &KconfigValues::parse(&config)).is_empty());
+}
+
+#[test]
+fn every_symbol_that_a_missing_command_names_exists() {
+    let Some(tree) = tree("every_symbol_that_a_missing_command_names_exists") else { return };
+    let read = |path: &str| std::fs::read_to_string(tree.join(path)).expect(path);
+    let busybox = read("package/busybox/busybox.config");
+    let known = |option: &str| {
+        let forms = [format!("{option}=y"), format!("# {option} is not set")];
+        busybox.lines().any(|line| forms.iter().any(|form| form == line))
+    };
+    let (options, symbols) = xtask::compose::commands::named_symbols();
+    let unknown: Vec<_> = options.iter().filter(|option| !known(option)).collect();
+    assert!(unknown.is_empty(), "not options of busybox: {unknown:?}");
+    let menus = Tool::new("grep")
+        .args(["-rhE", "^\\s*(menu)?config BR2_PACKAGE_"])
+        .arg(tree.join("package"));
+    let menus = menus.read().expect("symbols");
+    let found: std::collections::HashSet<&str> =
+        menus.lines().filter_map(|line| line.split_whitespace().nth(1)).collect();
+    let unknown: Vec<_> = symbols.iter().filter(|symbol| !found.contains(**symbol)).collect();
+    assert!(unknown.is_empty(), "not symbols of Buildroot: {unknown:?}");
+}
+
+#[test]
+fn a_commit_in_the_workspace_rebuilds_nothing_but_what_it_changed() {
+    let Some(tree) = tree("a_commit_in_the_workspace_rebuilds_nothing_but_what_it_changed") else {
+        return;
+    };
+    let output = tempfile::tempdir().expect("a directory");
+    let dir = Utf8PathBuf::try_from(output.path().to_owned()).expect("UTF-8");
+    let workspace = dir.join("workspace");
+    let copy = |from: &Utf8Path, to: &Utf8Path| {
+        std::fs::create_dir_all(to).expect("a directory");
+        Tool::new("cp").arg("-r").arg(from).arg(to).run().expect("copied");
+    };
+    copy(&root().join("external"), &workspace);
+    let git = |arguments: &[&str]| {
+        Tool::new("git")
+            .args(["-C", workspace.as_str(), "-c", "user.name=t", "-c", "user.email=t@localhost"])
+            .args(arguments)
+            .run()
+            .expect("git");
+    };
+    git(&["init", "--quiet"]);
+    git(&["add", "."]);
+    git(&["commit", "--quiet", "-m", "one"]);
+    let setup = BuildrootSetup::new(&dir, &tree, &workspace, "out").expect("directories");
+    let lines = "BR2_aarch64=y\nBR2_PACKAGE_BUSYBOX_CONFIG_FRAGMENT_FILES=\
+                 \"$(BR2_EXTERNAL_SLIPWAY_PATH)/busybox/busybox.fragment\"\n";
+    let (defconfig, _) = fragment::merge_fragments([(Utf8Path::new("a.fragment"), lines)]);
+    let pinned = BuildrootTree {
+        path: tree,
+        commit: "c".into(),
+        changes: String::new(),
+        changed: Default::default(),
+    };
+    let configure = || check::check_defconfig(&setup, &defconfig, "a case").expect("valid").config;
+    let first = configure();
+    let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect("packages");
+    let describe = |config: &str| {
+        OutputState::describe(&setup, &pinned, config, &info).expect("a description")
+    };
+    let built = describe(&first);
+    let version = "BR2_EXTERNAL_SLIPWAY_VERSION=";
+    let version = |config: &str| {
+        config.lines().find(|line| line.starts_with(version)).map(str::to_owned).expect("a version")
+    };
+
+    git(&["commit", "--quiet", "--allow-empty", "-m", "two"]);
+    let second = configure();
+    assert_ne!(version(&second), version(&first), "Buildroot writes the commit to .config");
+    assert_eq!(compare_states(&built, &describe(&second), &info), RebuildAction::Nothing);
+
+    let fragment = setup.external.join("busybox/busybox.fragment");
+    let text = std::fs::read_to_string(&fragment).expect("a fragment");
+    std::fs::write(&fragment, format!("{text}CONFIG_FSYNC=y\n")).expect("written");
+    let dirty = configure();
+    assert!(version(&dirty).contains("dirty"), "{}", version(&dirty));
+    let RebuildAction::Targets(targets) = compare_states(&built, &describe(&dirty), &info) else {
+        panic!("the fragment changed");
+    };
+    assert_eq!(targets.keys().collect::<Vec<_>>(), ["busybox-reconfigure"]);
 }

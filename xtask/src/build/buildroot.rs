@@ -1,6 +1,6 @@
 //! The stage `base` of the engine `buildroot`.
 
-use anyhow::{Context, Result, bail, ensure};
+use anyhow::{Context, Result, bail};
 use camino::Utf8Path;
 
 use super::BuildContext;
@@ -20,10 +20,9 @@ use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::rebuild::list_files;
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::rootfs::debian::PackagesLock;
-use crate::wheel::target::Libc;
 
 /// Raised when a change of the engine's code changes its output.
-const BUILDROOT_VERSION: u32 = 1;
+const BUILDROOT_VERSION: u32 = 2;
 
 /// The name of the output directory: two checkouts of the workspace do not share output, since it
 /// contains absolute paths to the external tree.
@@ -54,7 +53,8 @@ fn base_key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Resul
         .with_json("prune", &prune_rules(build)?)?
         .with_json("device trees", &board.device_trees)?
         .with_json("firmware", &board.firmware)?
-        .with_json("boot loader", &board.bootloader)
+        .with_json("boot loader", &board.bootloader)?
+        .with_json("modules", &board.modules_keep)
 }
 
 /// The stage `base`.
@@ -84,6 +84,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
         setup: &setup,
         site: &site,
         log: &log,
+        yes: build.options.yes,
     };
     let made = build.stage("base", key, BuiltBase::files, BuiltBase::describe, |build, dir| {
         // Fetched first, so that what comes later needs no network.
@@ -93,13 +94,14 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
             device_trees: &plan.board.device_trees,
             firmware: &plan.board.firmware,
             bootloader: plan.board.bootloader.as_deref(),
+            modules: &plan.board.modules_keep,
             prune: &prune_rules(build)?,
             arch: &plan.board.arch,
             epoch,
         };
         let system = collect_base(&setup, &info, &wants, dir)
             .context("collecting the output of Buildroot")?;
-        require_libc(&pinned.libc, &system.glibc)?;
+        engine::require_libc(&pinned.libc, &system.glibc)?;
         let key = dir.file_name().unwrap_or_default().to_owned();
         Ok(BuiltBase { system, replaced: Vec::new(), epoch, key })
     })?;
@@ -122,21 +124,6 @@ fn legal_info(build: &BuildContext<'_>, request: &BuildrootRequest<'_>) -> Resul
 /// The time of the tree's commit: the files of a release have it on every build machine.
 fn commit_time(tree: &BuildrootTree) -> Result<u64> {
     git::commit_time(&tree.path).context("reading the time of Buildroot's commit")
-}
-
-/// The wheels were locked for a C library: the built library must not be older.
-fn require_libc(locked: &str, built: &str) -> Result<()> {
-    let (wanted, found): (Libc, Libc) = (locked.parse()?, format!("glibc {built}").parse()?);
-    let fits = match (&wanted, &found) {
-        (Libc::Glibc(major, minor), Libc::Glibc(a, b)) => (a, b) >= (major, minor),
-        (wanted, found) => wanted == found,
-    };
-    ensure!(
-        fits,
-        "Buildroot built {found}, but the product's wheels are locked for {wanted}\n\
-         help: correct `rootfs.buildroot.libc` and run cargo xtask lock --only wheels"
-    );
-    Ok(())
 }
 
 /// An `mke2fs` that reads tars: the machine's own if it is new enough, else the one in the package

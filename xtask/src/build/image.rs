@@ -11,7 +11,7 @@ use super::key::{BOOT_SLOTS, ComposeInputs, partition_size};
 use super::{BuildContext, BuildKeys, BuiltBase, BundleCompression, alias, base, environment, key};
 use crate::artifact::{Artifact, flush_file, write_atomically, write_large};
 use crate::cache::CacheKey;
-use crate::compose::{self, ComposeParts, lint, programs, sizes};
+use crate::compose::{self, ComposeParts, lint, programs, sandbox, sizes};
 use crate::config::board::BootFileFormat;
 use crate::disk::{
     self, ChecksummedImage, DiskSpec, FatFile, FileSource, PartitionContent, PartitionSpec,
@@ -150,6 +150,7 @@ fn compose_into(
     let names = boot_names(build, base);
     lint::check_system(plan, &tree, &base.system.kernel_release, &rendered.boot, &names)?;
     programs::check_programs(&tree)?;
+    sandbox::check_sandboxes(&tree)?;
     let sizes = sizes::measure_tree(&tree)?;
     let tar = dir.join("root.tar");
     write_large(&tar, |out| tree.write(plan.epoch, out))?;

@@ -30,6 +30,8 @@ pub struct BuildOptions {
     pub allow_changes: bool,
     /// Engine buildroot: also collect sources and licence texts.
     pub legal_info: bool,
+    /// Engine buildroot: build everything again without asking.
+    pub yes: bool,
 }
 
 /// The stages of a build, in order.

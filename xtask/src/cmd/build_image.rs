@@ -37,6 +37,7 @@ fn build_options(options: &BuildImageArgs) -> BuildOptions {
         no_install,
         tree,
         legal_info,
+        yes,
         format: _,
     } = options;
     BuildOptions {
@@ -51,6 +52,7 @@ fn build_options(options: &BuildImageArgs) -> BuildOptions {
         buildroot: tree.buildroot.clone(),
         allow_changes: tree.allow_changes,
         legal_info: *legal_info,
+        yes: *yes,
     }
 }
 

@@ -1,5 +1,6 @@
 //! `buildroot`: the daily work with the engine of that name.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -12,7 +13,7 @@ use crate::config::{self, workspace_root};
 use crate::facts;
 use crate::plan::fragment::SymbolValue;
 use crate::plan::{self, BuildrootPlan, Plan};
-use crate::progress::{format_duration, say};
+use crate::progress::{format_duration, list_names, say};
 use crate::render::defconfig_title;
 use crate::rootfs::buildroot::check::{LostRequest, check_defconfig};
 use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
@@ -20,6 +21,8 @@ use crate::rootfs::buildroot::expr::KconfigValues;
 use crate::rootfs::buildroot::info::BuildrootInfo;
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::menus::{self, MenuChange};
+use crate::rootfs::buildroot::pending::PendingRebuild;
+use crate::rootfs::buildroot::rebuild::{OutputState, RebuildAction};
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
@@ -37,6 +40,7 @@ pub fn buildroot(verb: &BuildrootCommand) -> Result<()> {
         BuildrootCommand::LinuxMenuconfig(target) => package_menuconfig(target, "linux"),
         BuildrootCommand::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
         BuildrootCommand::Diff(target) => diff(target),
+        BuildrootCommand::Why { target, format } => why(target, *format),
         BuildrootCommand::Make { target, arguments } => make(target, arguments),
     }
 }
@@ -111,6 +115,7 @@ impl Case {
             setup,
             site,
             log: &setup.output.join("slipway-make.log"),
+            yes: false,
         };
         engine::configure(&request).map(drop)
     }
@@ -203,6 +208,55 @@ fn print_changes(case: &Case) -> Result<()> {
     Ok(())
 }
 
+/// What would be built again, in machine-readable form.
+#[derive(serde::Serialize)]
+struct Pending<'a> {
+    /// Everything, for this reason.
+    everything: Option<&'a str>,
+    /// Targets of make, with their reasons.
+    targets: Option<&'a BTreeMap<String, BTreeSet<String>>>,
+    finished: usize,
+    total: usize,
+    took_seconds: Option<u64>,
+}
+
+fn why(target: &BuildrootTargetArgs, format: OutputFormat) -> Result<()> {
+    let case = resolve_one_case(target)?;
+    let output = case.setup()?.output;
+    // Resolved in another directory, so that this one is not changed.
+    let root = workspace_root()?;
+    let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+    let verdict = check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))?;
+    verdict.require()?;
+    let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
+    let state = OutputState::describe(&setup, &case.tree, &verdict.config, &info)?;
+    let pending = PendingRebuild::find(&output, &case.tree, &state, &info)?;
+    let (everything, targets) = match &pending.action {
+        RebuildAction::Nothing => (None, None),
+        RebuildAction::Everything(why) => (Some(why.as_str()), None),
+        RebuildAction::Targets(targets) => (None, Some(targets)),
+    };
+    if format == OutputFormat::Json {
+        let PendingRebuild { finished, total, took, .. } = pending;
+        let took_seconds = took.map(|took| took.as_secs());
+        let shown = Pending { everything, targets, finished, total, took_seconds };
+        outln!("{}", text::to_json(&shown)?);
+        return Ok(());
+    }
+    if let Some(why) = everything {
+        outln!("everything: {why}; {}", pending.describe_loss());
+    }
+    for (target, why) in targets.into_iter().flatten() {
+        let why: Vec<&str> = why.iter().map(String::as_str).collect();
+        outln!("{target}: {}", list_names(&why));
+    }
+    if pending.action == RebuildAction::Nothing {
+        outln!("Nothing that is finished would be built again.");
+    }
+    outln!("{} of {} packages are finished in {output}.", pending.finished, pending.total);
+    Ok(())
+}
+
 fn make(target: &BuildrootTargetArgs, arguments: &[String]) -> Result<()> {
     let case = resolve_one_case(target)?;
     let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline)?);
@@ -242,7 +296,7 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
             let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
-            engine::require_hashes(&info, &setup.tree)?;
+            engine::require_packages(&info, &setup.tree, &case.buildroot)?;
             note = format!(", {} packages", info.packages().count());
         }
         let seconds = started.elapsed();

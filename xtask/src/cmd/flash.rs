@@ -222,7 +222,7 @@ fn format_devices(devices: &[FlashDevice], size: u64) -> String {
 fn choose_device(size: u64) -> Result<FlashDevice> {
     let devices = device::select_candidates(device::list_all_devices()?);
     err!("{}", format_devices(&devices, size));
-    let name = ask_line("Name of the device to write (empty: cancel): ")?;
+    let name = text::ask_line("Name of the device to write (empty: cancel): ")?;
     let wanted = Utf8Path::new(&name);
     ensure!(!name.is_empty(), "nothing was written");
     let found = devices.into_iter().find(|device| device.name == name || device.path == wanted);
@@ -280,17 +280,9 @@ fn confirm_write(
             source.path
         ),
     );
-    let answer = ask_line(&format!("Type its name ({}) to continue: ", device.name))?;
+    let answer = text::ask_line(&format!("Type its name ({}) to continue: ", device.name))?;
     ensure!(answer == device.name, "nothing was written");
     Ok(())
-}
-
-fn ask_line(question: &str) -> Result<String> {
-    err!("{question}");
-    std::io::stderr().flush().context("asking")?;
-    let mut answer = String::new();
-    std::io::stdin().lock().read_line(&mut answer).context("reading the answer")?;
-    Ok(answer.trim().to_owned())
 }
 
 /// Asks without showing what is typed.

@@ -4,9 +4,12 @@
 //! Invariant: the tree is the same for both slots; nothing in it depends on the slot.
 
 pub mod api;
+pub mod commands;
 mod config_txt;
 pub mod lint;
 pub mod programs;
+pub mod sandbox;
+pub mod shell;
 pub mod sizes;
 pub mod units;
 mod users;

@@ -1,18 +1,16 @@
-//! Checks that the programs that units and health checks start are in the image. Otherwise a service that
-//! cannot start, a console without a working login, or a health check that rolls back every update is only
-//! discovered on the robot.
+//! Checks that the programs that units, health checks and shell scripts start are in the image. Otherwise a
+//! service that cannot start, a console without a working login, a script that fails in the middle, or a health
+//! check that rolls back every update is only discovered on the robot.
 
 use anyhow::{Result, bail};
 use contract::health_file::{self, CheckTarget, HealthFile};
 
-use crate::rootfs::tree::{EntryOrigin, RootEntry, RootEntryKind, RootTree};
+use super::commands::{find_missing_commands, find_program, is_shell_script, missing_program};
+use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// The directories of units, and of the files that override them.
-const FOLDERS: [&str; 3] =
+pub(super) const UNIT_DIRS: [&str; 3] =
     ["etc/systemd/system/", "usr/lib/systemd/system/", "usr/local/lib/systemd/system/"];
-/// systemd searches these directories for a name without a directory (systemd.service(5),
-/// `systemd-path search-binaries-default`).
-const SEARCHED: [&str; 4] = ["usr/local/sbin", "usr/local/bin", "usr/sbin", "usr/bin"];
 /// The keys of a service whose value starts with a program.
 const KEYS: [&str; 7] = [
     "ExecStart",
@@ -30,18 +28,18 @@ const CONDITIONS: [&str; 3] =
 /// The program that agetty(8) starts by default: its own package does not contain it.
 const LOGIN: &str = "bin/login";
 
-/// Checks every unit and every health check that an overlay adds or changes.
+/// Checks every unit, health check and shell script that an overlay adds or changes.
 ///
 /// # Errors
 /// Lists everything that is missing, with the overlay's file and line.
 pub fn check_programs(tree: &RootTree) -> Result<()> {
-    let (mut missing, mut checks) = (Vec::new(), Vec::new());
+    let (mut missing, mut checks, mut scripts) = (Vec::new(), Vec::new(), Vec::new());
     for (path, entry) in tree.iter() {
         let (EntryOrigin::Overlay(source), RootEntryKind::File(_)) = (&entry.origin, &entry.kind)
         else {
             continue;
         };
-        if FOLDERS.iter().any(|dir| path.starts_with(dir)) {
+        if UNIT_DIRS.iter().any(|dir| path.starts_with(dir)) {
             let text = tree.read(path)?;
             let settings = effective_settings(&String::from_utf8_lossy(&text));
             let of = |keys: &'static [&str]| {
@@ -51,15 +49,28 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
             for Setting { line, value, .. } in of(&KEYS) {
                 let fault = find_fault(tree, value, &conditions);
                 missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
+                let inner = inline_script(value).unwrap_or_default();
+                for (line, fault) in find_missing_commands(tree, &inner, *line) {
+                    scripts.push(format!("{source}:{line}: {fault}"));
+                }
             }
         } else if is_health_check(path) {
             let fault = find_check_fault(tree, &String::from_utf8_lossy(&tree.read(path)?));
             checks.extend(fault.map(|fault| format!("{source}: {fault}")));
+        } else {
+            let text = tree.read(path)?;
+            let text = String::from_utf8_lossy(&text);
+            if is_shell_script(&text) {
+                for (line, fault) in find_missing_commands(tree, &text, 1) {
+                    scripts.push(format!("{source}:{line}: {fault}"));
+                }
+            }
         }
     }
     let mut findings = Vec::new();
     for (what, list) in [
         ("units start programs that this image does not contain", missing),
+        ("shell scripts use commands that this image does not contain", scripts),
         (
             "health checks would fail on every robot, and roll back every update to this image",
             checks,
@@ -96,7 +107,7 @@ fn find_check_fault(tree: &RootTree, text: &str) -> Option<String> {
         return None;
     }
     match find_program(tree, program) {
-        None => Some(missing_program(program)),
+        None => Some(missing_program(tree, program)),
         Some(entry) if entry.mode & 0o111 == 0 => Some(format!(
             "`{program}` is not executable\nhelp: run `chmod +x` on the overlay's file"
         )),
@@ -104,29 +115,16 @@ fn find_check_fault(tree: &RootTree, text: &str) -> Option<String> {
     }
 }
 
-/// The file that a name stands for when a program is started by it.
-fn find_program<'a>(tree: &'a RootTree, program: &str) -> Option<&'a RootEntry> {
-    let found = match program.strip_prefix('/') {
-        Some(path) => tree.resolve(path),
-        None => SEARCHED.iter().find_map(|dir| tree.resolve(&format!("{dir}/{program}"))),
-    };
-    found.map(|(_, entry)| entry)
-}
-
-fn missing_program(program: &str) -> String {
-    format!("`{program}` is missing\nhelp: add the package or the overlay file that contains it")
-}
-
 /// A line of a unit, joined with those that continue it.
-struct Setting {
+pub(super) struct Setting {
     /// The number of its first line.
-    line: usize,
-    key: String,
-    value: String,
+    pub(super) line: usize,
+    pub(super) key: String,
+    pub(super) value: String,
 }
 
 /// The effective settings of a unit: an empty value resets earlier ones.
-fn effective_settings(text: &str) -> Vec<Setting> {
+pub(super) fn effective_settings(text: &str) -> Vec<Setting> {
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
@@ -159,7 +157,7 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
         return None;
     }
     if find_program(tree, program).is_none() {
-        return (!may_fail).then(|| missing_program(program));
+        return (!may_fail).then(|| missing_program(tree, program));
     }
     let own = |word: &str| {
         ["-l", "--login-program", "-n", "--skip-login"].iter().any(|o| word.starts_with(o))
@@ -173,10 +171,29 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
     })
 }
 
+/// The script in `sh -c '…'`, in quotes of one kind and without escapes: systemd changes others
+/// before the shell reads them.
+fn inline_script(command: &str) -> Option<String> {
+    let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
+    let (shell, rest) = line.split_once(char::is_whitespace)?;
+    if !["/bin/sh", "/usr/bin/sh", "sh"].contains(&shell) {
+        return None;
+    }
+    let (option, rest) = rest.trim_start().split_once(char::is_whitespace)?;
+    let rest = rest.trim_start();
+    let quote = rest.chars().next().filter(|c| ['\'', '"'].contains(c))?;
+    let (script, _) = rest.get(1..)?.split_once(quote)?;
+    let is_command = option.starts_with('-') && option.ends_with('c') && !script.contains('\\');
+    // `%%` and `$$` are how systemd is told to leave the character to the shell; what has a specifier
+    // is not known before the unit starts.
+    let script = script.replace("%%", "").replace("$$", "$");
+    (is_command && !script.contains('%')).then_some(script)
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::rootfs::tree::FileData;
+    use crate::rootfs::tree::{FileData, RootEntry};
 
     /// What is reported of an image with these executable files, and this file of an overlay.
     fn findings_of(path: &str, text: &str, programs: &[&str]) -> String {
@@ -233,6 +250,70 @@ mod tests {
             "{message}"
         );
         assert_eq!(message.matches("a.service").count(), 1, "{message}");
+    }
+
+    #[test]
+    fn a_command_of_a_script_that_is_missing_is_named_with_its_line() {
+        let here = ["usr/bin/busybox", "usr/bin/grep", "usr/sbin/e2fsck"];
+        let findings = |text: &str| findings_of("usr/lib/x/script", text, &here);
+        let script = "#!/bin/sh -e\nset -u\nsay() {\n  echo \"$1\" | grep x\n}\nsay \"$(e2fsck /dev/x)\"\n\
+                      timeout -k 1 2 \"$script\" && say x\n";
+        assert_eq!(
+            findings(script),
+            "shell scripts use commands that this image does not contain:\n  - \
+             overlays/x/script:7: `timeout` is missing\n\
+             help: add the package or the overlay file that contains it"
+        );
+        // Not a script for /bin/sh, not in the image, not certain.
+        for text in [
+            "timeout 1 x",
+            "#!/usr/bin/python3\ntimeout",
+            "#!/bin/sh\n/data/x; /run/y; ./z; \"$PROGRAM\"",
+            "#!/bin/sh\n. /usr/lib/functions\nfunction_of_it",
+            "#!/bin/sh\ncommand -v timeout && timeout 1 x",
+            "#!/bin/sh\ntimeout() { \"$@\"; }\ntimeout 1",
+        ] {
+            assert_eq!(findings(text), "", "{text}");
+        }
+        assert!(findings("#!/bin/sh\n/usr/bin/gone").contains(":2: `/usr/bin/gone` is missing"));
+    }
+
+    #[test]
+    fn the_symbol_that_brings_a_command_is_named() {
+        let mut tree = RootTree::with_root(EntryOrigin::Base);
+        tree.file("usr/bin/busybox", 0o755, "").unwrap();
+        for (path, target) in [("bin", "usr/bin"), ("usr/bin/sh", "busybox")] {
+            let kind = RootEntryKind::Symlink(target.to_owned());
+            tree.insert(path, RootEntry::new(0o777, kind, EntryOrigin::Base)).unwrap();
+        }
+        let script = "#!/bin/sh\ntimeout 1 x\nresize2fs x\nfrobnicate\n";
+        let kind = RootEntryKind::File(FileData::Bytes(script.into()));
+        let entry = RootEntry::new(0o755, kind, EntryOrigin::Overlay("overlays/x/s".into()));
+        tree.insert("usr/lib/s", entry).unwrap();
+        let message = check_programs(&tree).unwrap_err().to_string();
+        for expected in [
+            "s:2: `timeout` is missing\nhelp: add `CONFIG_TIMEOUT=y` to external/busybox/busybox.fragment",
+            "s:3: `resize2fs` is missing\nhelp: select BR2_PACKAGE_E2FSPROGS_RESIZE2FS in external/",
+            "s:4: `frobnicate` is missing\nhelp: select the Buildroot package that installs it",
+        ] {
+            assert!(message.contains(expected), "{message}");
+        }
+    }
+
+    #[test]
+    fn a_script_in_a_unit_is_read_too() {
+        let here = ["usr/bin/sh", "bin/sh", "usr/bin/cat"];
+        let unit = "[Service]\nExecStart=/bin/sh -ec 'x=$$(cat /x); timeout 1 \\\n  ${FOO} cat'\n";
+        let message = findings(unit, &here);
+        assert!(message.contains("a.service:2: `timeout` is missing"), "{message}");
+        for unit in [
+            "ExecStart=/bin/sh -c '%i x'\n",
+            "ExecStart=/bin/sh -c 'cat'\n",
+            "ExecStart=/bin/sh -x 'gone'\n",
+            "ExecStart=/bin/sh -c \"a\\x20b\"\n",
+        ] {
+            assert_eq!(findings(unit, &here), "", "{unit}");
+        }
     }
 
     #[test]

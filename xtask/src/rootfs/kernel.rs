@@ -47,30 +47,35 @@ impl ModuleIndex {
         Self { needs: needs.collect(), builtin: builtin.collect() }
     }
 
+    /// The patterns that match neither a module nor a built-in one.
+    ///
+    /// # Errors
+    /// An invalid pattern.
+    pub fn unmatched_patterns<'a>(&self, patterns: &'a [String]) -> Result<Vec<&'a str>> {
+        let mut unmatched = Vec::new();
+        for pattern in patterns {
+            // A directory of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
+            let one = glob::compile_globs(&module_patterns(pattern))?;
+            let mut paths = self.needs.keys().chain(&self.builtin);
+            if !paths.any(|path| one.is_match(without_suffix(path))) {
+                unmatched.push(pattern.as_str());
+            }
+        }
+        Ok(unmatched)
+    }
+
     /// The kept modules with all their dependencies.
     ///
     /// # Errors
     /// When a pattern of `keep` matches neither a module nor a built-in one: it is misspelt, or the
     /// kernel changed.
     pub fn modules_to_keep(&self, rules: &ModuleRules) -> Result<BTreeSet<String>> {
-        let mut unmatched = Vec::new();
-        for pattern in &rules.keep {
-            // A directory of modules or a single one: `fs/ext4` and `fs/fat/vfat.ko` are both fine.
-            let one = glob::compile_globs(&module_patterns(pattern))?;
-            if !self
-                .needs
-                .keys()
-                .chain(&self.builtin)
-                .any(|path| one.is_match(without_suffix(path)))
-            {
-                unmatched.push(format!("'{pattern}'"));
-            }
-        }
+        let unmatched = self.unmatched_patterns(&rules.keep)?;
         if !unmatched.is_empty() {
             bail!(
-                "no module of this kernel matches {}\n\
+                "no module of this kernel matches '{}'\n\
                  help: correct `kernel.modules-keep` in the board's board.toml",
-                unmatched.join(", ")
+                unmatched.join("', '")
             );
         }
         let patterns: Vec<String> = rules.keep.iter().flat_map(|p| module_patterns(p)).collect();
@@ -161,13 +166,18 @@ pub fn unpack_module(path: &str, bytes: Vec<u8>) -> Result<(&str, Vec<u8>)> {
 }
 
 /// Removes the modules that the rules do not keep from `base/lib/modules/<release>`, and indexes
-/// the others. Returns how many were kept.
+/// the others, with this `depmod` or the machine's. Returns how many were kept.
 ///
 /// # Errors
 /// When `depmod` is missing or fails, or a rule matches nothing.
-pub fn prune_modules(base: &Utf8Path, release: &str, rules: &ModuleRules) -> Result<usize> {
+pub fn prune_modules(
+    base: &Utf8Path,
+    release: &str,
+    rules: &ModuleRules,
+    depmod: Option<&Utf8Path>,
+) -> Result<usize> {
     let dir = base.join("lib/modules").join(release);
-    run_depmod(base, release)?;
+    run_depmod(depmod, base, release)?;
     let read = |name: &str| {
         let path = dir.join(name);
         fs::read_to_string(&path).with_context(|| format!("reading {path}"))
@@ -179,12 +189,13 @@ pub fn prune_modules(base: &Utf8Path, release: &str, rules: &ModuleRules) -> Res
         fs::remove_file(&path).with_context(|| format!("removing {path}"))?;
     }
     remove_empty_dirs(&dir)?;
-    run_depmod(base, release)?;
+    run_depmod(depmod, base, release)?;
     Ok(kept.len())
 }
 
-fn run_depmod(base: &Utf8Path, release: &str) -> Result<()> {
-    let Some(program) = exec::find_program("depmod") else {
+fn run_depmod(depmod: Option<&Utf8Path>, base: &Utf8Path, release: &str) -> Result<()> {
+    let program = depmod.map(Utf8Path::to_owned).or_else(|| exec::find_program("depmod"));
+    let Some(program) = program else {
         bail!("depmod is missing\nhelp: sudo apt-get install kmod");
     };
     Tool::new(program).arg("-b").arg(base).arg(release).env("LC_ALL", "C").run()

@@ -11,10 +11,13 @@ use super::info::BuildrootInfo;
 use super::make::BuildrootSetup;
 use crate::artifact::{Artifact, write_atomically};
 use crate::plan::fragment;
+use crate::progress::warn;
 use crate::rootfs::debian::prune::{self, PruneRules};
-use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches};
-use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
+use crate::rootfs::kernel::{self, ModuleIndex, ModuleRules};
+use crate::rootfs::parts::{compress_kernel, copy_file, copy_matches, files_below};
+use crate::rootfs::tree::{EntryOrigin, FileData, RootEntry, RootEntryKind, RootTree};
 use crate::rootfs::{BasePackage, BaseSystem, InitrdParts, PythonDistribution, RootPython};
+use crate::scratch::create_scratch_dir;
 
 /// What to collect.
 #[derive(Debug)]
@@ -25,6 +28,8 @@ pub struct CollectRequest<'a> {
     pub firmware: &'a [String],
     /// The boot loader below `images`.
     pub bootloader: Option<&'a str>,
+    /// Which kernel modules stay (`kernel.modules-keep`); empty keeps all.
+    pub modules: &'a [String],
     /// What to remove from the root.
     pub prune: &'a PruneRules,
     /// Debian's name for the architecture.
@@ -55,6 +60,7 @@ pub fn collect_base(
         .to_owned();
     let mut tree = RootTree::from_tar(&images.join("rootfs.tar"))?;
     let modules = out.join("modules.tar");
+    keep_modules(setup, &mut tree, &release, wants.modules)?;
     let module_tree = modules_of(&tree, &release)?;
     write_atomically(&modules, |w| module_tree.write(wants.epoch, w))?;
     let busybox = out.join("busybox");
@@ -123,6 +129,60 @@ fn build_dir(setup: &BuildrootSetup, info: &BuildrootInfo, package: &str) -> Res
     let entry = info.0.get(package);
     let entry = entry.with_context(|| format!("the configuration does not build {package}"))?;
     Ok(setup.output.join(&entry.stamp_dir))
+}
+
+/// Removes the modules that the board does not keep, and indexes the others with the `depmod` that
+/// Buildroot built. A board's list is for the kernels of both engines: an entry that this kernel does
+/// not have is a warning.
+fn keep_modules(
+    setup: &BuildrootSetup,
+    tree: &mut RootTree,
+    release: &str,
+    keep: &[String],
+) -> Result<()> {
+    if keep.is_empty() {
+        return Ok(());
+    }
+    let below = format!("usr/lib/modules/{release}");
+    let all = modules_of(tree, release)?;
+    let text = |name: &str| Ok::<_, anyhow::Error>(String::from_utf8(all.read(name)?)?);
+    let index = ModuleIndex::new(&text("modules.dep")?, &text("modules.builtin")?);
+    let unmatched = index.unmatched_patterns(keep)?;
+    let matched: Vec<String> =
+        keep.iter().filter(|entry| !unmatched.contains(&entry.as_str())).cloned().collect();
+    ensure!(
+        !matched.is_empty(),
+        "no module of this kernel matches an entry of `kernel.modules-keep`\n\
+         help: correct the list in the board's board.toml, or the kernel's fragment"
+    );
+    if !unmatched.is_empty() {
+        warn(format!(
+            "this kernel has no module for these entries of `kernel.modules-keep`, neither loadable \
+             nor built-in: {}",
+            unmatched.join(", ")
+        ));
+    }
+    let (_guard, scratch) = create_scratch_dir()?;
+    let dir = scratch.join("lib/modules").join(release);
+    for (path, _) in all.iter().filter(|(_, e)| matches!(e.kind, RootEntryKind::File(_))) {
+        let file = dir.join(path);
+        let parent = file.parent().context("a module has a directory")?;
+        fs::create_dir_all(parent).with_context(|| format!("creating {parent}"))?;
+        fs::write(&file, all.read(path)?).with_context(|| format!("writing {file}"))?;
+    }
+    let depmod = setup.output.join("host/sbin/depmod");
+    let rules = ModuleRules { keep: matched, drop: Vec::new() };
+    let built = depmod.is_file().then_some(depmod.as_path());
+    kernel::prune_modules(&scratch, release, &rules, built)?;
+    tree.remove(&below);
+    for file in files_below(&dir)? {
+        let inside = file.strip_prefix(&dir).with_context(|| format!("placing {file}"))?;
+        let bytes = fs::read(&file).with_context(|| format!("reading {file}"))?;
+        let kind = RootEntryKind::File(FileData::Bytes(bytes));
+        let entry = RootEntry::new(0o644, kind, EntryOrigin::Base);
+        tree.insert(&format!("{below}/{inside}"), entry)?;
+    }
+    Ok(())
 }
 
 /// The kernel's modules as a separate tree, paths relative to `lib/modules/<release>`.

@@ -7,14 +7,15 @@ use std::io::{Read, Seek, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use super::check;
 use super::failure::{self, offline_help, plain_uri};
 use super::info::BuildrootInfo;
 use super::make::{BuildrootSetup, BuildrootSite};
-use super::rebuild::{self, OutputState, RebuildAction};
+use super::pending::PendingRebuild;
+use super::rebuild::{OutputState, RebuildAction};
 use super::tree::BuildrootTree;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
@@ -41,6 +42,8 @@ pub struct BuildrootRequest<'a> {
     pub site: &'a BuildrootSite,
     /// The log of make's output; errors name it.
     pub log: &'a Utf8Path,
+    /// Build everything again without asking.
+    pub yes: bool,
 }
 
 /// Builds everything that is not finished yet.
@@ -90,8 +93,8 @@ pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
 /// Applies the defconfig, and asks Buildroot for its packages.
 ///
 /// # Errors
-/// A lost request; a dependency that is not selected; a source without a hash; a Python version
-/// other than the one that the wheels are locked for.
+/// A lost request; a dependency that is not selected; a source without a hash; a Python version or
+/// a C library other than what the wheels are locked for.
 pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
     let verdict = check::check_defconfig(setup, &request.plan.defconfig, request.title)?;
@@ -99,19 +102,52 @@ pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, Strin
     // Query the sources as if there were a network, also when offline, in order to show them.
     let online = BuildrootSite { offline: false, ..request.site.clone() };
     let info = BuildrootInfo::read(setup, &online)?;
-    require_hashes(&info, &setup.tree)?;
-    let python = info.0.get("python3").map(|entry| entry.version.as_str());
-    if let Some(version) = python
-        && version != request.plan.python
-        && !version.starts_with(&format!("{}.", request.plan.python))
+    require_packages(&info, &setup.tree, request.plan)?;
+    Ok((info, verdict.config))
+}
+
+/// What must be right before anything is built: a hash for every source, and the Python and the C
+/// library that the wheels are locked for.
+///
+/// # Errors
+/// The first that is not.
+pub fn require_packages(info: &BuildrootInfo, tree: &Utf8Path, plan: &BuildrootPlan) -> Result<()> {
+    require_hashes(info, tree)?;
+    let version = |name: &str| info.0.get(name).map(|entry| entry.version.as_str());
+    if let Some(version) = version("python3")
+        && version != plan.python
+        && !version.starts_with(&format!("{}.", plan.python))
     {
         bail!(
             "this Buildroot has Python {version}, but the product's wheels are locked for {}\n\
              help: correct `rootfs.buildroot.python` and run cargo xtask lock --only wheels",
-            request.plan.python
+            plan.python
         );
     }
-    Ok((info, verdict.config))
+    // A prebuilt toolchain has its own library, and sources from elsewhere have the version `custom`:
+    // these are read after the build.
+    let glibc = version("glibc").filter(|version| *version != "custom");
+    glibc.map_or(Ok(()), |version| require_libc(&plan.libc, version))
+}
+
+/// The wheels were locked for a C library: that of the system must not be older. `found` is a version
+/// of glibc, such as `2.41` or Buildroot's `2.41-143-gfc7a48bc9e99`.
+///
+/// # Errors
+/// When it is older, or another library.
+pub fn require_libc(locked: &str, found: &str) -> Result<()> {
+    let numbers = |version: &str| -> Option<(u32, u32)> {
+        let (major, rest) = version.split_once('.')?;
+        let minor = rest.split(|c: char| !c.is_ascii_digit()).next()?;
+        Some((major.parse().ok()?, minor.parse().ok()?))
+    };
+    let wanted = locked.strip_prefix("glibc ").and_then(numbers);
+    ensure!(
+        wanted.is_some() && numbers(found) >= wanted,
+        "this Buildroot has glibc {found}, but the product's wheels are locked for {locked}\n\
+         help: correct `rootfs.buildroot.libc` and run cargo xtask lock --only wheels"
+    );
+    Ok(())
 }
 
 /// Every download must have a line in a hash file: detected here in milliseconds, by Buildroot only
@@ -144,15 +180,9 @@ fn prepare_output(
     info: &BuildrootInfo,
 ) -> Result<()> {
     let setup = request.setup;
-    let old = OutputState::load(&setup.output)?;
-    let rebuild = match &old {
-        Some(old) => rebuild::compare_states(old, state, info),
-        None if info.finished(&setup.output) == 0 => RebuildAction::Nothing,
-        None => RebuildAction::Everything(
-            "the configuration of the output directory is unknown".to_owned(),
-        ),
-    };
-    match rebuild {
+    let pending = PendingRebuild::find(&setup.output, request.tree, state, info)?;
+    pending.require_permission(&setup.output, request.yes)?;
+    match pending.action {
         RebuildAction::Nothing => {}
         RebuildAction::Everything(why) => {
             warn(format!("a full rebuild is necessary: {why}"));

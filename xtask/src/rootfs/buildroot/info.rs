@@ -41,6 +41,9 @@ pub struct InfoEntry {
     /// Hash files, relative to the tree or absolute.
     #[serde(default)]
     pub hashes: Vec<Utf8PathBuf>,
+    /// The directory of its recipe, relative to the tree; empty for a filesystem image.
+    #[serde(default)]
+    pub package_dir: Utf8PathBuf,
     /// The directory of its stamp files, relative to the output directory.
     #[serde(default)]
     pub stamp_dir: String,

@@ -9,6 +9,7 @@ pub mod failure;
 pub mod info;
 pub mod make;
 pub mod menus;
+pub mod pending;
 pub mod rebuild;
 pub mod symbols;
 pub mod tree;

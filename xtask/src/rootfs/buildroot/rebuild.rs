@@ -24,6 +24,9 @@ const STATE: &str = "slipway-state.json";
 pub struct OutputState {
     /// The tree's commit and changes.
     pub tree: String,
+    /// The tree's files with local changes: hash by path.
+    #[serde(default)]
+    pub tree_changed: BTreeMap<Utf8PathBuf, String>,
     /// `.config`: each symbol that is set.
     pub config: BTreeMap<String, String>,
     /// What each package needs.
@@ -49,17 +52,24 @@ pub enum RebuildAction {
 /// scratch (Buildroot manual, "Infrastructure for packages using kconfig").
 const KCONFIG: [&str; 3] = ["linux", "uboot", "busybox"];
 
-/// Symbols that affect only the last steps, which every make runs, or no file at all.
-const HARMLESS: [&str; 19] = [
+/// Symbols that affect only the last steps, which every make runs, or no file at all. Those of the
+/// workspace (`BR2_EXTERNAL_SLIPWAY_VERSION` is its commit) and of the build machine are written by
+/// Buildroot itself: the files of the external tree and the packages' dependencies are compared
+/// instead.
+const HARMLESS: [&str; 24] = [
     "BR2_BACKUP_SITE",
     "BR2_CCACHE",
     "BR2_DEFCONFIG",
     "BR2_DL_DIR",
     "BR2_DOWNLOAD_FORCE_CHECK_HASHES",
+    "BR2_EXTERNAL_",
     "BR2_GLOBAL_PATCH_DIR",
+    "BR2_HOST_CMAKE_AT_LEAST",
     "BR2_HOST_DIR",
+    "BR2_HOST_GCC_",
     "BR2_JLEVEL",
     "BR2_KERNEL_MIRROR",
+    "BR2_NEEDS_HOST_",
     "BR2_PRIMARY_SITE",
     "BR2_ROOTFS_OVERLAY",
     "BR2_ROOTFS_POST",
@@ -69,7 +79,21 @@ const HARMLESS: [&str; 19] = [
     "BR2_TARGET_GENERIC_ISSUE",
     "BR2_TARGET_GENERIC_ROOT",
     "BR2_TARGET_ROOTFS_",
+    "BR2_VERSION",
     "BR2_WGET",
+];
+
+/// Files of Buildroot's tree that no build reads, or only through a symbol that names them.
+const UNUSED: [&str; 9] = [
+    ".editorconfig",
+    ".gitlab-ci.yml",
+    ".gitignore",
+    "CHANGES",
+    "DEVELOPERS",
+    "README",
+    "configs",
+    "docs",
+    "support/testing",
 ];
 
 impl OutputState {
@@ -108,6 +132,7 @@ impl OutputState {
             info.packages().map(|(n, e)| (n.to_owned(), e.dependencies.clone())).collect();
         Ok(Self {
             tree: format!("{} {}", tree.commit, tree.changes),
+            tree_changed: tree.changed.clone(),
             config,
             dependencies,
             files,
@@ -175,16 +200,29 @@ struct CleanPlan {
     everything: Option<String>,
 }
 
-/// Compares what was built with what is requested.
+/// Compares what was built with what is requested; another tree is built from scratch.
 pub fn compare_states(old: &OutputState, new: &OutputState, info: &BuildrootInfo) -> RebuildAction {
+    compare_trees(old, new, info, None)
+}
+
+/// The same, where the files are known that differ between the two trees.
+pub fn compare_trees(
+    old: &OutputState,
+    new: &OutputState,
+    info: &BuildrootInfo,
+    differ: Option<&BTreeSet<Utf8PathBuf>>,
+) -> RebuildAction {
     let mut plan = CleanPlan::default();
-    if old.tree != new.tree {
+    if old.tree != new.tree && differ.is_none() {
         return RebuildAction::Everything("the Buildroot tree changed".to_owned());
+    }
+    let added = |name: &str| !old.dependencies.contains_key(name);
+    for path in differ.into_iter().flatten() {
+        plan.tree_file(path, info, &added);
     }
     for name in old.dependencies.keys().filter(|name| !new.dependencies.contains_key(*name)) {
         plan.clean(name, "no longer configured".to_owned());
     }
-    let added = |name: &str| !old.dependencies.contains_key(name);
     for (name, needs) in &new.dependencies {
         if let Some(before) = old.dependencies.get(name).filter(|before| *before != needs) {
             let changes: Vec<&str> =
@@ -249,6 +287,33 @@ impl CleanPlan {
             None if HARMLESS.iter().any(|h| symbol.starts_with(h)) => {}
             None => {
                 self.everything.get_or_insert(why);
+            }
+        }
+    }
+
+    /// A file of Buildroot's own tree.
+    fn tree_file(&mut self, path: &Utf8Path, info: &BuildrootInfo, added: &dyn Fn(&str) -> bool) {
+        let why = format!("Buildroot's {path} changed");
+        let name = path.file_name().unwrap_or_default();
+        // The effect of the menus is in `.config`; the source that was built had the right hash.
+        let harmless = UNUSED.iter().any(|unused| path.starts_with(unused))
+            || name.starts_with("Config.")
+            || name.ends_with(".hash");
+        if harmless {
+            return;
+        }
+        let parts: Vec<&str> = path.components().map(|c| c.as_str()).collect();
+        let (["package" | "boot" | "toolchain", _, _, ..] | ["linux", ..]) = parts.as_slice()
+        else {
+            self.everything.get_or_insert(why);
+            return;
+        };
+        // Its package, and packages in directories below, which share the file.
+        let dir = path.parent().unwrap_or(path);
+        let owns = |recipe: &Utf8Path| path.starts_with(recipe) || recipe.starts_with(dir);
+        for (name, entry) in info.packages().filter(|(_, e)| !e.package_dir.as_str().is_empty()) {
+            if owns(&entry.package_dir) && !added(name) {
+                self.clean(name, why.clone());
             }
         }
     }

@@ -1,11 +1,13 @@
 //! The Buildroot tree: cloned once by tag into the cache, and checked against the pinned commit
 //! before every use; or a local checkout.
 
+use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, File};
 
 use anyhow::{Context, Result, bail};
 use camino::{Utf8Path, Utf8PathBuf};
 
+use crate::artifact::hash_file;
 use crate::git;
 use crate::plan::BuildrootPlan;
 use crate::progress::{say, warn};
@@ -19,6 +21,8 @@ pub struct BuildrootTree {
     pub commit: String,
     /// A hash of local changes, empty without any; part of every cache key.
     pub changes: String,
+    /// The files with local changes: hash by path, empty for one that was removed.
+    pub changed: BTreeMap<Utf8PathBuf, String>,
 }
 
 /// Which tree to use.
@@ -138,7 +142,8 @@ fn inspect_checkout(path: &Utf8Path, allow_changes: bool) -> Result<BuildrootTre
     let commit = git::git_in(path).args(["rev-parse", "HEAD"]).read()?.trim().to_owned();
     let status = git::git_in(path).args(["status", "--porcelain"]).read()?;
     if status.trim().is_empty() {
-        return Ok(BuildrootTree { path: path.to_owned(), commit, changes: String::new() });
+        let (path, changes) = (path.to_owned(), String::new());
+        return Ok(BuildrootTree { path, commit, changes, changed: BTreeMap::new() });
     }
     let lines: Vec<&str> = status.lines().collect();
     if !allow_changes {
@@ -161,5 +166,49 @@ fn inspect_checkout(path: &Utf8Path, allow_changes: bool) -> Result<BuildrootTre
         text.extend_from_slice(&content);
     }
     let changes = crate::artifact::hash_bytes(&text);
-    Ok(BuildrootTree { path: path.to_owned(), commit, changes })
+    let modified = list_changed(path, "HEAD")?;
+    let names = modified.iter().map(String::as_str).chain(others.split('\0'));
+    let mut changed = BTreeMap::new();
+    for name in names.filter(|name| !name.is_empty()) {
+        changed.insert(Utf8PathBuf::from(name), hash_or_empty(&path.join(name))?);
+    }
+    Ok(BuildrootTree { path: path.to_owned(), commit, changes, changed })
+}
+
+/// The hash of a file; empty when there is none.
+fn hash_or_empty(path: &Utf8Path) -> Result<String> {
+    if path.is_file() { Ok(hash_file(path)?.1) } else { Ok(String::new()) }
+}
+
+/// The files of the checkout that differ from a commit, apart from new ones.
+fn list_changed(path: &Utf8Path, commit: &str) -> Result<Vec<String>> {
+    let text = git::git_in(path)
+        .args(["diff", "--name-only", "--no-renames", "--no-ext-diff", "-z", commit])
+        .read()?;
+    Ok(text.split('\0').filter(|name| !name.is_empty()).map(str::to_owned).collect())
+}
+
+impl BuildrootTree {
+    /// The files that differ from an earlier state of the checkout: its commit, and its files with
+    /// local changes. `None` when the checkout does not contain that commit.
+    ///
+    /// # Errors
+    /// When a file cannot be read.
+    pub fn changed_since(
+        &self,
+        commit: &str,
+        changed: &BTreeMap<Utf8PathBuf, String>,
+    ) -> Result<Option<BTreeSet<Utf8PathBuf>>> {
+        let Ok(differ) = list_changed(&self.path, commit) else { return Ok(None) };
+        let differ = differ.into_iter().map(Utf8PathBuf::from);
+        let mut found: BTreeSet<Utf8PathBuf> =
+            differ.chain(self.changed.keys().cloned()).chain(changed.keys().cloned()).collect();
+        // A change that was there before, committed now or not.
+        for (path, hash) in changed {
+            if hash_or_empty(&self.path.join(path))? == *hash {
+                found.remove(path);
+            }
+        }
+        Ok(Some(found))
+    }
 }

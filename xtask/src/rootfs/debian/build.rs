@@ -98,7 +98,7 @@ pub fn build_base_system(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Res
     }
     unpack::merge_usr(&extras)?;
     let kernel = kernel::find_kernel(&extras)?;
-    kernel::prune_modules(&extras, &kernel.release, &request.board.modules)
+    kernel::prune_modules(&extras, &kernel.release, &request.board.modules, None)
         .context("selecting kernel modules")?;
 
     let mut tree = RootTree::from_tar(request.root)?;
