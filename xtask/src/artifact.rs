@@ -194,12 +194,27 @@ pub fn none_if_missing<T>(result: io::Result<T>) -> io::Result<Option<T>> {
     }
 }
 
-/// The free space for this user in a directory in bytes.
+/// The free space for this user, in bytes, in a directory that may not exist yet.
 ///
 /// # Errors
 /// When the filesystem cannot be queried.
 pub fn free_space(dir: &Utf8Path) -> Result<u64> {
+    let dir = dir.ancestors().find(|dir| dir.exists()).unwrap_or(Utf8Path::new("."));
     let system = rustix::fs::statvfs(dir.as_std_path())
         .with_context(|| format!("querying the filesystem of {dir}"))?;
     Ok(system.f_bavail.saturating_mul(system.f_frsize))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_free_space_of_a_directory_to_be_made_is_known() {
+        let here = free_space(Utf8Path::new("/")).expect("a filesystem");
+        assert!(here > 0);
+        for dir in ["/no/such/directory", "no-such-directory/x"] {
+            assert!(free_space(Utf8Path::new(dir)).expect("its filesystem") > 0, "{dir}");
+        }
+    }
 }
