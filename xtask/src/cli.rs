@@ -220,6 +220,9 @@ pub enum BuildrootCommand {
     UbootMenuconfig(BuildrootTargetArgs),
     /// Show what was changed in the menus, as lines for fragments with the file for each line.
     Diff(BuildrootTargetArgs),
+    /// List every source file of the product once: hashes, size, addresses, licences, and where it
+    /// is. Fill or check a mirror of them.
+    Sources(BuildrootSourcesArgs),
     /// Run any target of Buildroot's make, with the product's configuration.
     Make {
         #[command(flatten)]
@@ -237,8 +240,8 @@ pub struct BuildrootTargetArgs {
     /// The product: a file in configs/, without .toml [default: the one whose engine is buildroot].
     #[arg(long, short)]
     pub product: Option<String>,
-    /// The board: a directory in board/ [default: all of the product's for `check`, else its
-    /// default-board].
+    /// The board: a directory in board/ [default: all of the product's for `check` and `sources`,
+    /// else its default-board].
     #[arg(long, short)]
     pub board: Option<String>,
     #[command(flatten)]
@@ -247,6 +250,28 @@ pub struct BuildrootTargetArgs {
     /// Use no network: the tree and all downloads must be there.
     #[arg(long)]
     pub offline: bool,
+}
+
+/// Options of `buildroot sources`.
+#[derive(Debug, Clone, Args)]
+pub struct BuildrootSourcesArgs {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: BuildrootTargetArgs,
+    /// First take sources out of this directory by their hash, whatever their names, into the
+    /// directory of downloads; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub from: Vec<Utf8PathBuf>,
+    /// Copy all sources to this directory in the layout of a mirror, with an index of hashes;
+    /// download what is missing.
+    #[arg(long, value_name = "DIR")]
+    pub mirror_to: Option<Utf8PathBuf>,
+    /// Check that this mirror has every source; name each missing, damaged and misnamed file.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "mirror_to"])]
+    pub check: Option<Utf8PathBuf>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: OutputFormat,
 }
 
 /// The parts of a product that can have a separate bundle.

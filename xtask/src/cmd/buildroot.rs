@@ -1,5 +1,7 @@
 //! `buildroot`: the daily work with the engine of that name.
 
+mod sources;
+
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -37,6 +39,7 @@ pub fn buildroot(verb: &BuildrootCommand) -> Result<()> {
         BuildrootCommand::LinuxMenuconfig(target) => package_menuconfig(target, "linux"),
         BuildrootCommand::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
         BuildrootCommand::Diff(target) => diff(target),
+        BuildrootCommand::Sources(options) => sources::sources(options),
         BuildrootCommand::Make { target, arguments } => make(target, arguments),
     }
 }
@@ -64,6 +67,15 @@ fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
         [] => bail!("no product in configs/ has `engine = \"buildroot\"`"),
         several => bail!("name one with --product: {}", several.join(", ")),
     }
+}
+
+/// The named board, else all boards of the product.
+fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String>> {
+    if let Some(board) = &target.board {
+        return Ok(vec![board.clone()]);
+    }
+    let boards = config::read_product(&workspace_root()?, product)?.boards;
+    Ok(boards.into_iter().map(|board| board.value.0).collect())
 }
 
 /// Resolves one board, or the product's default.
@@ -224,12 +236,7 @@ struct Checked {
 fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputFormat) -> Result<()> {
     let root = workspace_root()?;
     let product = product_name(target)?;
-    let boards = match &target.board {
-        Some(board) => vec![board.clone()],
-        None => {
-            config::read_product(&root, &product)?.boards.into_iter().map(|b| b.value.0).collect()
-        }
-    };
+    let boards = board_names(target, &product)?;
     let mut results = Vec::new();
     let mut failure = None;
     for board in &boards {

@@ -16,6 +16,7 @@ use super::info::BuildrootInfo;
 use super::make::{BuildrootSetup, BuildrootSite};
 use super::rebuild::{self, OutputState, RebuildAction};
 use super::tree::BuildrootTree;
+use crate::artifact::none_if_missing;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
 use crate::progress::{ProgressStep, ProgressUnit, list_names, say, warn};
@@ -235,6 +236,37 @@ fn download_sources(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Res
         }
     })
     .with_context(|| format!("downloading {all} sources"))
+}
+
+/// Downloads the sources of these packages into the directory of downloads. Unlike in a build, one
+/// that is not available does not stop the others.
+///
+/// # Errors
+/// The first source that is not available, with its addresses.
+pub fn download_available(
+    request: &BuildrootRequest<'_>,
+    info: &BuildrootInfo,
+    packages: &BTreeSet<String>,
+) -> Result<()> {
+    let setup = request.setup;
+    fs::create_dir_all(&setup.downloads)
+        .with_context(|| format!("creating {}", setup.downloads))?;
+    // Buildroot's mark says that the file was there once.
+    for entry in packages.iter().filter_map(|name| info.0.get(name)) {
+        let mark = setup.output.join(&entry.stamp_dir).join(".stamp_downloaded");
+        none_if_missing(fs::remove_file(&mark)).with_context(|| format!("removing {mark}"))?;
+    }
+    let step = ProgressStep::new("sources", "downloading", 0, ProgressUnit::Items);
+    let make = setup
+        .fetching(request.site)
+        .arg(format!("-j{DOWNLOADS}"))
+        .args(["--output-sync=target", "--keep-going"])
+        .args(packages.iter().map(|name| format!("{name}-source")));
+    run_make(request, make, info, |line| {
+        if line.contains(">>> ") {
+            step.note(failure::strip_colours(line).trim_start_matches(">>> ").to_owned());
+        }
+    })
 }
 
 /// Runs make with the log; a failure is parsed from what this run wrote to it.

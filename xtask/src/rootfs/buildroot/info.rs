@@ -163,7 +163,7 @@ impl BuildrootInfo {
         for (name, entry) in self.packages().filter(|(_, e)| counts(e)) {
             let sums = read_hashes(&setup.tree, entry)?;
             let main = entry.downloads.first();
-            let sha256 = main.and_then(|d| sums.get(&d.source)).cloned().unwrap_or_default();
+            let sha256 = main.and_then(|d| sums.get(&d.source)?.sha256.clone()).unwrap_or_default();
             let size = |d: &InfoDownload| {
                 let path = setup.downloads.join(&entry.dl_dir).join(&d.source);
                 fs::metadata(path).map_or(0, |m| m.len())
@@ -219,17 +219,33 @@ impl BuildrootInfo {
     }
 }
 
-/// SHA-256 by file name, from an entry's hash files (`sha256  <hex>  <file>`).
-fn read_hashes(tree: &Utf8Path, entry: &InfoEntry) -> Result<HashMap<String, String>> {
-    let mut sums = HashMap::new();
+/// The hashes that hash files have for a file. Weaker ones are ignored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileHashes {
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: Option<String>,
+    /// SHA-512, lower-case hexadecimal.
+    pub sha512: Option<String>,
+}
+
+/// Hashes by file name, from an entry's hash files (`sha256  <hex>  <file>`).
+///
+/// # Errors
+/// When a hash file cannot be read.
+pub(super) fn read_hashes(
+    tree: &Utf8Path,
+    entry: &InfoEntry,
+) -> Result<HashMap<String, FileHashes>> {
+    let mut sums: HashMap<String, FileHashes> = HashMap::new();
     for file in &entry.hashes {
         let path = tree.join(file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
-            if let ["sha256" | "sha512", sum, name] = words.as_slice() {
-                sums.insert((*name).to_owned(), (*sum).to_owned());
-            }
+            let ["sha256" | "sha512", sum, name] = words.as_slice() else { continue };
+            let hashes = sums.entry((*name).to_owned()).or_default();
+            let place = if words[0] == "sha256" { &mut hashes.sha256 } else { &mut hashes.sha512 };
+            *place = Some(sum.to_ascii_lowercase());
         }
     }
     Ok(sums)

@@ -9,6 +9,8 @@ pub mod failure;
 pub mod info;
 pub mod make;
 pub mod menus;
+pub mod mirror;
 pub mod rebuild;
+pub mod sources;
 pub mod symbols;
 pub mod tree;
