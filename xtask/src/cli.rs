@@ -7,6 +7,7 @@ use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::build::{BuildStage, BundleCompression};
+use crate::rootfs::buildroot::overrides::SourceOverride;
 use crate::store::format::Channel;
 use crate::workspace::BuildSelection;
 
@@ -194,6 +195,10 @@ pub struct BuildrootTreeArgs {
     /// With --buildroot: accept local changes in the checkout.
     #[arg(long, requires = "buildroot")]
     pub allow_changes: bool,
+    /// Engine buildroot: build this package from this source directory; may be repeated. Such a
+    /// build is a development build.
+    #[arg(long = "override", value_name = "PKG=DIR")]
+    pub overrides: Vec<SourceOverride>,
 }
 
 /// The verbs of `buildroot`.
@@ -296,6 +301,9 @@ pub struct PlanArgs {
     /// Of these, list only the products that this channel accepts (releases.toml).
     #[arg(long, value_enum)]
     pub channel: Option<Channel>,
+    /// Engine buildroot: build this package from this source directory; may be repeated.
+    #[arg(long = "override", value_name = "PKG=DIR")]
+    pub overrides: Vec<SourceOverride>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     pub format: OutputFormat,

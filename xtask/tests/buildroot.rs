@@ -119,6 +119,7 @@ fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> OutputState {
             .map(|(name, entry)| (name.to_owned(), entry.dependencies.clone()))
             .collect(),
         files: Default::default(),
+        overrides: Default::default(),
         external: pairs(external).into_iter().map(|(a, b)| (a.into(), b)).collect(),
     }
 }
@@ -237,6 +238,7 @@ fn the_pinned_tree_is_cloned_by_tag_and_checked_against_the_commit() {
         python: "3.12".into(),
         libc: "glibc 2.40".into(),
         defconfig: Defconfig::default(),
+        overrides: Vec::new(),
     };
     let choice = TreeChoice::default();
 

@@ -1,6 +1,8 @@
 //! The engine `buildroot` against the real, pinned Buildroot tree. Where the tree is not in the
 //! cache, each test says so and ends; `cargo xtask test` counts and names them.
 
+#[path = "buildroot_tree/overrides.rs"]
+mod overrides;
 #[path = "common/skip.rs"]
 mod skip;
 #[path = "buildroot_tree/sources.rs"]

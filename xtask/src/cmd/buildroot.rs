@@ -22,6 +22,7 @@ use crate::rootfs::buildroot::expr::KconfigValues;
 use crate::rootfs::buildroot::info::BuildrootInfo;
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::menus::{self, MenuChange};
+use crate::rootfs::buildroot::overrides::{self, apply_overrides};
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
@@ -81,14 +82,15 @@ fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String
 /// Resolves one board, or the product's default.
 fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
-    let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
+    let mut plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
+    let cache = Cache::locate()?;
+    apply_overrides(&mut plan, &config.root, &cache.root, &target.tree.overrides)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
         format!(
             "the engine of {product} is not buildroot\n\
          help: choose another product with --product"
         )
     })?;
-    let cache = Cache::locate()?;
     let choice = TreeChoice {
         own: target.tree.buildroot.clone(),
         allow_changes: target.tree.allow_changes,
@@ -103,7 +105,9 @@ impl Case {
     fn setup(&self) -> Result<BuildrootSetup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
-        BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)
+        let mut setup = BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)?;
+        setup.overrides.clone_from(&self.buildroot.overrides);
+        Ok(setup)
     }
 
     /// Directories for Buildroot's own menus: a copy, so that a build depends on the fragments
@@ -242,13 +246,17 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
     for board in &boards {
         let started = Instant::now();
         let case = resolve_case(target, &product, Some(board))?;
-        let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        let (mut setup, _lock) =
+            BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        setup.overrides.clone_from(&case.buildroot.overrides);
+        overrides::write_local_mk(&setup)?;
         let verdict =
             check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))
                 .with_context(|| format!("checking {product} for {board}"))?;
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
             let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
+            overrides::require_known(&info, &setup)?;
             engine::require_hashes(&info, &setup.tree)?;
             note = format!(", {} packages", info.packages().count());
         }

@@ -18,6 +18,7 @@ use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
 use crate::rootfs::buildroot::info::BuildrootInfo;
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::mirror;
+use crate::rootfs::buildroot::overrides;
 use crate::rootfs::buildroot::sources::{SourceFile, SourcePlace, list_sources, locate_sources};
 use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
@@ -75,6 +76,8 @@ impl Case {
     fn with_check_setup<T>(&self, work: impl FnOnce(&BuildrootSetup) -> Result<T>) -> Result<T> {
         let (setup, _lock) =
             BuildrootSetup::for_check(&self.cache.root, &self.tree.path, &workspace_root()?)?;
+        // A mirror has the sources of all packages: `local.mk` of an earlier check goes.
+        overrides::write_local_mk(&setup)?;
         let title = defconfig_title(&self.plan);
         check_defconfig(&setup, &self.buildroot.defconfig, &title)?.require()?;
         work(&setup)

@@ -14,6 +14,7 @@ use super::check;
 use super::failure::{self, offline_help, plain_uri};
 use super::info::BuildrootInfo;
 use super::make::{BuildrootSetup, BuildrootSite};
+use super::overrides;
 use super::rebuild::{self, OutputState, RebuildAction};
 use super::tree::BuildrootTree;
 use crate::artifact::none_if_missing;
@@ -95,11 +96,13 @@ pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
 /// other than the one that the wheels are locked for.
 pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
+    overrides::write_local_mk(setup)?;
     let verdict = check::check_defconfig(setup, &request.plan.defconfig, request.title)?;
     verdict.require().context("Kconfig would drop requests of fragments")?;
     // Query the sources as if there were a network, also when offline, in order to show them.
     let online = BuildrootSite { offline: false, ..request.site.clone() };
     let info = BuildrootInfo::read(setup, &online)?;
+    overrides::require_known(&info, setup)?;
     require_hashes(&info, &setup.tree)?;
     let python = info.0.get("python3").map(|entry| entry.version.as_str());
     if let Some(version) = python
@@ -138,8 +141,12 @@ pub fn require_hashes(info: &BuildrootInfo, tree: &Utf8Path) -> Result<()> {
     );
 }
 
-/// Prepares the output directory so that make can continue.
-fn prepare_output(
+/// Prepares the output directory so that make can continue: cleans what must be built again, and
+/// records what is about to be built.
+///
+/// # Errors
+/// A make that fails; a record that cannot be read or written.
+pub fn prepare_output(
     request: &BuildrootRequest<'_>,
     state: &OutputState,
     info: &BuildrootInfo,
@@ -176,6 +183,7 @@ fn prepare_output(
             }
         }
     }
+    overrides::save_records(setup)?;
     state.save(&setup.output)
 }
 

@@ -10,6 +10,7 @@ pub mod info;
 pub mod make;
 pub mod menus;
 pub mod mirror;
+pub mod overrides;
 pub mod rebuild;
 pub mod sources;
 pub mod symbols;
