@@ -250,6 +250,43 @@ fn a_name_that_buildroot_does_not_have_is_refused() {
 }
 
 #[test]
+fn a_kernel_of_a_source_directory_leaves_the_headers_of_the_c_library() {
+    let Some(tree) = tree("a_kernel_of_a_source_directory_leaves_the_headers_of_the_c_library")
+    else {
+        return;
+    };
+    let output = tempfile::tempdir().expect("a directory");
+    let (workspace, mut setup) = (Workspace::new(), setup(&tree, &output));
+    fs::remove_file(workspace.root.join(LOCAL_FILE)).expect("removed");
+    let lost = super::losses(
+        &setup,
+        "BR2_LINUX_KERNEL=y\nBR2_LINUX_KERNEL_USE_ARCH_DEFAULT_CONFIG=y\n\
+         BR2_KERNEL_HEADERS_AS_KERNEL=y",
+    );
+    assert!(lost.is_empty(), "{lost:#?}");
+    let mut read = |packages: &[&str]| {
+        let directory = workspace.root.join("parts");
+        let asked: Vec<SourceOverride> = packages
+            .iter()
+            .map(|name| SourceOverride { package: (*name).into(), directory: directory.clone() })
+            .collect();
+        let plan = workspace.apply(&asked).expect("applied");
+        setup.overrides = plan.rootfs.buildroot.expect("a pin").overrides;
+        overrides::write_local_mk(&setup).expect("written");
+        let info = BuildrootInfo::read(&setup, &BuildrootSite::default()).expect("packages");
+        engine::require_hashes(&info, &tree).expect("a hash for each download");
+        let dir = |name: &str| info.0[name].stamp_dir.clone();
+        assert_eq!(dir("linux"), "build/linux-custom");
+        assert!(info.0["linux"].downloads.is_empty());
+        (dir("linux-headers"), info.0["linux-headers"].downloads.len())
+    };
+    let (dir, downloads) = read(&["linux"]);
+    assert!(dir.starts_with("build/linux-headers-6.") && downloads == 1, "{dir}, {downloads}");
+    // Both, where that is wanted.
+    assert_eq!(read(&["linux", "linux-headers"]), ("build/linux-headers-custom".to_owned(), 0));
+}
+
+#[test]
 fn a_build_from_source_directories_is_marked_and_is_no_release() {
     let workspace = Workspace::new();
     let mut plan = workspace.apply(&[]).expect("applied");

@@ -29,6 +29,9 @@ const HEADER: &str = "# Written by cargo xtask from --override and slipway.local
 /// The content of a directory: its files have records of their own.
 const DIRECTORY: &str = "directory";
 
+/// The kernel's headers, which the C library is built with.
+const HEADERS: &str = "linux-headers";
+
 /// What Buildroot does not copy (`RSYNC_VCS_EXCLUSIONS` in its Makefile).
 const NOT_COPIED: [&str; 5] = [".svn", ".git", ".hg", ".bzr", "CVS"];
 
@@ -329,7 +332,18 @@ pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
     let mut text = format!("{HEADER}\n");
     for OverridePlan { package, directory, .. } in &setup.overrides {
         let name = package.to_uppercase().replace(['-', '.'], "_");
-        text.push_str(&format!("{name}_OVERRIDE_SRCDIR = {directory}\n"));
+        let line = format!("{name}_OVERRIDE_SRCDIR = {directory}\n");
+        // Where the headers are those of the kernel, Buildroot takes them from its directory, and
+        // refuses one of their own.
+        text.push_str(&match package.as_str() {
+            HEADERS => format!("ifneq ($(BR2_KERNEL_HEADERS_AS_KERNEL),y)\n{line}endif\n"),
+            _ => line,
+        });
+    }
+    let named = |name| setup.overrides.iter().any(|source| source.package == name);
+    if named("linux") && !named(HEADERS) {
+        // Otherwise a change in the kernel would be one in the C library and all that uses it.
+        text.push_str("override LINUX_HEADERS_OVERRIDE_SRCDIR :=\n");
     }
     match (&old, setup.overrides.is_empty()) {
         (Some(_), true) => fs::remove_file(&path).with_context(|| format!("removing {path}")),
