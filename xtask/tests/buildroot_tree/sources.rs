@@ -1,6 +1,8 @@
 //! Sources and mirrors: what the real tree needs, and files that are found by their hash.
 
 use std::collections::BTreeSet;
+use std::io::{BufRead, BufReader, Write};
+use std::net::TcpListener;
 use std::os::unix::fs::symlink;
 
 use camino::{Utf8Path, Utf8PathBuf};
@@ -91,6 +93,57 @@ fn each_source_of_the_robot_is_listed_once_with_all_that_is_known() {
     let json = serde_json::to_value(&list[3]).expect("JSON");
     assert!(json["size"].is_null() && json["place"].is_null(), "{json}");
     assert!(json["sha256"].is_string(), "{json}");
+}
+
+/// A web server that answers each path with a status, and the length of the file; 404 to others.
+fn serve(answers: &'static [(&'static str, u16, u64)]) -> String {
+    let listener = TcpListener::bind("127.0.0.1:0").expect("a port");
+    let address = format!("http://{}/m", listener.local_addr().expect("an address"));
+    std::thread::spawn(move || {
+        for stream in listener.incoming() {
+            let mut stream = stream.expect("a connection");
+            let mut request = String::new();
+            let mut reader = BufReader::new(stream.try_clone().expect("a reader"));
+            reader.read_line(&mut request).expect("a request");
+            let mut header = String::new();
+            while reader.read_line(&mut header).expect("a header") > 2 {
+                header.clear();
+            }
+            let path = request.split(' ').nth(1).expect("a path");
+            let found = answers.iter().find(|(known, ..)| *known == path);
+            let (status, length) = found.map_or((404, 0), |(_, status, length)| (*status, *length));
+            let head = format!("HTTP/1.1 {status} x\r\nContent-Length: {length}\r\n");
+            stream.write_all(format!("{head}Connection: close\r\n\r\n").as_bytes()).expect("sent");
+        }
+    });
+    address
+}
+
+#[test]
+fn a_web_server_is_asked_for_each_file() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let dl = folder(&dir);
+    let ask = |files: &[(&str, &str)], mirror: &str| {
+        let mut list: Vec<SourceFile> = files.iter().map(|(d, f)| source(d, f, b"")).collect();
+        locate_sources(&mut list, &dl, Some(mirror))?;
+        anyhow::Ok(list.iter().map(|s| (s.place, s.size)).collect::<Vec<_>>())
+    };
+    let mirror = serve(&[
+        ("/m/g/a%2Bb.tar.gz", 200, 7),
+        ("/m/flat.patch", 200, 8),
+        // As a bucket answers for what it does not have.
+        ("/m/n/none", 403, 0),
+        ("/m/broken/x", 500, 0),
+    ]);
+    let found = ask(&[("g", "a+b.tar.gz"), ("f", "flat.patch"), ("n", "none")], &mirror);
+    let on_mirror = |size| (Some(SourcePlace::Mirror), Some(size));
+    assert_eq!(found.expect("asked"), [on_mirror(7), on_mirror(8), (None, None)]);
+    let error = ask(&[("broken", "x")], &format!("{mirror}/")).expect_err("a failure").to_string();
+    assert!(error.contains("answers 500 for http://127.0.0.1:"), "{error}");
+    assert!(error.contains("\nhelp: correct or unset SLIPWAY_BUILDROOT_MIRROR"), "{error}");
+    // Only Buildroot's own programs can reach it: a warning, and no file is found.
+    let found = ask(&[("g", "a+b.tar.gz")], "scp://host.invalid/srv");
+    assert_eq!(found.expect("not asked"), [(None, None)]);
 }
 
 /// Four packages whose versions, and hashes, are ours: their file names and contents.
