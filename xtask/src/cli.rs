@@ -267,12 +267,16 @@ pub struct BuildrootSourcesArgs {
     /// directory of downloads; may be repeated.
     #[arg(long, value_name = "DIR")]
     pub from: Vec<Utf8PathBuf>,
+    /// First make archives of GitHub's tags from this clone, those whose hash is right; may be
+    /// repeated.
+    #[arg(long, value_name = "REPO")]
+    pub pack_git: Vec<Utf8PathBuf>,
     /// Copy all sources to this directory in the layout of a mirror, with an index of hashes;
     /// download what is missing.
     #[arg(long, value_name = "DIR")]
     pub mirror_to: Option<Utf8PathBuf>,
     /// Check that this mirror has every source; name each missing, damaged and misnamed file.
-    #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "mirror_to"])]
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "pack_git", "mirror_to"])]
     pub check: Option<Utf8PathBuf>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]

@@ -7,6 +7,7 @@ use std::os::unix::fs::symlink;
 
 use camino::{Utf8Path, Utf8PathBuf};
 use xtask::artifact::{hash_bytes, hash_file};
+use xtask::exec::Tool;
 use xtask::rootfs::buildroot::check;
 use xtask::rootfs::buildroot::engine::{self, BuildrootRequest};
 use xtask::rootfs::buildroot::info::{BuildrootInfo, FileHashes};
@@ -323,6 +324,41 @@ fn a_search_by_hash_follows_no_link_and_reads_only_regular_files() {
     assert!(search(&[&other], &[inside]).is_empty());
     let gone = mirror::find_by_hash(&[&gz], &[outside.join("none")], &BTreeSet::new());
     assert!(gone.expect_err("no directory").to_string().contains("out/none"));
+}
+
+#[test]
+fn an_archive_of_a_tag_is_made_from_a_clone() {
+    let dir = tempfile::tempdir().expect("a directory");
+    let (clone, to) = (folder(&dir).join("clone"), folder(&dir).join("to"));
+    write(&clone.join("main.c"), b"int main;\n");
+    let sh = |script: &str| {
+        let words = ["-ec", script];
+        Tool::new("sh").args(words).current_dir(&clone).read().expect(script).trim().to_owned()
+    };
+    sh("git init -q; git add .; git -c user.name=a -c user.email=a@a commit -q -m a; git tag v1.2");
+    let sum = sh("git archive --format=tar --prefix=Tool-1.2/ v1.2 | gzip -n | sha256sum");
+    let tool = SourceFile {
+        addresses: [
+            "https://backup.invalid/tool.tar.gz",
+            "https://github.com/o/Tool/archive/v1.2/tool-1.2.tar.gz",
+        ]
+        .map(str::to_owned)
+        .into(),
+        hashes: FileHashes { sha256: sum.get(..64).map(str::to_owned), sha512: None },
+        ..source("tool", "tool-1.2.tar.gz", b"")
+    };
+    let other = |tag: &str| SourceFile {
+        addresses: vec![format!("https://github.com/o/other/archive/{tag}/other.tar.gz")],
+        ..source("other", &format!("{tag}.tar.gz"), b"other")
+    };
+    let (same_tag, none, option) = (other("v1.2"), other("v9"), other("--output=x"));
+    let lacking = [&same_tag, &tool, &none, &option];
+    let made = mirror::pack_git(&lacking, &clone, &to).expect("packed");
+    assert_eq!(made, ["tool/tool-1.2.tar.gz"]);
+    assert_eq!(hash_file(&to.join(&made[0])).expect("a file").1, sum[..64]);
+    assert_eq!(std::fs::read_dir(to.join("other")).expect("made").count(), 0);
+    let error = mirror::pack_git(&lacking, &to, &to).expect_err("not a clone").to_string();
+    assert!(error.contains("looking for a clone in"), "{error}");
 }
 
 #[test]

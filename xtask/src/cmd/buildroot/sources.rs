@@ -64,6 +64,12 @@ pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
     if !options.from.is_empty() {
         take_from(&list, &options.from, &downloads)?;
     }
+    for repository in &options.pack_git {
+        let lacking = mirror::list_lacking(&list, &downloads)?;
+        for path in mirror::pack_git(&lacking, repository, &downloads)? {
+            say("sources", format!("made {path} from {repository}"));
+        }
+    }
     if let Some(mirror) = &options.mirror_to {
         return fill_mirror(&list, mirror, &boards, &site, options.format);
     }

@@ -17,8 +17,11 @@ use sha2::{Digest, Sha512};
 use super::info::FileHashes;
 use super::sources::SourceFile;
 use crate::artifact::{hash_reader, hex, none_if_missing, write_atomically};
+use crate::exec::Tool;
+use crate::git;
 use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, list_names, warn};
+use crate::scratch::create_scratch_dir;
 
 /// The index at the top of a mirror: `sha256sum --check` reads it.
 pub const INDEX: &str = "SHA256SUMS";
@@ -292,6 +295,59 @@ pub fn copy_source(source: &SourceFile, from: &Path, dir: &Utf8Path) -> Result<u
     })
     .with_context(|| format!("copying {shown}"))?;
     Ok(size)
+}
+
+/// Makes archives as GitHub makes them from tags, from a clone, into a directory with the layout of
+/// a mirror; only those whose hash is right. Returns their paths.
+///
+/// # Errors
+/// When the clone is not one, or a program fails.
+pub fn pack_git(
+    lacking: &[&SourceFile],
+    repository: &Utf8Path,
+    to: &Utf8Path,
+) -> Result<Vec<Utf8PathBuf>> {
+    let top = git::git_in(repository).args(["rev-parse", "--git-dir"]).read();
+    top.with_context(|| format!("looking for a clone in {repository}"))?;
+    let (_guard, scratch) = create_scratch_dir()?;
+    let mut made = Vec::new();
+    for source in lacking {
+        let Some((name, tag)) = source.addresses.iter().find_map(|url| github_tag(url)) else {
+            continue;
+        };
+        let commit = format!("{tag}^{{commit}}");
+        let known = git::git_in(repository).args(["rev-parse", "--verify", "--quiet", &commit]);
+        if known.read().is_err() {
+            continue;
+        }
+        // GitHub leaves out the letter of `v1.2`.
+        let digits =
+            tag.strip_prefix('v').filter(|rest| rest.starts_with(|c: char| c.is_ascii_digit()));
+        let tar = scratch.join("archive.tar");
+        git::git_in(repository)
+            .args(["archive", "--format=tar"])
+            .arg(format!("--prefix={name}-{}/", digits.unwrap_or(tag)))
+            .args(["-o", tar.as_str(), tag])
+            .run()?;
+        Tool::new("gzip").args(["-n", "-f"]).arg(&tar).run()?;
+        match copy_source(source, Path::new(&format!("{tar}.gz")), to) {
+            Ok(_) => made.push(source.path()),
+            Err(_) => warn(format!(
+                "{repository}: the archive of {tag} does not have the hash of {}",
+                source.path()
+            )),
+        }
+    }
+    Ok(made)
+}
+
+/// Repository and tag of `https://github.com/<owner>/<repository>/archive/<tag>/<file>`.
+fn github_tag(address: &str) -> Option<(&str, &str)> {
+    let rest = address.strip_prefix("https://github.com/")?;
+    let (above, _file) = rest.rsplit_once('/')?;
+    let (owner_and_name, tag) = above.split_once("/archive/")?;
+    // A name that git would take for an option is not a tag.
+    Some((owner_and_name.split_once('/')?.1, tag)).filter(|(_, tag)| !tag.starts_with('-'))
 }
 
 /// Writes the index of a mirror: a line for each of these sources that it has, and the lines of an
