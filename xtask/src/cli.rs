@@ -7,6 +7,7 @@ use camino::Utf8PathBuf;
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
 use crate::build::{BuildStage, BundleCompression};
+use crate::rootfs::buildroot::overrides::SourceOverride;
 use crate::store::format::Channel;
 use crate::workspace::BuildSelection;
 
@@ -198,6 +199,10 @@ pub struct BuildrootTreeArgs {
     /// With --buildroot: accept local changes in the checkout.
     #[arg(long, requires = "buildroot")]
     pub allow_changes: bool,
+    /// Engine buildroot: build this package from this source directory; may be repeated. Such a
+    /// build is a development build.
+    #[arg(long = "override", value_name = "PKG=DIR")]
+    pub overrides: Vec<SourceOverride>,
 }
 
 /// The verbs of `buildroot`.
@@ -233,6 +238,9 @@ pub enum BuildrootCommand {
         #[arg(long, value_enum, default_value = "text")]
         format: OutputFormat,
     },
+    /// List every source file of the product once: hashes, size, addresses, licences, and where it
+    /// is. Fill or check a mirror of them.
+    Sources(BuildrootSourcesArgs),
     /// Run any target of Buildroot's make, with the product's configuration.
     Make {
         #[command(flatten)]
@@ -250,8 +258,8 @@ pub struct BuildrootTargetArgs {
     /// The product: a file in configs/, without .toml [default: the one whose engine is buildroot].
     #[arg(long, short)]
     pub product: Option<String>,
-    /// The board: a directory in board/ [default: all of the product's for `check`, else its
-    /// default-board].
+    /// The board: a directory in board/ [default: all of the product's for `check` and `sources`,
+    /// else its default-board].
     #[arg(long, short)]
     pub board: Option<String>,
     #[command(flatten)]
@@ -260,6 +268,32 @@ pub struct BuildrootTargetArgs {
     /// Use no network: the tree and all downloads must be there.
     #[arg(long)]
     pub offline: bool,
+}
+
+/// Options of `buildroot sources`.
+#[derive(Debug, Clone, Args)]
+pub struct BuildrootSourcesArgs {
+    #[command(flatten)]
+    #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
+    pub target: BuildrootTargetArgs,
+    /// First take sources out of this directory by their hash, whatever their names, into the
+    /// directory of downloads; may be repeated.
+    #[arg(long, value_name = "DIR")]
+    pub from: Vec<Utf8PathBuf>,
+    /// First make archives of GitHub's tags from this clone, those whose hash is right; may be
+    /// repeated.
+    #[arg(long, value_name = "REPO")]
+    pub pack_git: Vec<Utf8PathBuf>,
+    /// Copy all sources to this directory in the layout of a mirror, with an index of hashes;
+    /// download what is missing.
+    #[arg(long, value_name = "DIR")]
+    pub mirror_to: Option<Utf8PathBuf>,
+    /// Check that this mirror has every source; name each missing, damaged and misnamed file.
+    #[arg(long, value_name = "DIR", conflicts_with_all = ["from", "pack_git", "mirror_to"])]
+    pub check: Option<Utf8PathBuf>,
+    /// How to print it.
+    #[arg(long, value_enum, default_value = "text")]
+    pub format: OutputFormat,
 }
 
 /// The parts of a product that can have a separate bundle.
@@ -284,6 +318,9 @@ pub struct PlanArgs {
     /// Of these, list only the products that this channel accepts (releases.toml).
     #[arg(long, value_enum)]
     pub channel: Option<Channel>,
+    /// Engine buildroot: build this package from this source directory; may be repeated.
+    #[arg(long = "override", value_name = "PKG=DIR")]
+    pub overrides: Vec<SourceOverride>,
     /// How to print it.
     #[arg(long, value_enum, default_value = "text")]
     pub format: OutputFormat,

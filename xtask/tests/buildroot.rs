@@ -122,6 +122,7 @@ fn state(config: &[(&str, &str)], external: &[(&str, &str)]) -> OutputState {
             .map(|(name, entry)| (name.to_owned(), entry.dependencies.clone()))
             .collect(),
         files: Default::default(),
+        overrides: Default::default(),
         external: pairs(external).into_iter().map(|(a, b)| (a.into(), b)).collect(),
     }
 }
@@ -336,6 +337,7 @@ fn pin() -> BuildrootPlan {
         python: "3.12".into(),
         libc: "glibc 2.40".into(),
         defconfig: Defconfig::default(),
+        overrides: Vec::new(),
     }
 }
 

@@ -1,8 +1,12 @@
 //! The engine `buildroot` against the real, pinned Buildroot tree. Where the tree is not in the
 //! cache, each test says so and ends; `cargo xtask test` counts and names them.
 
+#[path = "buildroot_tree/overrides.rs"]
+mod overrides;
 #[path = "common/skip.rs"]
 mod skip;
+#[path = "buildroot_tree/sources.rs"]
+mod sources;
 #[path = "common/workspace.rs"]
 mod workspace;
 
@@ -12,8 +16,8 @@ use camino::{Utf8Path, Utf8PathBuf};
 use workspace::root;
 use xtask::cache::Cache;
 use xtask::exec::Tool;
-use xtask::plan::CheckoutFacts;
 use xtask::plan::fragment;
+use xtask::plan::{BuildrootPlan, CheckoutFacts};
 use xtask::rootfs::buildroot::check::{self, LossReason, LostRequest};
 use xtask::rootfs::buildroot::expr::KconfigValues;
 use xtask::rootfs::buildroot::info::BuildrootInfo;
@@ -50,6 +54,14 @@ fn setup(tree: &Utf8Path, output: &tempfile::TempDir) -> BuildrootSetup {
     let mut setup = BuildrootSetup::new(&output, tree, &root(), "out").expect("folders");
     setup.output = output;
     setup
+}
+
+/// The robot's configuration for a board.
+fn plan_of(board: &str) -> BuildrootPlan {
+    let config = config::load(&root(), Some("robot"), Some(board)).expect("the product");
+    let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
+    let plan = plan::resolve(&config, &facts).expect("a plan");
+    plan.rootfs.buildroot.expect("a pinned release")
 }
 
 /// What Kconfig makes of lines that are added to an architecture.
@@ -254,10 +266,7 @@ fn kconfig_takes_every_line_of_every_board_in_time() {
     let setup = setup(&tree, &output);
     for board in ["pi3", "pi4", "pi5", "qemu-arm64"] {
         let started = Instant::now();
-        let config = config::load(&root(), Some("robot"), Some(board)).expect("the product");
-        let facts = CheckoutFacts { commit: None, modified: false, epoch: 0 };
-        let plan = plan::resolve(&config, &facts).expect("a plan");
-        let pinned = plan.rootfs.buildroot.expect("a pinned release");
+        let pinned = plan_of(board);
         let verdict = check::check_defconfig(&setup, &pinned.defconfig, board).expect(board);
         verdict.require().expect(board);
         let seconds = started.elapsed().as_secs();

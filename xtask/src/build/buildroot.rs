@@ -17,6 +17,7 @@ use crate::render::defconfig_title;
 use crate::rootfs::buildroot::collect::{CollectRequest, collect_base};
 use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
+use crate::rootfs::buildroot::overrides;
 use crate::rootfs::buildroot::rebuild::list_files;
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
 use crate::rootfs::debian::PackagesLock;
@@ -44,8 +45,13 @@ fn base_key(build: &BuildContext<'_>, tree: &BuildrootTree, epoch: u64) -> Resul
         files.push((inside, hash_file(&path)?.1));
     }
     let board = &plan.board;
-    CacheKey::new("buildroot", BUILDROOT_VERSION)
-        .with("commit", &tree.commit)
+    let mut key = CacheKey::new("buildroot", BUILDROOT_VERSION);
+    // A directory's content decides, its name and commit are in the list of packages.
+    for source in &pinned.overrides {
+        let value = format!("{} {}", source.version(), source.content);
+        key = key.with(&format!("source of {}", source.package), value);
+    }
+    key.with("commit", &tree.commit)
         .with("changes", &tree.changes)
         .with("epoch", epoch.to_string())
         .with_json("requests", &requests)?
@@ -74,7 +80,8 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
     let epoch = commit_time(&tree)?;
     let key = base_key(build, &tree, epoch)?;
     let name = output_name(build.root, &plan.product.name, &plan.board.name);
-    let setup = BuildrootSetup::new(&build.cache.root, &tree.path, build.root, &name)?;
+    let mut setup = BuildrootSetup::new(&build.cache.root, &tree.path, build.root, &name)?;
+    setup.overrides.clone_from(&pinned.overrides);
     let (title, site) = (defconfig_title(plan), BuildrootSite::of_machine(build.options.offline)?);
     let log = build.log("base");
     let request = BuildrootRequest {
@@ -90,6 +97,7 @@ pub fn build_base(build: &mut BuildContext<'_>) -> Result<BuiltBase> {
         // Fetched first, so that what comes later needs no network.
         host_tool(build)?;
         let info = engine::run_build(&request)?;
+        overrides::require_unchanged(&setup)?;
         let wants = CollectRequest {
             device_trees: &plan.board.device_trees,
             firmware: &plan.board.firmware,

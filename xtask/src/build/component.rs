@@ -11,6 +11,7 @@ use crate::build::BuildKeys;
 use crate::cache::{Cache, CacheKey};
 use crate::config::product::Engine;
 use crate::progress::{format_bytes, say};
+use crate::rootfs::buildroot::overrides::apply_overrides;
 use crate::shared;
 use crate::update::{ComponentRequest, PayloadRequest};
 use crate::wheel::base::BaseSource;
@@ -39,8 +40,9 @@ pub struct ComponentBundle {
 /// # Errors
 /// The error of a stage, or a product without an API; no incomplete file has its final name then.
 pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
-    let (config, _, plan) = resolve_plan(&options.selection)?;
+    let (config, _, mut plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
+    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
     say("plan", super::describe_plan(&plan));
     base::check_locks(&config)?;
     let signing = open_build_keys(&plan).context("choosing the signing key")?;

@@ -29,6 +29,7 @@ use crate::plan::Plan;
 use crate::progress::{format_duration, say, warn};
 use crate::render::{RenderedFiles, render};
 use crate::report::ReportStage;
+use crate::rootfs::buildroot::overrides::apply_overrides;
 use crate::rootfs::debian::DebianSpec;
 use crate::shared;
 use crate::tools::{self, ToolPurpose};
@@ -72,11 +73,12 @@ pub struct BuildContext<'a> {
 /// Whatever a stage returns; nothing partial is left under a final name.
 pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
     let started = Instant::now();
-    let (config, _, plan) = match options.nightly {
+    let (config, _, mut plan) = match options.nightly {
         true => resolve_nightly(&options.selection)?,
         false => resolve_plan(&options.selection)?,
     };
     let cache = Cache::locate()?;
+    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
     let dist = dist_dir(&config.root, &plan);
     let _turn = lock_dist_dir(&dist)?;
     BuildFailure::forget(&dist)?;
@@ -141,8 +143,9 @@ pub struct LocalBuild {
 /// # Errors
 /// Whatever a stage returns.
 pub fn build_for_local(options: &BuildOptions) -> Result<LocalBuild> {
-    let (config, _, plan) = resolve_plan(&options.selection)?;
+    let (config, _, mut plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
+    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
     let dist = dist_dir(&config.root, &plan);
     say("plan", describe_plan(&plan));
     let mut rendered = render(&config.root, &plan)?;

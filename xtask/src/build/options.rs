@@ -3,6 +3,7 @@
 use camino::Utf8PathBuf;
 use clap::ValueEnum;
 
+use crate::rootfs::buildroot::overrides::SourceOverride;
 use crate::workspace::BuildSelection;
 
 /// What a build is asked for.
@@ -28,6 +29,8 @@ pub struct BuildOptions {
     pub buildroot: Option<Utf8PathBuf>,
     /// Take that checkout with local changes, too.
     pub allow_changes: bool,
+    /// Engine buildroot: packages that are built from a source directory.
+    pub overrides: Vec<SourceOverride>,
     /// Engine buildroot: also collect sources and licence texts.
     pub legal_info: bool,
     /// Engine buildroot: build everything again without asking.

@@ -123,7 +123,13 @@ pub fn collect_report(
         warnings: {
             let starts = made.card.iter().map(|card| &card.starts);
             let told = starts.flat_map(|starts| starts.stops.iter().chain(&starts.degrades));
-            system.and_then(|s| s.warning.clone()).into_iter().chain(told.cloned()).collect()
+            let pinned = plan.rootfs.buildroot.iter().flat_map(|pinned| &pinned.overrides);
+            let custom = pinned.map(|source| {
+                let (package, version) = (&source.package, source.version());
+                format!("{package} is {version}: this build cannot be released")
+            });
+            let warning = system.and_then(|s| s.warning.clone());
+            custom.chain(warning).chain(told.cloned()).collect()
         },
         replaced_packages: made
             .base
@@ -163,7 +169,11 @@ fn collect_parts(
         .with("modules", &base.initrd_parts.modules.sha256)
         .finish();
     let version = match &plan.rootfs.buildroot {
-        Some(pinned) => pinned.release.clone(),
+        Some(pinned) => {
+            let sources = pinned.overrides.iter();
+            let custom = sources.map(|s| format!(", {} {}", s.package, s.version()));
+            format!("{}{}", pinned.release, custom.collect::<String>())
+        }
         None => format!("{} of {}", plan.rootfs.suite, format_timestamp(made.base.epoch)),
     };
     add("base", version, digest);

@@ -51,6 +51,7 @@ fn build_options(options: &BuildImageArgs) -> BuildOptions {
         no_install: *no_install,
         buildroot: tree.buildroot.clone(),
         allow_changes: tree.allow_changes,
+        overrides: tree.overrides.clone(),
         legal_info: *legal_info,
         yes: *yes,
     }

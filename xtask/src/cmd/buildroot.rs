@@ -1,5 +1,7 @@
 //! `buildroot`: the daily work with the engine of that name.
 
+mod sources;
+
 use std::collections::{BTreeMap, BTreeSet};
 use std::time::Instant;
 
@@ -21,6 +23,7 @@ use crate::rootfs::buildroot::expr::KconfigValues;
 use crate::rootfs::buildroot::info::BuildrootInfo;
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::menus::{self, MenuChange};
+use crate::rootfs::buildroot::overrides::{self, apply_overrides};
 use crate::rootfs::buildroot::pending::PendingRebuild;
 use crate::rootfs::buildroot::rebuild::{OutputState, RebuildAction};
 use crate::rootfs::buildroot::tree::{self, BuildrootTree, TreeChoice};
@@ -41,6 +44,7 @@ pub fn buildroot(verb: &BuildrootCommand) -> Result<()> {
         BuildrootCommand::UbootMenuconfig(target) => package_menuconfig(target, "uboot"),
         BuildrootCommand::Diff(target) => diff(target),
         BuildrootCommand::Why { target, format } => why(target, *format),
+        BuildrootCommand::Sources(options) => sources::sources(options),
         BuildrootCommand::Make { target, arguments } => make(target, arguments),
     }
 }
@@ -70,17 +74,27 @@ fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
     }
 }
 
+/// The named board, else all boards of the product.
+fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String>> {
+    if let Some(board) = &target.board {
+        return Ok(vec![board.clone()]);
+    }
+    let boards = config::read_product(&workspace_root()?, product)?.boards;
+    Ok(boards.into_iter().map(|board| board.value.0).collect())
+}
+
 /// Resolves one board, or the product's default.
 fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
-    let plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
+    let mut plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
+    let cache = Cache::locate()?;
+    apply_overrides(&mut plan, &config.root, &cache.root, &target.tree.overrides)?;
     let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
         format!(
             "the engine of {product} is not buildroot\n\
          help: choose another product with --product"
         )
     })?;
-    let cache = Cache::locate()?;
     let choice = TreeChoice {
         own: target.tree.buildroot.clone(),
         allow_changes: target.tree.allow_changes,
@@ -95,7 +109,9 @@ impl Case {
     fn setup(&self) -> Result<BuildrootSetup> {
         let root = workspace_root()?;
         let name = output_name(&root, &self.plan.product.name, &self.plan.board.name);
-        BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)
+        let mut setup = BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)?;
+        setup.overrides.clone_from(&self.buildroot.overrides);
+        Ok(setup)
     }
 
     /// Directories for Buildroot's own menus: a copy, so that a build depends on the fragments
@@ -278,24 +294,23 @@ struct Checked {
 fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputFormat) -> Result<()> {
     let root = workspace_root()?;
     let product = product_name(target)?;
-    let boards = match &target.board {
-        Some(board) => vec![board.clone()],
-        None => {
-            config::read_product(&root, &product)?.boards.into_iter().map(|b| b.value.0).collect()
-        }
-    };
+    let boards = board_names(target, &product)?;
     let mut results = Vec::new();
     let mut failure = None;
     for board in &boards {
         let started = Instant::now();
         let case = resolve_case(target, &product, Some(board))?;
-        let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        let (mut setup, _lock) =
+            BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+        setup.overrides.clone_from(&case.buildroot.overrides);
+        overrides::write_local_mk(&setup)?;
         let verdict =
             check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))
                 .with_context(|| format!("checking {product} for {board}"))?;
         let mut note = String::new();
         if packages && verdict.losses.is_empty() {
             let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
+            overrides::require_known(&info, &setup)?;
             engine::require_packages(&info, &setup.tree, &case.buildroot)?;
             note = format!(", {} packages", info.packages().count());
         }

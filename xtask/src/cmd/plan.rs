@@ -6,6 +6,7 @@ use anyhow::{Context, Result, ensure};
 
 use crate::affected;
 use crate::build::check_locks;
+use crate::cache::Cache;
 use crate::cli::{OutputFormat, PlanArgs, RenderArgs, TargetArgs};
 use crate::config;
 use crate::disk::layout::exact_size;
@@ -14,6 +15,7 @@ use crate::plan::{AptSourcePlan, Plan};
 use crate::progress::{list_names, say};
 use crate::publish::pins::PinnedKinds;
 use crate::render;
+use crate::rootfs::buildroot::overrides::apply_overrides;
 use crate::workspace::{dist_dir, lock_dist_dir, resolve_plan};
 use crate::{out, outln, text};
 
@@ -29,7 +31,8 @@ pub fn plan(options: &PlanArgs) -> Result<()> {
         options.channel.is_none(),
         "--channel filters a list of builds: add --all or --changed-since"
     );
-    let (config, _, plan) = resolve_plan(&options.target.selection())?;
+    let (config, _, mut plan) = resolve_plan(&options.target.selection())?;
+    apply_overrides(&mut plan, &config.root, &Cache::locate()?.root, &options.overrides)?;
     match options.format {
         OutputFormat::Json => outln!("{}", text::to_json(&plan)?),
         OutputFormat::Text => {
@@ -78,7 +81,8 @@ fn list_builds(options: &PlanArgs) -> Result<()> {
 /// # Errors
 /// A mistake in the configuration or in a template.
 pub fn render(options: &RenderArgs) -> Result<()> {
-    let (config, _, plan) = resolve_plan(&options.target.selection())?;
+    let (config, _, mut plan) = resolve_plan(&options.target.selection())?;
+    apply_overrides(&mut plan, &config.root, &Cache::locate()?.root, &[])?;
     let rendered = render::render(&config.root, &plan)?;
     let dist = dist_dir(&config.root, &plan);
     let _turn = lock_dist_dir(&dist)?;
@@ -106,6 +110,10 @@ pub fn describe_plan(plan: &Plan) -> String {
     line("commit", format!("{commit}{modified}; epoch {}", plan.epoch));
     let engine = serde_json::to_value(plan.rootfs.engine).unwrap_or_default();
     line("engine", format!("{} {}", engine.as_str().unwrap_or(""), plan.rootfs.suite));
+    for source in plan.rootfs.buildroot.iter().flat_map(|pinned| &pinned.overrides) {
+        let directory = &source.directory;
+        line("override", format!("{} {}, {directory}", source.package, source.version()));
+    }
     for source in &plan.rootfs.sources {
         let AptSourcePlan { name, address, suite, packages, .. } = source;
         line("source", format!("{name}, {address} {suite}: {}", list_names(packages)));

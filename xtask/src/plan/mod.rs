@@ -209,6 +209,43 @@ pub struct BuildrootPlan {
     pub libc: String,
     /// The defconfig, merged from the fragments; every symbol with its origins.
     pub defconfig: Defconfig,
+    /// Packages that are built from a source directory.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    pub overrides: Vec<OverridePlan>,
+}
+
+/// A package that is built from a source directory instead of its release.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct OverridePlan {
+    /// The package.
+    pub package: String,
+    /// The directory. Not in any output: it is a path of this machine.
+    #[serde(skip)]
+    pub directory: Utf8PathBuf,
+    /// The directory's name.
+    pub name: String,
+    /// Its commit; `None` outside a git checkout.
+    pub commit: Option<String>,
+    /// It differs from that commit.
+    pub modified: bool,
+    /// SHA-256 of all names and contents that Buildroot copies.
+    pub content: String,
+}
+
+impl OverridePlan {
+    /// The version of the package, as results show it: `custom (linux at 0123456789ab, modified)`.
+    pub fn version(&self) -> String {
+        let short = |id: &str| id.get(..12).unwrap_or(id).to_owned();
+        let content = short(&self.content);
+        match &self.commit {
+            Some(id) if self.modified => {
+                format!("custom ({} at {}, modified to {content})", self.name, short(id))
+            }
+            Some(id) => format!("custom ({} at {})", self.name, short(id)),
+            None => format!("custom ({} with content {content})", self.name),
+        }
+    }
 }
 
 /// An overlay file.

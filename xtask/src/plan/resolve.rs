@@ -437,6 +437,7 @@ fn plan_buildroot(config: &Config, out: &mut Vec<ConfigFinding>) -> Option<Build
         python: pinned.python.value.clone(),
         libc: pinned.libc.value.clone(),
         defconfig,
+        overrides: Vec::new(),
     })
 }
 

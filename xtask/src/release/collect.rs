@@ -55,6 +55,24 @@ struct Compressed {
 #[derive(Deserialize)]
 struct Planned {
     modified: bool,
+    #[serde(default)]
+    rootfs: PlannedRootfs,
+}
+
+#[derive(Default, Deserialize)]
+struct PlannedRootfs {
+    buildroot: Option<PlannedBuildroot>,
+}
+
+#[derive(Deserialize)]
+struct PlannedBuildroot {
+    #[serde(default)]
+    overrides: Vec<PlannedOverride>,
+}
+
+#[derive(Deserialize)]
+struct PlannedOverride {
+    package: String,
 }
 
 /// Collects and verifies the results for these boards (empty: all boards of the product).
@@ -142,6 +160,15 @@ fn collect_board(
         !planned.modified || (allow_changes && kind == BuildKind::Development),
         "built from uncommitted changes; the release would not be reproducible\n\
          help: commit the changes and build again (for a development product: --allow-changes)"
+    );
+    let custom = planned.rootfs.buildroot.iter().flat_map(|buildroot| &buildroot.overrides);
+    let custom: Vec<&str> = custom.map(|source| source.package.as_str()).collect();
+    ensure!(
+        custom.is_empty(),
+        "built from source directories of one machine instead of releases: {}\n\
+         help: build again without --override and without [buildroot.override] in \
+         slipway.local.toml",
+        custom.join(", ")
     );
     let version = Version::parse(&report.product.version).context("reading the version")?;
     let stem = format!("{product}-{version}-{board}");

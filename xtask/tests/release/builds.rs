@@ -188,6 +188,17 @@ fn a_release_is_made_of_verified_results_and_says_what_changed() {
     let message = bench.refused(&create);
     assert!(message.contains("help: cargo xtask build-image --product shop"), "{message}");
     results(&bench, &dist, "1.0.0", "noon", &first);
+    // A package from a source directory of one machine cannot be built on another one.
+    let plan = fs::read_to_string(dist.join("plan.json")).unwrap();
+    let overrides = json!([{ "package": "linux", "name": "linux", "modified": false }]);
+    let custom =
+        json!({ "modified": false, "rootfs": { "buildroot": { "overrides": overrides } } });
+    fs::write(dist.join("plan.json"), custom.to_string()).unwrap();
+    for allow in [&[][..], &["--allow-changes"]] {
+        let message = bench.refused(&[&create[..], allow].concat());
+        assert!(message.contains("instead of releases: linux\nhelp: "), "{message}");
+    }
+    fs::write(dist.join("plan.json"), plan).unwrap();
     let said = bench.good(&create);
     assert!(said.contains("shop 1.0.0 for sample: made"), "{said}");
     assert!(bench.good(&create).contains("is there already"));

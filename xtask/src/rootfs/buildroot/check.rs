@@ -151,8 +151,10 @@ pub fn check_defconfig(
 
 /// The lines that set a symbol or unset it. Without the heading: it contains the tree's version
 /// from git, which is briefly "dirty" in a copied tree.
+/// The settings, without what Buildroot writes about the workspace: its commit may change meanwhile.
 fn setting_lines(config: &str) -> Vec<&str> {
-    config.lines().filter(|line| line.contains("BR2_")).collect()
+    let setting = |line: &&str| line.contains("BR2_") && !line.starts_with("BR2_EXTERNAL_");
+    config.lines().filter(setting).collect()
 }
 
 fn read_file(path: &Utf8Path) -> Result<String> {

@@ -14,9 +14,11 @@ use super::check;
 use super::failure::{self, offline_help, plain_uri};
 use super::info::BuildrootInfo;
 use super::make::{BuildrootSetup, BuildrootSite};
+use super::overrides;
 use super::pending::PendingRebuild;
 use super::rebuild::{OutputState, RebuildAction};
 use super::tree::BuildrootTree;
+use crate::artifact::none_if_missing;
 use crate::exec::Tool;
 use crate::plan::BuildrootPlan;
 use crate::progress::{ProgressStep, ProgressUnit, list_names, say, warn};
@@ -97,11 +99,13 @@ pub fn legal_info(request: &BuildrootRequest<'_>) -> Result<Utf8PathBuf> {
 /// a C library other than what the wheels are locked for.
 pub fn configure(request: &BuildrootRequest<'_>) -> Result<(BuildrootInfo, String)> {
     let setup = request.setup;
+    overrides::write_local_mk(setup)?;
     let verdict = check::check_defconfig(setup, &request.plan.defconfig, request.title)?;
     verdict.require().context("Kconfig would drop requests of fragments")?;
     // Query the sources as if there were a network, also when offline, in order to show them.
     let online = BuildrootSite { offline: false, ..request.site.clone() };
     let info = BuildrootInfo::read(setup, &online)?;
+    overrides::require_known(&info, setup)?;
     require_packages(&info, &setup.tree, request.plan)?;
     Ok((info, verdict.config))
 }
@@ -173,8 +177,12 @@ pub fn require_hashes(info: &BuildrootInfo, tree: &Utf8Path) -> Result<()> {
     );
 }
 
-/// Prepares the output directory so that make can continue.
-fn prepare_output(
+/// Prepares the output directory so that make can continue: cleans what must be built again, and
+/// records what is about to be built.
+///
+/// # Errors
+/// A make that fails; a record that cannot be read or written.
+pub fn prepare_output(
     request: &BuildrootRequest<'_>,
     state: &OutputState,
     info: &BuildrootInfo,
@@ -205,6 +213,7 @@ fn prepare_output(
             }
         }
     }
+    overrides::save_records(setup)?;
     state.save(&setup.output)
 }
 
@@ -265,6 +274,37 @@ fn download_sources(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Res
         }
     })
     .with_context(|| format!("downloading {all} sources"))
+}
+
+/// Downloads the sources of these packages into the directory of downloads. Unlike in a build, one
+/// that is not available does not stop the others.
+///
+/// # Errors
+/// The first source that is not available, with its addresses.
+pub fn download_available(
+    request: &BuildrootRequest<'_>,
+    info: &BuildrootInfo,
+    packages: &BTreeSet<String>,
+) -> Result<()> {
+    let setup = request.setup;
+    fs::create_dir_all(&setup.downloads)
+        .with_context(|| format!("creating {}", setup.downloads))?;
+    // Buildroot's mark says that the file was there once.
+    for entry in packages.iter().filter_map(|name| info.0.get(name)) {
+        let mark = setup.output.join(&entry.stamp_dir).join(".stamp_downloaded");
+        none_if_missing(fs::remove_file(&mark)).with_context(|| format!("removing {mark}"))?;
+    }
+    let step = ProgressStep::new("sources", "downloading", 0, ProgressUnit::Items);
+    let make = setup
+        .fetching(request.site)
+        .arg(format!("-j{DOWNLOADS}"))
+        .args(["--output-sync=target", "--keep-going"])
+        .args(packages.iter().map(|name| format!("{name}-source")));
+    run_make(request, make, info, |line| {
+        if line.contains(">>> ") {
+            step.note(failure::strip_colours(line).trim_start_matches(">>> ").to_owned());
+        }
+    })
 }
 
 /// Runs make with the log; a failure is parsed from what this run wrote to it.

@@ -9,6 +9,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 use serde::{Deserialize, Serialize};
 
 use super::make::{BuildrootSetup, BuildrootSite};
+use crate::plan::OverridePlan;
 use crate::rootfs::{BasePackage, PackageRole};
 
 /// One entry: a package for the target or the host, or a filesystem image.
@@ -59,6 +60,9 @@ pub struct InfoEntry {
     /// Name in the CVE dictionary.
     #[serde(default, rename = "cpe-id")]
     pub cpe: Option<String>,
+    /// Its version as results show it, where it is built from a source directory.
+    #[serde(default)]
+    pub custom: Option<String>,
 }
 
 /// One download.
@@ -87,7 +91,27 @@ impl BuildrootInfo {
             .args(["-s", "show-info"])
             .read()
             .context("asking Buildroot for its packages")?;
-        Self::parse(&text)
+        let mut info = Self::parse(&text)?;
+        for plan in &setup.overrides {
+            info.mark_custom(plan);
+        }
+        Ok(info)
+    }
+
+    /// A package with a source directory downloads nothing. Its version is not that of a release,
+    /// except where others depend on it: the wheels on Python's.
+    pub fn mark_custom(&mut self, plan: &OverridePlan) {
+        for name in [plan.package.clone(), format!("host-{}", plan.package)] {
+            let Some(entry) = self.0.get_mut(&name) else { continue };
+            entry.custom = Some(plan.version());
+            entry.downloads.clear();
+            entry.cpe = None;
+            if plan.package == "python3"
+                && let Some(version) = python_version(&plan.directory)
+            {
+                entry.version = version;
+            }
+        }
     }
 
     /// Reads the answer.
@@ -161,23 +185,27 @@ impl BuildrootInfo {
     /// When a hash file or Buildroot's list of files cannot be read.
     pub fn contents(&self, setup: &BuildrootSetup, arch: &str) -> Result<Vec<BasePackage>> {
         let installed = installed_bytes(&setup.output)?;
-        let counts = |e: &InfoEntry| e.kind == "target" && !e.is_virtual && !e.downloads.is_empty();
+        let counts = |e: &InfoEntry| {
+            let has_source = !e.downloads.is_empty() || e.custom.is_some();
+            e.kind == "target" && !e.is_virtual && has_source
+        };
         let mut list = Vec::new();
         for (name, entry) in self.packages().filter(|(_, e)| counts(e)) {
             let sums = read_hashes(&setup.tree, entry)?;
             let main = entry.downloads.first();
-            let sha256 = main.and_then(|d| sums.get(&d.source)).cloned().unwrap_or_default();
+            let sha256 = main.and_then(|d| sums.get(&d.source)?.sha256.clone()).unwrap_or_default();
             let size = |d: &InfoDownload| {
                 let path = setup.downloads.join(&entry.dl_dir).join(&d.source);
                 fs::metadata(path).map_or(0, |m| m.len())
             };
+            let version = entry.custom.clone().unwrap_or_else(|| entry.version.clone());
             list.push(BasePackage {
                 name: name.to_owned(),
-                version: entry.version.clone(),
+                version: version.clone(),
                 arch: arch.to_owned(),
                 role: if entry.install_target { PackageRole::Root } else { PackageRole::Extra },
                 source: name.to_owned(),
-                source_version: entry.version.clone(),
+                source_version: version,
                 archive: None,
                 section: String::new(),
                 installed_bytes: installed.get(name).copied().unwrap_or(0),
@@ -222,17 +250,40 @@ impl BuildrootInfo {
     }
 }
 
-/// SHA-256 by file name, from an entry's hash files (`sha256  <hex>  <file>`).
-fn read_hashes(tree: &Utf8Path, entry: &InfoEntry) -> Result<HashMap<String, String>> {
-    let mut sums = HashMap::new();
+/// The version of a Python source tree.
+fn python_version(dir: &Utf8Path) -> Option<String> {
+    let text = fs::read_to_string(dir.join("Include/patchlevel.h")).ok()?;
+    let value = text.lines().find_map(|line| line.strip_prefix("#define PY_VERSION"))?;
+    Some(value.trim().trim_matches('"').to_owned())
+}
+
+/// The hashes that hash files have for a file. Weaker ones are ignored.
+#[derive(Debug, Clone, Default, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize)]
+pub struct FileHashes {
+    /// SHA-256, lower-case hexadecimal.
+    pub sha256: Option<String>,
+    /// SHA-512, lower-case hexadecimal.
+    pub sha512: Option<String>,
+}
+
+/// Hashes by file name, from an entry's hash files (`sha256  <hex>  <file>`).
+///
+/// # Errors
+/// When a hash file cannot be read.
+pub(super) fn read_hashes(
+    tree: &Utf8Path,
+    entry: &InfoEntry,
+) -> Result<HashMap<String, FileHashes>> {
+    let mut sums: HashMap<String, FileHashes> = HashMap::new();
     for file in &entry.hashes {
         let path = tree.join(file);
         let text = fs::read_to_string(&path).with_context(|| format!("reading {path}"))?;
         for line in text.lines() {
             let words: Vec<&str> = line.split_whitespace().collect();
-            if let ["sha256" | "sha512", sum, name] = words.as_slice() {
-                sums.insert((*name).to_owned(), (*sum).to_owned());
-            }
+            let ["sha256" | "sha512", sum, name] = words.as_slice() else { continue };
+            let hashes = sums.entry((*name).to_owned()).or_default();
+            let place = if words[0] == "sha256" { &mut hashes.sha256 } else { &mut hashes.sha512 };
+            *place = Some(sum.to_ascii_lowercase());
         }
     }
     Ok(sums)

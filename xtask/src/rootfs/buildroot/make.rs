@@ -8,6 +8,7 @@ use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::hash_bytes;
 use crate::exec::Tool;
+use crate::plan::OverridePlan;
 use crate::progress::say;
 use crate::variable;
 
@@ -46,6 +47,8 @@ pub struct BuildrootSetup {
     pub downloads: Utf8PathBuf,
     /// The compiler cache, shared by all products.
     pub ccache: Utf8PathBuf,
+    /// Packages that are built from a source directory.
+    pub overrides: Vec<OverridePlan>,
 }
 
 /// The machine's sources of downloads and compiled objects; they do not change any result.
@@ -96,7 +99,14 @@ impl BuildrootSetup {
             output: base.join("output").join(name),
             downloads: base.join("dl"),
             ccache: base.join("ccache"),
+            overrides: Vec::new(),
         })
+    }
+
+    /// The cache's own directory.
+    pub(super) fn cache_root(&self) -> &Utf8Path {
+        let above = self.ccache.parent().and_then(Utf8Path::parent);
+        above.unwrap_or(&self.ccache)
     }
 
     /// A directory for checks only, one for each tree, so that a check never changes the output of

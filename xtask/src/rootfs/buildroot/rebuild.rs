@@ -12,6 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::expr::KconfigValues;
 use super::info::BuildrootInfo;
 use super::make::BuildrootSetup;
+use super::overrides;
 use super::tree::BuildrootTree;
 use crate::artifact::{hash_bytes, hash_file, write_atomically};
 
@@ -35,6 +36,22 @@ pub struct OutputState {
     pub files: BTreeMap<String, BTreeMap<Utf8PathBuf, String>>,
     /// The external tree: hash by path, without the files above.
     pub external: BTreeMap<Utf8PathBuf, String>,
+    /// Packages that are built from a source directory.
+    #[serde(default)]
+    pub overrides: BTreeMap<String, OverrideState>,
+}
+
+/// A source directory.
+#[derive(Debug, Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct OverrideState {
+    /// The directory.
+    pub directory: Utf8PathBuf,
+    /// The hash of its content.
+    pub content: String,
+    /// Make can continue in the package's build directory.
+    #[serde(skip)]
+    pub can_continue: bool,
 }
 
 /// What to do before the next make.
@@ -130,7 +147,17 @@ impl OutputState {
         }
         let dependencies =
             info.packages().map(|(n, e)| (n.to_owned(), e.dependencies.clone())).collect();
+        let mut overrides = BTreeMap::new();
+        for plan in &setup.overrides {
+            let state = OverrideState {
+                directory: plan.directory.clone(),
+                content: plan.content.clone(),
+                can_continue: overrides::can_continue(setup, info, plan)?,
+            };
+            overrides.insert(plan.package.clone(), state);
+        }
         Ok(Self {
+            overrides,
             tree: format!("{} {}", tree.commit, tree.changes),
             tree_changed: tree.changed.clone(),
             config,
@@ -243,6 +270,10 @@ pub fn compare_trees(
             }
         }
     }
+    let names: BTreeSet<&String> = old.overrides.keys().chain(new.overrides.keys()).collect();
+    for package in names {
+        plan.source(package, old.overrides.get(package), new.overrides.get(package), info);
+    }
     let paths: BTreeSet<&Utf8PathBuf> = old.external.keys().chain(new.external.keys()).collect();
     for path in paths.into_iter().filter(|p| old.external.get(*p) != new.external.get(*p)) {
         plan.external(path, info, &added);
@@ -313,6 +344,33 @@ impl CleanPlan {
         let owns = |recipe: &Utf8Path| path.starts_with(recipe) || recipe.starts_with(dir);
         for (name, entry) in info.packages().filter(|(_, e)| !e.package_dir.as_str().is_empty()) {
             if owns(&entry.package_dir) && !added(name) {
+                self.clean(name, why.clone());
+            }
+        }
+    }
+
+    /// A package whose source directory is another one, or has another content.
+    fn source(
+        &mut self,
+        package: &str,
+        old: Option<&OverrideState>,
+        new: Option<&OverrideState>,
+        info: &BuildrootInfo,
+    ) {
+        let (why, can_continue) = match (old, new) {
+            (Some(old), Some(new)) if old.directory == new.directory => {
+                if old.content == new.content {
+                    return;
+                }
+                (format!("files in {} changed", new.directory), new.can_continue)
+            }
+            (_, Some(new)) => (format!("its source is now {}", new.directory), false),
+            (_, None) => ("its source is the release again".to_owned(), false),
+        };
+        for name in overrides::affected(package, info) {
+            if can_continue {
+                self.reconfigure.entry(name.to_owned()).or_default().insert(why.clone());
+            } else {
                 self.clean(name, why.clone());
             }
         }

@@ -1,0 +1,484 @@
+//! Source directories instead of releases (Buildroot's `<PKG>_OVERRIDE_SRCDIR`): what was asked
+//! for, what the directories contain, and what must be built again after a change in them.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs::{self, Metadata};
+use std::os::unix::fs::MetadataExt;
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
+
+use anyhow::{Context, Result, bail, ensure};
+use camino::{Utf8Path, Utf8PathBuf};
+use serde::{Deserialize, Serialize};
+
+use super::info::BuildrootInfo;
+use super::make::BuildrootSetup;
+use crate::artifact::{hash_bytes, hash_file, none_if_missing, write_atomically};
+use crate::config::product::Engine;
+use crate::config::reader::{ConfigSource, nearest_name};
+use crate::git;
+use crate::parallel;
+use crate::plan::{OverridePlan, Plan};
+use crate::progress::{ProgressStep, ProgressUnit, warn};
+
+/// The settings of this checkout only, which git ignores.
+pub const LOCAL_FILE: &str = "slipway.local.toml";
+
+/// The first line of the `local.mk` that this tool writes.
+const HEADER: &str = "# Written by cargo xtask from --override and slipway.local.toml.";
+
+/// The content of a directory: its files have records of their own.
+const DIRECTORY: &str = "directory";
+
+/// The kernel's headers, which the C library is built with.
+const HEADERS: &str = "linux-headers";
+
+/// What Buildroot does not copy (`RSYNC_VCS_EXCLUSIONS` in its Makefile).
+const NOT_COPIED: [&str; 5] = [".svn", ".git", ".hg", ".bzr", "CVS"];
+
+/// A file that was changed this shortly before it was hashed is hashed again: it may be changed
+/// again without another time. The coarsest file systems (FAT) count in steps of two seconds.
+const RECENT: Duration = Duration::from_secs(2);
+
+/// A package and its source directory, as typed: `linux=../linux`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct SourceOverride {
+    /// The package, without the prefix `host-`.
+    pub package: String,
+    /// Its directory.
+    pub directory: Utf8PathBuf,
+}
+
+impl std::str::FromStr for SourceOverride {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text.split_once('=') {
+            Some((package, directory)) if !package.is_empty() && !directory.is_empty() => {
+                Ok(Self { package: package.to_owned(), directory: directory.into() })
+            }
+            _ => Err("expected PKG=DIR, such as linux=../linux".to_owned()),
+        }
+    }
+}
+
+/// Adds source directories to a plan: those of the checkout's own settings, and those that were
+/// asked for. With one, the build is a development build, whatever the product is.
+///
+/// # Errors
+/// A mistake in the settings; a directory that does not exist or that Buildroot cannot use; an
+/// engine without packages that can be replaced.
+pub fn apply_overrides(
+    plan: &mut Plan,
+    root: &Utf8Path,
+    cache: &Utf8Path,
+    asked: &[SourceOverride],
+) -> Result<()> {
+    let Some(pinned) =
+        plan.rootfs.buildroot.as_mut().filter(|_| plan.rootfs.engine == Engine::Buildroot)
+    else {
+        ensure!(
+            asked.is_empty(),
+            "--override needs the engine buildroot, but the engine of {} is debian\n\
+             help: choose another product with --product",
+            plan.product.name
+        );
+        return Ok(());
+    };
+    let mut chosen: BTreeMap<String, Utf8PathBuf> = BTreeMap::new();
+    for (package, directory) in read_local(root)? {
+        chosen.insert(package, root.join(directory));
+    }
+    for SourceOverride { package, directory } in asked {
+        chosen.insert(package.clone(), directory.clone());
+    }
+    for (package, directory) in chosen {
+        let taken = inspect_directory(&package, &directory, cache)?;
+        warn(format!(
+            "{package} is built from {}: this is a development build and cannot be released",
+            taken.directory
+        ));
+        pinned.overrides.push(taken);
+    }
+    if !pinned.overrides.is_empty() {
+        plan.product.kind = crate::config::product::BuildKind::Development;
+    }
+    Ok(())
+}
+
+/// `[buildroot.override]` of the checkout's own settings.
+fn read_local(root: &Utf8Path) -> Result<BTreeMap<String, String>> {
+    let path = root.join(LOCAL_FILE);
+    let Some(bytes) =
+        none_if_missing(fs::read(&path)).with_context(|| format!("reading {path}"))?
+    else {
+        return Ok(BTreeMap::new());
+    };
+    ConfigSource::new(Utf8Path::new(LOCAL_FILE), bytes)?.parse(|f| {
+        let buildroot = f.optional_table("buildroot", |f| {
+            Some(f.optional_table("override", |f| Some(f.strings()))?.unwrap_or_default())
+        });
+        Some(buildroot?.unwrap_or_default())
+    })
+}
+
+/// A directory with its commit and the hash of its content.
+fn inspect_directory(
+    package: &str,
+    directory: &Utf8Path,
+    cache: &Utf8Path,
+) -> Result<OverridePlan> {
+    let real = directory.canonicalize_utf8().with_context(|| {
+        format!(
+            "looking for the source directory of {package}, {directory}\n\
+             help: correct --override or {LOCAL_FILE}"
+        )
+    })?;
+    ensure!(real.is_dir(), "the source of {package}, {real}, is not a directory");
+    // Make and rsync would take these characters apart.
+    let plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-+@,=~".contains(&b);
+    if let Some(odd) = real.as_str().chars().find(|c| !u8::try_from(*c).is_ok_and(plain)) {
+        bail!(
+            "Buildroot cannot use the path {real}: it contains {odd:?}\n\
+             help: move the directory to a path of letters, digits and /._-+@,=~"
+        );
+    }
+    ensure!(
+        package.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b)),
+        "invalid package name {package:?}"
+    );
+    let buildroot = cache.join("buildroot");
+    if let Ok(own) = buildroot.canonicalize_utf8()
+        && (own.join("output").starts_with(&real) || real.starts_with(&own))
+    {
+        bail!(
+            "the source directory of {package}, {real}, contains build output or is inside of it\n\
+             help: use a directory outside of {own}"
+        );
+    }
+    let tree = SourceTree::read(&real, cache)?;
+    let (commit, modified) = checkout_state(&real);
+    Ok(OverridePlan {
+        package: package.to_owned(),
+        name: real.file_name().unwrap_or("root").to_owned(),
+        directory: real,
+        commit,
+        modified,
+        content: tree.content(),
+    })
+}
+
+/// The commit of a git checkout, and whether files differ from it; only for names: what is built is
+/// identified by its content.
+fn checkout_state(dir: &Utf8Path) -> (Option<String>, bool) {
+    let read = |args: &[&str]| git::git_in(dir).args(args).read().ok();
+    let top = read(&["rev-parse", "--show-toplevel"]);
+    if top.as_deref().map(str::trim) != Some(dir.as_str()) {
+        return (None, false);
+    }
+    let commit = read(&["rev-parse", "HEAD"]).map(|text| text.trim().to_owned());
+    let modified = read(&["status", "--porcelain"]).is_none_or(|text| !text.trim().is_empty());
+    (commit, modified)
+}
+
+/// What Buildroot would copy of a directory: a record for each file, by path.
+#[derive(Debug, Clone, Default, Serialize, Deserialize)]
+struct SourceTree {
+    files: BTreeMap<String, FileRecord>,
+}
+
+/// One file, link or directory.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+struct FileRecord {
+    /// Kind and executable bit with the hash of the content, or with the target of a link.
+    content: String,
+    /// Inode, size, times of change and of modification in nanoseconds since 1970: a file in which
+    /// none of them differs has the same content.
+    stat: (u64, u64, i128, i128),
+    /// It was changed shortly before it was hashed.
+    recent: bool,
+}
+
+impl SourceTree {
+    /// Reads a directory; hashes only what is not known from the last time.
+    fn read(dir: &Utf8Path, cache: &Utf8Path) -> Result<Self> {
+        let id = hash_bytes(dir.as_str().as_bytes());
+        let known_path = cache.join("buildroot/overrides").join(format!("{id}.json"));
+        let known = Self::load(&known_path)?;
+        let started = SystemTime::now().duration_since(UNIX_EPOCH).unwrap_or_default();
+        let mut found = Vec::new();
+        list_entries(dir, "", &mut found)?;
+        let reusable = |path: &str, about: &Metadata| {
+            known.files.get(path).filter(|old| !old.recent && old.stat == stat_of(about))
+        };
+        let fresh: u64 = found
+            .iter()
+            .filter(|(path, about)| about.is_file() && reusable(path, about).is_none())
+            .map(|(_, about)| about.len())
+            .sum();
+        let what = format!("hashing {}", dir.file_name().unwrap_or("sources"));
+        let step = ProgressStep::new("sources", what, fresh, ProgressUnit::Bytes);
+        let records = parallel::map(&found, parallel::cores(), |(path, about)| {
+            if let Some(old) = reusable(path, about) {
+                return Ok(old.clone());
+            }
+            let content = content_of(&dir.join(path), about)?;
+            if about.is_file() {
+                step.advance(about.len());
+            }
+            let changed = Duration::new(
+                u64::try_from(about.ctime()).unwrap_or_default(),
+                u32::try_from(about.ctime_nsec()).unwrap_or_default(),
+            );
+            let recent = changed + RECENT >= started;
+            Ok(FileRecord { content, stat: stat_of(about), recent })
+        })?;
+        drop(step);
+        let files = found.into_iter().map(|(path, _)| path).zip(records).collect();
+        let tree = Self { files };
+        // Without this file the next build reads everything again, and finds the same.
+        if tree.files != known.files
+            && let Err(error) = tree.save(&known_path)
+        {
+            warn(format!("{error:#}"));
+        }
+        Ok(tree)
+    }
+
+    /// The records in a file; none where it does not exist or has another form.
+    fn load(path: &Utf8Path) -> Result<Self> {
+        let text = none_if_missing(fs::read(path)).with_context(|| format!("reading {path}"))?;
+        Ok(text.and_then(|text| serde_json::from_slice(&text).ok()).unwrap_or_default())
+    }
+
+    fn save(&self, path: &Utf8Path) -> Result<()> {
+        let json = serde_json::to_vec(self).context("describing a source directory")?;
+        write_atomically(path, |out| Ok(out.write_all(&json)?))
+    }
+
+    /// The hash of all names and contents.
+    fn content(&self) -> String {
+        let lines: String =
+            self.files.iter().map(|(path, file)| format!("{path}\0{}\n", file.content)).collect();
+        hash_bytes(lines.as_bytes())
+    }
+}
+
+/// All files, links and directories below a directory, without what Buildroot does not copy.
+fn list_entries(dir: &Utf8Path, below: &str, found: &mut Vec<(String, Metadata)>) -> Result<()> {
+    let here = dir.join(below);
+    for entry in here.read_dir_utf8().with_context(|| format!("listing {here}"))? {
+        let entry = entry.with_context(|| format!("listing {here}"))?;
+        if NOT_COPIED.contains(&entry.file_name()) {
+            continue;
+        }
+        let path = match below {
+            "" => entry.file_name().to_owned(),
+            below => format!("{below}/{}", entry.file_name()),
+        };
+        let about = entry.path().symlink_metadata();
+        let about = about.with_context(|| format!("reading {}", entry.path()))?;
+        let is_dir = about.is_dir();
+        found.push((path.clone(), about));
+        if is_dir {
+            list_entries(dir, &path, found)?;
+        }
+    }
+    Ok(())
+}
+
+fn stat_of(about: &Metadata) -> (u64, u64, i128, i128) {
+    let time = |seconds: i64, nanoseconds: i64| {
+        i128::from(seconds) * 1_000_000_000 + i128::from(nanoseconds)
+    };
+    // The size and the times of a directory change with its files, which have their own records.
+    if about.is_dir() {
+        return (about.ino(), 0, 0, 0);
+    }
+    let changed = time(about.ctime(), about.ctime_nsec());
+    (about.ino(), about.len(), changed, time(about.mtime(), about.mtime_nsec()))
+}
+
+fn content_of(path: &Utf8Path, about: &Metadata) -> Result<String> {
+    Ok(if about.is_symlink() {
+        let target = path.read_link_utf8().with_context(|| format!("reading {path}"))?;
+        format!("link {target}")
+    } else if about.is_file() {
+        // Buildroot copies no other bits (`--chmod=u=rwX,go=rX`).
+        let kind = if about.mode() & 0o111 == 0 { "file" } else { "program" };
+        format!("{kind} {}", hash_file(path)?.1)
+    } else if about.is_dir() {
+        DIRECTORY.to_owned()
+    } else {
+        "special file".to_owned()
+    })
+}
+
+/// Writes or removes the output directory's `local.mk`.
+///
+/// # Errors
+/// A `local.mk` of another author.
+pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
+    let path = setup.output.join("local.mk");
+    let old =
+        none_if_missing(fs::read_to_string(&path)).with_context(|| format!("reading {path}"))?;
+    if let Some(old) = &old
+        && !old.starts_with(HEADER)
+    {
+        bail!(
+            "{path} was written by hand, and builds would not notice changes in its directories\n\
+             help: move its directories to [buildroot.override] in {LOCAL_FILE}, and remove it"
+        );
+    }
+    let mut text = format!("{HEADER}\n");
+    for OverridePlan { package, directory, .. } in &setup.overrides {
+        let name = package.to_uppercase().replace(['-', '.'], "_");
+        let line = format!("{name}_OVERRIDE_SRCDIR = {directory}\n");
+        // Where the headers are those of the kernel, Buildroot takes them from its directory, and
+        // refuses one of their own.
+        text.push_str(&match package.as_str() {
+            HEADERS => format!("ifneq ($(BR2_KERNEL_HEADERS_AS_KERNEL),y)\n{line}endif\n"),
+            _ => line,
+        });
+    }
+    let named = |name| setup.overrides.iter().any(|source| source.package == name);
+    if named("linux") && !named(HEADERS) {
+        // Otherwise a change in the kernel would be one in the C library and all that uses it.
+        text.push_str("override LINUX_HEADERS_OVERRIDE_SRCDIR :=\n");
+    }
+    match (&old, setup.overrides.is_empty()) {
+        (Some(_), true) => fs::remove_file(&path).with_context(|| format!("removing {path}")),
+        (None, true) => Ok(()),
+        (Some(old), false) if *old == text => Ok(()),
+        (_, false) => write_atomically(&path, |out| Ok(out.write_all(text.as_bytes())?)),
+    }
+}
+
+/// Each package that has a source directory must exist.
+///
+/// # Errors
+/// A name that neither this configuration nor the tree has.
+pub fn require_known(info: &BuildrootInfo, setup: &BuildrootSetup) -> Result<()> {
+    for OverridePlan { package, directory, .. } in &setup.overrides {
+        if affected(package, info).next().is_some() {
+            continue;
+        }
+        // One file serves several boards: not each of them builds every package in it.
+        if has_recipe(&setup.tree, package) || has_recipe(&setup.external, package) {
+            warn(format!("this board builds no {package}: {directory} is not used"));
+            continue;
+        }
+        let names = info.packages().map(|(name, _)| name.strip_prefix("host-").unwrap_or(name));
+        let near = nearest_name(package, names);
+        bail!(
+            "Buildroot has no package {package}, for which a source directory was given\n\
+             help: {}",
+            near.map_or("correct --override or slipway.local.toml".to_owned(), |near| format!(
+                "did you mean {near}?"
+            ))
+        );
+    }
+    Ok(())
+}
+
+/// Whether a tree has a recipe `<name>/<name>.mk`, at most three directories deep.
+fn has_recipe(tree: &Utf8Path, name: &str) -> bool {
+    let own = Utf8Path::new(name).join(format!("{name}.mk"));
+    ["", "boot", "toolchain", "package"].iter().any(|dir| tree.join(dir).join(&own).is_file())
+        || tree
+            .join("package")
+            .read_dir_utf8()
+            .is_ok_and(|dirs| dirs.flatten().any(|dir| dir.path().join(&own).is_file()))
+}
+
+/// The packages of a configuration that a source directory is used for: the one for the target and
+/// the one for the host.
+pub(super) fn affected<'a>(
+    package: &'a str,
+    info: &'a BuildrootInfo,
+) -> impl Iterator<Item = &'a str> {
+    let host = format!("host-{package}");
+    info.packages().map(|(name, _)| name).filter(move |name| *name == package || *name == host)
+}
+
+/// Whether make can continue in a package's build directory after Buildroot copies what changed in
+/// its source directory: nothing was removed, and each changed file is newer than all that was
+/// built. Otherwise make would keep results of the former content.
+///
+/// # Errors
+/// When a directory cannot be read.
+pub(super) fn can_continue(
+    setup: &BuildrootSetup,
+    info: &BuildrootInfo,
+    plan: &OverridePlan,
+) -> Result<bool> {
+    let new = SourceTree::read(&plan.directory, setup.cache_root())?;
+    let old = SourceTree::load(&record_path(setup, &plan.package))?;
+    if old.files.keys().any(|path| !new.files.contains_key(path)) {
+        return Ok(false);
+    }
+    let changed: Vec<(&String, &FileRecord)> = new
+        .files
+        .iter()
+        .filter(|(path, file)| old.files.get(*path).is_none_or(|old| old.content != file.content))
+        .filter(|(_, file)| file.content != DIRECTORY)
+        .collect();
+    if changed.is_empty() {
+        return Ok(true);
+    }
+    for name in affected(&plan.package, info) {
+        let Some(entry) = info.0.get(name) else { continue };
+        let built = setup.output.join(&entry.stamp_dir);
+        let mut files = Vec::new();
+        if built.is_dir() {
+            list_entries(&built, "", &mut files)?;
+        }
+        let newest = files.iter().filter(|(_, a)| !a.is_dir()).map(|(_, a)| stat_of(a).3).max();
+        let newest = newest.unwrap_or(i128::MIN);
+        for (path, file) in &changed {
+            // Buildroot may have copied it after it was hashed last.
+            let copy = built.join(path);
+            let same =
+                copy.symlink_metadata().ok().and_then(|about| content_of(&copy, &about).ok());
+            if same.as_ref() != Some(&file.content) && file.stat.3 <= newest {
+                return Ok(false);
+            }
+        }
+    }
+    Ok(true)
+}
+
+/// Records what is about to be built, for the next comparison.
+///
+/// # Errors
+/// When a record cannot be written.
+pub(super) fn save_records(setup: &BuildrootSetup) -> Result<()> {
+    for plan in &setup.overrides {
+        let tree = SourceTree::read(&plan.directory, setup.cache_root())?;
+        tree.save(&record_path(setup, &plan.package))?;
+    }
+    Ok(())
+}
+
+fn record_path(setup: &BuildrootSetup, package: &str) -> Utf8PathBuf {
+    setup.output.join(format!("slipway-override-{package}.json"))
+}
+
+/// Each directory must have the content that the build began with.
+///
+/// # Errors
+/// A directory that was changed while it was built.
+pub fn require_unchanged(setup: &BuildrootSetup) -> Result<()> {
+    let mut changed = BTreeSet::new();
+    for plan in &setup.overrides {
+        if SourceTree::read(&plan.directory, setup.cache_root())?.content() != plan.content {
+            changed.insert(plan.directory.as_str());
+        }
+    }
+    let list: Vec<&str> = changed.into_iter().collect();
+    ensure!(
+        list.is_empty(),
+        "changed while it was built: {}\nhelp: run the same command again; it builds what changed",
+        list.join(", ")
+    );
+    Ok(())
+}
