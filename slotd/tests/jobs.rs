@@ -229,7 +229,8 @@ fn is_a_job_before_it_opens(source: &str) {
     let file = write(robot.dir.path(), "other.bundle", &bundle_of(&new_system(robot.size, 3)));
     assert_eq!(robot.refused(&["install", &file]), (4, "busy".to_owned()));
     let group = Pid::from_raw(i32::try_from(client.id()).unwrap()).unwrap();
-    kill_process_group(group, Signal::INT).unwrap();
+    // Not SIGINT: a program that a script starts in the background inherits that it is ignored.
+    kill_process_group(group, Signal::TERM).unwrap();
     // Not to the end of its output, which the job has inherited.
     assert_eq!(client.wait().unwrap().code(), None);
     assert_eq!(robot.run(&["job"])["state"], "runs");

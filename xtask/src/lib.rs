@@ -43,6 +43,7 @@ pub mod ssh;
 pub mod ssh_keys;
 pub mod start;
 pub mod store;
+pub mod test_programs;
 pub mod text;
 pub mod time;
 pub mod tls;

@@ -13,6 +13,7 @@ use xtask::plan::{BuildrootPlan, Plan};
 use xtask::rootfs::buildroot::engine;
 use xtask::rootfs::buildroot::failure::{self, BuildrootFailure};
 use xtask::rootfs::buildroot::info::BuildrootInfo;
+use xtask::rootfs::buildroot::make::BuildrootSetup;
 use xtask::rootfs::buildroot::pending::PendingRebuild;
 use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
 use xtask::rootfs::buildroot::tree::{self, TreeChoice};
@@ -46,6 +47,19 @@ fn the_defconfig_of_each_board_is_the_golden_one() {
         let expected = std::fs::read_to_string(&golden).expect("a golden file");
         assert_eq!(text, expected, "{golden}: SLIPWAY_BLESS=1 rewrites it; review the difference");
     }
+}
+
+#[test]
+fn make_may_configure_as_root() {
+    let (_guard, dir) = folder();
+    let tree = dir.join("tree");
+    std::fs::create_dir(&tree).expect("a directory");
+    let text = "show:\n\t@echo $(FORCE_UNSAFE_CONFIGURE)\n";
+    std::fs::write(tree.join("Makefile"), text).expect("written");
+    let setup = BuildrootSetup::new(&dir, &tree, &root(), "out").expect("directories");
+    let printed = setup.make().arg("show").read().expect("made");
+    let root = rustix::process::geteuid().is_root();
+    assert_eq!(printed.trim(), if root { "1" } else { "" });
 }
 
 #[test]

@@ -15,8 +15,9 @@ use crate::fuzz;
 use crate::mutants::{self, MutantOutcome};
 use crate::progress::{format_bytes, say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
+use crate::test_programs;
 use crate::tools::{self, ToolPurpose};
-use crate::{outln, text};
+use crate::{out, outln, text};
 
 /// Enables the system tests that are too slow for every run.
 pub const ALL: &str = "SLIPWAY_TEST_ALL";
@@ -115,8 +116,7 @@ pub fn test(options: &TestArgs) -> Result<()> {
     check_all()?;
     let skipped = tempfile::NamedTempFile::new().context("making the list of skipped tests")?;
     let list = Utf8Path::from_path(skipped.path()).context("TMPDIR is not UTF-8")?;
-    let tests = cargo_tool("tests", &["test", "--workspace", "--no-fail-fast"], options.all)?;
-    let outcome = tests.env(SKIPPED, list).run_on_terminal().context("tests");
+    let outcome = run_test_programs(list, options.all).context("tests");
     // What was not tried is as good to know when another test has failed.
     say_skipped(list)?;
     outcome?;
@@ -126,6 +126,17 @@ pub fn test(options: &TestArgs) -> Result<()> {
         notice_faults(&root, "", OutputFormat::Text)?;
     }
     if options.quick { Ok(()) } else { run_system_tests("system tests", &[], options.all) }
+}
+
+/// Compiles and runs the tests of the workspace other than the system tests.
+fn run_test_programs(skipped: &Utf8Path, all: bool) -> Result<()> {
+    let compile = ["test", "--workspace", "--no-run"];
+    run_cargo("tests", &compile, all)?;
+    // Nothing is compiled any more: this only lists them.
+    let list = [&compile[..], &["--quiet", "--message-format", "json"]].concat();
+    let programs = test_programs::parse_messages(&cargo_tool(&list, all)?.read()?)?;
+    let configure = |tool: Tool| for_tests(tool, all).env(SKIPPED, skipped);
+    test_programs::run_programs(&programs, configure, |output| out!("{output}"))
 }
 
 /// Disk space for `cargo xtask test` on a machine without any caches, with a reserve. Measured: 2.8
@@ -225,19 +236,21 @@ fn skipped_tests(list: &str) -> Result<Vec<String>> {
 }
 
 fn run_cargo(what: &str, arguments: &[&str], all: bool) -> Result<()> {
+    say("test", what);
     // Its output is the result, so it inherits this terminal.
-    cargo_tool(what, arguments, all)?.run_on_terminal().context(what.to_owned())
+    cargo_tool(arguments, all)?.run_on_terminal().context(what.to_owned())
 }
 
-fn cargo_tool(what: &str, arguments: &[&str], all: bool) -> Result<Tool> {
-    say("test", what);
+fn cargo_tool(arguments: &[&str], all: bool) -> Result<Tool> {
+    let tool = for_tests(Tool::cargo().with_tests(), all);
+    Ok(tool.args(arguments).current_dir(&workspace_root()?))
+}
+
+fn for_tests(tool: Tool, all: bool) -> Tool {
     // The backtrace of an error that a test returns would hide its message; backtraces of panics
     // follow RUST_BACKTRACE.
-    let mut tool = Tool::cargo().with_tests().args(arguments).env("RUST_LIB_BACKTRACE", "0");
-    if all {
-        tool = tool.env(ALL, "1");
-    }
-    Ok(tool.current_dir(&workspace_root()?))
+    let tool = tool.env("RUST_LIB_BACKTRACE", "0");
+    if all { tool.env(ALL, "1") } else { tool }
 }
 
 #[cfg(test)]
