@@ -1,6 +1,7 @@
 //! `check` and `test`: the same commands for a developer and for CI.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::panic::resume_unwind;
 
 use anyhow::{Context, Result, ensure};
 use camino::Utf8Path;
@@ -15,7 +16,7 @@ use crate::fuzz;
 use crate::mutants::{self, MutantOutcome};
 use crate::progress::{format_bytes, say, warn};
 use crate::rootfs::buildroot::tree::pinned_path;
-use crate::test_programs;
+use crate::test_programs::{self, TestProgram};
 use crate::tools::{self, ToolPurpose};
 use crate::{out, outln, text};
 
@@ -116,27 +117,42 @@ pub fn test(options: &TestArgs) -> Result<()> {
     check_all()?;
     let skipped = tempfile::NamedTempFile::new().context("making the list of skipped tests")?;
     let list = Utf8Path::from_path(skipped.path()).context("TMPDIR is not UTF-8")?;
-    let outcome = run_test_programs(list, options.all).context("tests");
+    let programs = compile_tests(options)?;
+    let (quick, system) = std::thread::scope(|scope| {
+        // These wait for much of their time, too: for archives, for the kernel, for each other's stages.
+        let system = scope.spawn(|| {
+            if options.quick { Ok(()) } else { run_system_tests("system tests", &[], options.all) }
+        });
+        let configure = |tool: Tool| for_tests(tool, options.all).env(SKIPPED, list);
+        let quick = test_programs::run_programs(&programs, configure, |output| out!("{output}"));
+        (quick, system.join().unwrap_or_else(|panic| resume_unwind(panic)))
+    });
     // What was not tried is as good to know when another test has failed.
     say_skipped(list)?;
-    outcome?;
+    let failed: Vec<String> = [quick, system]
+        .into_iter()
+        .filter_map(|outcome| outcome.err().map(|error| format!("{error:#}")))
+        .collect();
+    ensure!(failed.is_empty(), "{}", failed.join("\n"));
     if options.all {
         let root = workspace_root()?;
         fuzz::run_targets(&root, FUZZ_SECONDS)?;
         notice_faults(&root, "", OutputFormat::Text)?;
     }
-    if options.quick { Ok(()) } else { run_system_tests("system tests", &[], options.all) }
+    Ok(())
 }
 
-/// Compiles and runs the tests of the workspace other than the system tests.
-fn run_test_programs(skipped: &Utf8Path, all: bool) -> Result<()> {
+/// Compiles all tests; returns those other than the system tests.
+fn compile_tests(options: &TestArgs) -> Result<Vec<TestProgram>> {
     let compile = ["test", "--workspace", "--no-run"];
-    run_cargo("tests", &compile, all)?;
+    run_cargo("compiling the tests", &compile, options.all)?;
+    if !options.quick {
+        let words = ["test", "--package", "xtask", "--test", "system", "--no-run"];
+        run_cargo("compiling the system tests", &words, options.all)?;
+    }
     // Nothing is compiled any more: this only lists them.
     let list = [&compile[..], &["--quiet", "--message-format", "json"]].concat();
-    let programs = test_programs::parse_messages(&cargo_tool(&list, all)?.read()?)?;
-    let configure = |tool: Tool| for_tests(tool, all).env(SKIPPED, skipped);
-    test_programs::run_programs(&programs, configure, |output| out!("{output}"))
+    test_programs::parse_messages(&cargo_tool(&list, options.all)?.read()?)
 }
 
 /// Disk space for `cargo xtask test` on a machine without any caches, with a reserve. Measured: 2.8
