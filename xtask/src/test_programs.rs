@@ -1,6 +1,6 @@
 //! The workspace's test programs, run side by side: many wait for programs of their own for most of their time.
 
-use std::sync::Mutex;
+use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
 
 use anyhow::{Context, Result, ensure};
@@ -9,7 +9,7 @@ use serde::Deserialize;
 
 use crate::exec::{self, Tool};
 use crate::parallel;
-use crate::progress::{ProgressStep, ProgressUnit, format_duration, list_names, say};
+use crate::progress::{format_duration, list_names, say};
 
 /// How many programs run at the same time. Each runs as many tests in parallel as there are cores.
 const SIDE_BY_SIDE: usize = 2;
@@ -91,9 +91,8 @@ pub fn run_programs(
     configure: impl Fn(Tool) -> Tool + Sync,
     show: impl Fn(&str) + Sync,
 ) -> Result<()> {
-    let step =
-        ProgressStep::new("test", "test programs", programs.len() as u64, ProgressUnit::Items);
-    let terminal = Mutex::new(());
+    // How many have ended. Other programs write to the same terminal, so there is no bar: a line for each.
+    let ended = Mutex::new(0);
     let errors = parallel::map(programs, SIDE_BY_SIDE, |program| {
         let (started, mut output) = (Instant::now(), String::new());
         let command = Tool::new(&program.executable)
@@ -102,14 +101,14 @@ pub fn run_programs(
             .env("CARGO_MANIFEST_DIR", &program.package)
             .current_dir(&program.package);
         let outcome = configure(command).run_lines(|line| {
-            step.note(format!("{}: {line}", program.name));
             output.push_str(line);
             output.push('\n');
         });
-        let _one_at_a_time = terminal.lock();
-        say("test", format!("{}, {}", program.name, format_duration(started.elapsed())));
+        let mut ended = ended.lock().unwrap_or_else(PoisonError::into_inner);
+        *ended += 1;
+        let took = format_duration(started.elapsed());
+        say("test", format!("{} of {}: {}, {took}", *ended, programs.len(), program.name));
         show(&output);
-        step.advance(1);
         Ok(outcome.err())
     })?;
     let mut names = Vec::new();
