@@ -247,12 +247,12 @@ fn check(list: &[SourceFile], dir: &Utf8Path, format: OutputFormat) -> Result<()
         OutputFormat::Text => findings.iter().for_each(|finding| outln!("{finding}")),
     }
     if findings.is_empty() {
-        say("sources", format!("{dir}: all {} sources are there and whole", list.len()));
+        say("sources", format!("{dir}: all {} sources are complete", list.len()));
         return Ok(());
     }
     bail!(
         "{dir}: {} of {} sources are missing, damaged or misnamed\n\
-         help: cargo xtask buildroot sources --mirror-to {dir} --from {dir}",
+         help: cargo xtask buildroot sources --mirror-to {dir} --from {dir} repairs it",
         findings.len(),
         list.len()
     );

@@ -157,7 +157,7 @@ pub fn find_by_hash(
         walk(&real, &mut files, &mut unread);
     }
     if !unread.is_empty() {
-        warn(format!("could not be read, so not searched: {}", list_names(&unread)));
+        warn(format!("not searched, because they cannot be read: {}", list_names(&unread)));
     }
     files.sort();
     files.dedup();
@@ -225,7 +225,7 @@ fn hash_candidate(
     let mut file = match opened {
         Ok(file) => file,
         Err(error) => {
-            warn(format!("{}: {error}, so not examined", path.display()));
+            warn(format!("{} is not examined: {error}", path.display()));
             return Ok(None);
         }
     };

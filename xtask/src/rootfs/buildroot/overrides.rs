@@ -326,8 +326,8 @@ pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
         && !old.starts_with(HEADER)
     {
         bail!(
-            "{path} was written by hand, and builds would not notice changes in its directories\n\
-             help: move its directories to [buildroot.override] in {LOCAL_FILE}, and remove it"
+            "{path} was written by hand: builds would not notice changes in the directories that it names\n\
+             help: move its entries to [buildroot.override] in {LOCAL_FILE}, and remove the file"
         );
     }
     let mut text = format!("{HEADER}\n");
@@ -365,7 +365,7 @@ pub fn require_known(info: &BuildrootInfo, setup: &BuildrootSetup) -> Result<()>
         }
         // `slipway.local.toml` applies to all boards, and this board may not need the package.
         if has_recipe(&setup.tree, package) || has_recipe(&setup.external, package) {
-            warn(format!("this board builds no {package}: {directory} is not used"));
+            warn(format!("this board does not build {package}: {directory} is not used"));
             continue;
         }
         let names = info.packages().map(|(name, _)| name.strip_prefix("host-").unwrap_or(name));
@@ -478,7 +478,8 @@ pub fn require_unchanged(setup: &BuildrootSetup) -> Result<()> {
     let list: Vec<&str> = changed.into_iter().collect();
     ensure!(
         list.is_empty(),
-        "changed while it was built: {}\nhelp: run the same command again; it builds what changed",
+        "source directories were changed during the build: {}\n\
+         help: run the same command again; it builds the changed packages",
         list.join(", ")
     );
     Ok(())

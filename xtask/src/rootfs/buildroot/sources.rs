@@ -113,7 +113,10 @@ pub fn list_sources(
                 if let (Some(known), Some(other)) = (&source.hashes.sha256, &sums.sha256)
                     && known != other
                 {
-                    bail!("two hash files disagree about {path}: {known} and {other} ({name})");
+                    bail!(
+                        "two hash files disagree about {path} of {name}: {known} and {other}\n\
+                         help: correct external/patches/{name}/{name}.hash, if it has one of them"
+                    );
                 }
                 source.hashes.sha256 = source.hashes.sha256.take().or_else(|| sums.sha256.clone());
                 source.hashes.sha512 = source.hashes.sha512.take().or_else(|| sums.sha512.clone());
