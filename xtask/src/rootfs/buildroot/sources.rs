@@ -115,7 +115,7 @@ pub fn list_sources(
                 {
                     bail!(
                         "two hash files disagree about {path} of {name}: {known} and {other}\n\
-                         help: correct external/patches/{name}/{name}.hash, if it has one of them"
+                         help: correct the wrong one; ours are in external/patches/<package>/<package>.hash"
                     );
                 }
                 source.hashes.sha256 = source.hashes.sha256.take().or_else(|| sums.sha256.clone());
