@@ -1,6 +1,6 @@
 //! The robot's agent: verifies a bundle, writes the idle slot, boots it on trial, commits it when the
-//! robot is healthy, and otherwise lets it roll back. The command line and every other interface (USB
-//! stick, local network, web page) call this library.
+//! robot is healthy, and otherwise lets it roll back. Every client sends its requests to [`lobby`]: the command
+//! line, the user `update` over SSH, and later a USB stick, the local network and a web page.
 
 /// Prints to standard error, for the journal. Unlike `eprintln!` it does not panic when standard error is closed: a
 /// connection may break during an install.

@@ -1,4 +1,4 @@
-//! What is common to everything that goes through the system's `ssh`.
+//! What all uses of the system's `ssh` have in common.
 
 use anyhow::{Result, ensure};
 

@@ -1,4 +1,4 @@
-//! The workspace's test programs, run side by side: many wait for programs of their own for most of their time.
+//! Runs the test programs of the workspace side by side: most of them mostly wait for programs that they start.
 
 use std::sync::{Mutex, PoisonError};
 use std::time::Instant;
@@ -14,7 +14,7 @@ use crate::progress::{format_duration, list_names, say};
 /// How many programs run at the same time. Each runs as many tests in parallel as there are cores.
 const SIDE_BY_SIDE: usize = 2;
 
-/// These run for longer than all others together, so they start first.
+/// The programs that run for longer than all others together. They start first.
 const LONGEST: [&str; 2] = ["xtask --test tests", "xtask --test buildroot_tree"];
 
 /// A compiled test program.
@@ -81,8 +81,8 @@ pub fn parse_messages(messages: &str) -> Result<Vec<TestProgram>> {
     Ok(programs)
 }
 
-/// Runs all programs to their ends, with a failed test or without. `configure` adds to the environment of each; `show` gets the
-/// whole output of a program when it has ended.
+/// Runs all programs to the end, also if tests fail. `configure` sets the environment of each; `show` receives the whole
+/// output of a program when it has ended.
 ///
 /// # Errors
 /// Names the programs with a failed test.

@@ -1,4 +1,4 @@
-//! Which certificate authorities servers are believed by.
+//! The certificate authorities that are trusted for servers.
 
 use std::io::Read;
 use std::sync::Arc;

@@ -1,5 +1,5 @@
-//! What the boards say about their hardware, held against what the hardware does: the watchdog's arithmetic, the firmware's
-//! choice of files, the places of the boot state, the environment of U-Boot. The sources are in the boards' files.
+//! Compares the boards with documented facts about their hardware: the watchdog's arithmetic, the firmware's choice of
+//! files, the positions of the boot state, the environment of U-Boot. The sources are in the boards' files.
 
 use crate::common::{copy_to, root};
 

@@ -1,4 +1,4 @@
-//! The engine `buildroot`, as far as it needs no Buildroot tree: golden defconfigs, the reading of
+//! The engine `buildroot`, without a Buildroot tree: golden defconfigs, the reading of
 //! recorded output, what must be built again, and the fetching of a tree.
 
 use crate::common::{folder, root};

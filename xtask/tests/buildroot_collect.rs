@@ -1,5 +1,5 @@
-//! What is taken from a finished Buildroot output directory. The directory has the shape that
-//! Buildroot gives it, with the recorded list of packages; its programs are headers only.
+//! Which files the engine takes from a finished Buildroot output directory. The directory has Buildroot's layout and
+//! the recorded list of packages; its programs consist of ELF headers only.
 
 use crate::common::folder;
 

@@ -1,4 +1,4 @@
-//! The command line as a person meets it: helps, hints, and verbs that need no build.
+//! The command line as a user calls it: help texts, hints, and verbs that need no build.
 
 use crate::common::{folder, make_program, root};
 

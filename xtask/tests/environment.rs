@@ -1,5 +1,5 @@
-//! What other programs see of our environment: programs that print theirs, under the names of those that we call,
-//! started by a process that has secrets.
+//! Which environment variables other programs get from us: a process with secrets starts programs that print their
+//! environment, under the names of those that we call.
 
 use crate::common::{folder, make_program};
 

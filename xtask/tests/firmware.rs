@@ -1,5 +1,5 @@
-//! What the Raspberry Pi's firmware would start from the boards of its flow: their real templates and
-//! partition tables, read by `bootmodel::firmware`. The build of one of them is read in the system tests.
+//! What the Raspberry Pi's firmware would start from the boards with the flow `tryboot`: their real templates and
+//! partition tables, read by `bootmodel::firmware`. The system tests do the same with a built image.
 
 use std::fs::File;
 

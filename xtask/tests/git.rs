@@ -1,5 +1,5 @@
-//! What a build says of its commit, under everything that a user, a hook or an ignore rule can tell git: settings change
-//! nothing, and nothing that goes into an image is hidden.
+//! What a build records about its commit, under the settings of users, hooks and ignore rules of git: they change nothing
+//! in the record, and hide no file that becomes part of an image.
 
 use crate::common::{copy, folder, make_program, root, text};
 use crate::fixture_support;

@@ -1,6 +1,5 @@
-//! Images that mean harm, given to `inspect`, in 1 GiB of address space: sizes that are claimed and
-//! not there, directories in circles, blocks that many files claim, and names that would drive the
-//! terminal.
+//! Malicious images, given to `inspect` in 1 GiB of address space: sizes without content, circular
+//! directories, blocks that belong to many files, and names with control characters for the terminal.
 
 use crate::common::{find, folder};
 

@@ -1,5 +1,5 @@
-//! Which disk the initrd takes: the shipped script, run by busybox in a root of its own, whose disks are files and
-//! whose `/sys` says where each hangs. Only what would change this machine (mounts, modules, the restart) is
+//! Which disk the initrd selects: the shipped script, run by busybox in a separate root, whose disks are files and whose
+//! `/sys` names the bus of each. Only what would change this machine (mounts, modules, the restart) is
 //! replaced; the step after the search, `switch_root`, refuses to run here, which ends the script.
 
 use crate::common::{find, make_program};

@@ -1,6 +1,6 @@
-//! Who may log in with a key on `data`: the shipped settings and the shipped step that makes the
-//! host key, with the real sshd on the loopback address. sshd reads keys as the user who logs in,
-//! so directories' modes decide.
+//! Which users may log in with a key on `data`: the shipped settings and the shipped step that makes the
+//! host key, with the real sshd on the loopback address. sshd reads the keys with the rights of the user
+//! who logs in, so the modes of the directories matter.
 
 use crate::common::rights::is_root;
 use crate::common::{find, root};

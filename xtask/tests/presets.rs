@@ -1,5 +1,5 @@
-//! Links that presets make: a corpus of units and presets, each case compared with what the real
-//! `systemctl` made of it (recorded in the corpus) and, where this machine has one, makes of it now.
+//! The links that presets create: each case of a corpus of units and presets is compared with the recorded result of
+//! the real `systemctl`, and with this machine's `systemctl` if there is one.
 
 use std::collections::BTreeMap;
 use std::fs;

@@ -1,6 +1,6 @@
-//! The robot's proxy on a hostile link: the real nginx with the shipped configuration, whose addresses alone are this
-//! test's. Strangers send as little as they can, as slowly as they may, from one address and from many; what asks
-//! for the robot's health is answered, and what all of them take stays bounded.
+//! The robot's proxy on a hostile network: the real nginx with the shipped configuration, in which only the addresses are
+//! changed. Clients send as little and as slowly as possible, from one address and from many. Health checks are still
+//! answered, and the memory and connections of all clients together stay within bounds.
 
 use crate::common::find;
 use crate::overlay_support;

@@ -1,5 +1,5 @@
-//! The report as a whole: goldens of the terminal text, and a page that holds up against real,
-//! empty and hostile data.
+//! The report as a whole: golden files of its text, and an HTML page that stays valid with real, empty and
+//! malicious data.
 
 use crate::common::skip::all;
 

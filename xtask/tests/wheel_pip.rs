@@ -1,5 +1,5 @@
-//! What pip installs, we install: wheels whose own texts contradict them, files that two wheels have, and (with
-//! `SLIPWAY_TEST_ALL=1`) the most used wheels of the index, each compared file by file with pip's own result.
+//! We install the same files as pip: wheels with contradictory metadata, files that two wheels have in common, and (with
+//! `SLIPWAY_TEST_ALL=1`) the most used wheels of the index, each compared file by file with pip's result.
 
 use crate::common::skip::all;
 use crate::wheel_support;

@@ -3,7 +3,7 @@
 //!
 //! The process is this program again, in a separate session, which no terminal can end. It inherits the client's standard
 //! input, in case the bundle comes from there, and its standard error. It sends messages through a pipe and never waits for
-//! the client: a client that has ended, is stopped or is slow misses progress, and the record has the rest.
+//! the client: a client that has ended, is stopped or is slow misses progress; the record is complete.
 
 use std::fs::File;
 use std::io::{self, BufRead, BufReader, Write};

@@ -36,8 +36,8 @@ fn record_path(root: &RootDir) -> PathBuf {
     root.run().join("job.json")
 }
 
-/// Held by the process of the recorded job. It contains the record as it was at the beginning of the job, in case the other one is
-/// damaged.
+/// Held by the process of the recorded job. It contains the record as it was at the beginning of the job, in case
+/// `job.json` is damaged.
 fn lock_file(root: &RootDir) -> PathBuf {
     root.run().join("job.lock")
 }

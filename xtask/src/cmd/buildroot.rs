@@ -1,4 +1,4 @@
-//! `buildroot`: the daily work with the engine of that name.
+//! `buildroot …`: checks the defconfig, opens Buildroot's menus, shows what would be built again, runs make.
 
 mod sources;
 
@@ -57,7 +57,7 @@ struct Case {
     cache: Cache,
 }
 
-/// The products' file names whose engine is this one.
+/// The named product, else the only one whose engine is `buildroot`.
 fn product_name(target: &BuildrootTargetArgs) -> Result<String> {
     if let Some(name) = &target.product {
         return Ok(name.clone());
@@ -83,7 +83,7 @@ fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String
     Ok(boards.into_iter().map(|board| board.value.0).collect())
 }
 
-/// Resolves one board, or the product's default.
+/// Resolves the build of one board, or of the product's default board.
 fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let config = config::load(&workspace_root()?, Some(product), board)?;
     let mut plan = plan::resolve(&config, &facts::collect(&config.root)?)?;

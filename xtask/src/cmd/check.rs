@@ -85,9 +85,9 @@ pub fn check_all() -> Result<()> {
     check_dependencies()
 }
 
-/// What `deny.toml` says of licences, sources and versions of dependencies, with cargo-deny where it is installed. Compiling it
-/// takes minutes, so a machine that does not have it is told, and not made to wait. Advisories are left to CI: they need
-/// the network, and change without a change here.
+/// Checks licences, sources and versions of dependencies (`deny.toml`) with cargo-deny, if it is installed. Compiling
+/// cargo-deny takes minutes, so without it a warning is printed instead. Advisories are checked by CI only: they need
+/// the network, and change without a change in this repository.
 fn check_dependencies() -> Result<()> {
     if find_program("cargo-deny").is_none() {
         warn(
@@ -226,8 +226,7 @@ struct Skipped {
     help: String,
 }
 
-/// Tests that this machine cannot run end at once and say so: they are counted and named, so that they are not taken
-/// for passed.
+/// Reports the tests that this machine cannot run, by name, so that they are not mistaken for passed ones.
 fn say_skipped(list: &Utf8Path) -> Result<()> {
     let text = std::fs::read_to_string(list).with_context(|| format!("reading {list}"))?;
     for line in skipped_tests(&text)? {

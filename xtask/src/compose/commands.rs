@@ -1,4 +1,4 @@
-//! Which program of a root filesystem a command starts, and what brings one that is missing.
+//! Which program of a root filesystem a command starts, and which package provides a missing one.
 
 use super::shell;
 use crate::rootfs::tree::{RootEntry, RootTree};
@@ -11,12 +11,12 @@ const SEARCHED: [&str; 4] = ["usr/local/sbin", "usr/local/bin", "usr/sbin", "usr
 const ELSEWHERE: [&str; 10] =
     ["data", "dev", "home", "media", "mnt", "proc", "run", "sys", "tmp", "var"];
 
-/// What dash and busybox's ash have built in (dash(1); busybox, shell/ash.c, `builtintab`).
+/// The builtins that dash and busybox's ash have in common (dash(1); busybox, shell/ash.c, `builtintab`).
 const BUILTINS: &str = ". : [ alias bg break cd chdir command continue echo eval exec exit export \
     false fg getopts hash jobs kill local printf pwd read readonly return set shift test times trap \
     true type ulimit umask unalias unset wait";
 
-/// What ash has in addition.
+/// The builtins that only ash has.
 const BUILTINS_OF_ASH: [&str; 3] = ["help", "let", "source"];
 
 /// Applets of busybox that scripts use. The option of an applet is its name in capitals.
@@ -72,7 +72,7 @@ fn applet_option(name: &str) -> String {
     format!("CONFIG_{}", name.to_uppercase())
 }
 
-/// The file that a name stands for when a program is started by it.
+/// Finds the file that starts when a program is started by this name.
 pub(super) fn find_program<'a>(tree: &'a RootTree, program: &str) -> Option<&'a RootEntry> {
     let found = match program.strip_prefix('/') {
         Some(path) => tree.resolve(path),
@@ -87,7 +87,7 @@ fn has_busybox(tree: &RootTree) -> bool {
     tree.resolve("bin/sh").is_some_and(|(path, _)| path.ends_with("/busybox"))
 }
 
-/// The message for a missing program, with what brings it.
+/// The message for a missing program, with the package or the option that provides it.
 pub(super) fn missing_program(tree: &RootTree, program: &str) -> String {
     const FRAGMENT: &str = "external/busybox/busybox.fragment";
     const SELECT: &str = "external/package/slipway-base/Config.in";
@@ -122,7 +122,7 @@ pub(super) fn find_missing_commands(
         let name = command.name.as_str();
         let known = match name.strip_prefix('/') {
             Some(path) => ELSEWHERE.contains(&path.split('/').next().unwrap_or_default()),
-            // Relative to a directory that is not known.
+            // Relative to the current directory, which is not known.
             None if name.contains('/') || name.is_empty() => true,
             None => script.redefines_names || is_builtin(name),
         };
@@ -130,7 +130,7 @@ pub(super) fn find_missing_commands(
             continue;
         }
         let message = missing_program(tree, name);
-        // Once for each command: the first line.
+        // Each command is reported once, with its first line.
         if !found.iter().any(|(_, known)| *known == message) {
             found.push((first + command.line - 1, message));
         }

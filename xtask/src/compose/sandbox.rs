@@ -1,5 +1,5 @@
-//! Checks that systemd was built with what the sandboxes of units need. It ignores a line that it
-//! cannot apply, with a note in the journal: the service runs, without the sandbox.
+//! Checks that systemd was built with the features that the sandboxes of units need. Otherwise systemd
+//! ignores the line, with a note in the journal, and the service runs without the sandbox.
 
 use anyhow::{Result, bail};
 
@@ -7,7 +7,7 @@ use super::programs::{UNIT_DIRS, effective_settings};
 use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
 /// A feature of systemd, the settings that need it (systemd.exec(5), systemd.resource-control(5);
-/// systemd, src/core/exec-invoke.c), and what brings it with Buildroot.
+/// systemd, src/core/exec-invoke.c), and the help for an image without it.
 const FEATURES: [(&str, &[&str], &str); 4] = [
     (
         "SECCOMP",

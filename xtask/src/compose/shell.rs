@@ -1,8 +1,7 @@
-//! Which commands a script for `/bin/sh` names (POSIX.1-2024, Shell Command Language). Pure.
+//! Reads the commands of a script for `/bin/sh` (POSIX.1-2024, Shell Command Language). Pure.
 //!
-//! Only what is certain is reported: the first words of simple commands that are literal, also within
-//! `$(…)`, functions and here-documents. A script that uses the syntax of another shell is not
-//! reported at all.
+//! Only certain commands are reported: literal first words of simple commands, also within `$(…)`,
+//! functions and here-documents. A script that uses the syntax of another shell is not read.
 
 use std::collections::BTreeSet;
 
@@ -15,7 +14,7 @@ pub struct ShellCommand {
     pub name: String,
 }
 
-/// What was read of a script.
+/// The commands of a script.
 #[derive(Debug, Clone, Default, PartialEq, Eq)]
 pub struct ShellScript {
     /// All literal commands, without the script's own functions.
@@ -23,12 +22,12 @@ pub struct ShellScript {
     /// Names and paths that the script looks for itself (`command -v x`, `[ -x /usr/bin/x ]`), so it
     /// may work without them.
     pub optional: BTreeSet<String>,
-    /// The script changes what a name without a directory stands for: it reads another script, sets
-    /// `PATH`, or uses `eval` or `alias`.
+    /// A name without a directory may be another command than the image's: the script reads another script,
+    /// sets `PATH`, or uses `eval` or `alias`.
     pub redefines_names: bool,
 }
 
-/// Reads a script; `None` when it is not one that is understood.
+/// Reads a script; `None` if it has a syntax error, or uses the syntax of another shell.
 pub fn read_script(text: &str) -> Option<ShellScript> {
     let mut reader = ShellReader::new(text, 1);
     reader.read_list(ListEnd::Text)?;
@@ -146,10 +145,10 @@ impl ShellReader {
         }
     }
 
-    /// Reads commands up to the end of the list. Returns whether `esac` was what ended it.
+    /// Reads commands up to the end of the list. Returns whether `esac` has ended it.
     fn read_list(&mut self, end: ListEnd) -> Option<bool> {
         let mut words: Vec<Word> = Vec::new();
-        // Behind `fi` and the like, only redirections follow.
+        // After `fi`, `done` and `}` only redirections may follow.
         let mut closed = false;
         loop {
             self.skip_blanks();
@@ -456,7 +455,7 @@ impl ShellReader {
         }
     }
 
-    /// What begins with `$`. Returns whether it is more than that character.
+    /// Reads an expansion, which begins with `$`. Returns `false` if this `$` is a literal character.
     fn read_expansion(&mut self, quoted: bool) -> Option<bool> {
         self.next()?;
         match self.peek() {
@@ -549,8 +548,8 @@ impl ShellReader {
         self.read_within(&text, line, |reader| reader.read_list(ListEnd::Text).map(drop))
     }
 
-    /// The end of a simple command: its assignments, its name, and what some commands do with their
-    /// arguments.
+    /// Records a simple command from its words: assignments, name, and the commands that some commands start
+    /// or test for with their arguments.
     fn finish(&mut self, words: &mut Vec<Word>) {
         let words = std::mem::take(words);
         let mut rest = words.as_slice();

@@ -36,7 +36,7 @@ pub fn add_users(tree: &mut RootTree, users: &[UserPlan], rendered: &RenderedFil
         for extra in &user.groups {
             group.add_member(extra, name).with_context(|| {
                 format!(
-                    "adding the account {name}\nhelp: the base system's packages define the groups"
+                    "adding the account {name}\nhelp: correct `groups`: the packages of the base system define them"
                 )
             })?;
         }

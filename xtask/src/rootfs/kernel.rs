@@ -244,7 +244,7 @@ pub fn find_kernel(unpacked: &Utf8Path) -> Result<KernelFiles> {
     let [release] = releases.as_slice() else {
         bail!(
             "expected one kernel among the unpacked packages, found {}\n\
-             help: list exactly one linux-image package among the extra packages",
+             help: list exactly one linux-image package in `unpacked` of [rootfs]",
             releases.len()
         );
     };

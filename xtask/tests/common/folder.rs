@@ -1,4 +1,4 @@
-//! Directories that go away with the first value.
+//! Temporary directories, which are removed when their guard is dropped.
 
 use camino::Utf8PathBuf;
 use tempfile::TempDir;

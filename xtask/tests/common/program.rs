@@ -1,4 +1,4 @@
-//! Programs of others: a missing one is a failure.
+//! Calls other programs; a missing program fails the test.
 #![allow(dead_code)]
 
 use std::io::Write;
@@ -23,7 +23,7 @@ pub fn make_program(path: &Utf8Path, content: impl AsRef<[u8]>) {
     assert!(child.wait().expect("waited").success(), "{path} was not written");
 }
 
-/// In no language and in UTC.
+/// A tool with messages in English and times in UTC.
 pub fn tool(program: &str) -> Tool {
     Tool::new(find(program)).env("LC_ALL", "C").env("TZ", "UTC")
 }
@@ -32,7 +32,7 @@ pub fn text(bytes: &[u8]) -> String {
     String::from_utf8_lossy(bytes).into_owned()
 }
 
-/// It has succeeded; what it printed.
+/// The standard output of a program that must have succeeded.
 pub fn good(output: Output) -> String {
     assert!(output.status.success(), "{}", text(&output.stderr));
     String::from_utf8(output.stdout).expect("UTF-8")

@@ -1,4 +1,4 @@
-//! A test that this machine cannot run, or that is for `test --all`, says so; `cargo xtask test` counts and names it.
+//! Records a test that this machine cannot run, or that only `test --all` runs; `cargo xtask test` lists it.
 #![allow(dead_code)]
 
 use std::io::Write;

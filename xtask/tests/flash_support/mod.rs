@@ -20,7 +20,7 @@ pub const SIZE: u64 = 64 * MIB;
 /// The offset of its boot partition, and its bytes.
 pub const BOOT: (u64, u64) = (4 * MIB, 16 * MIB);
 
-/// A directory that goes away with the test.
+/// A directory that is removed at the end of the test.
 pub struct Folder(tempfile::TempDir);
 
 impl Folder {

@@ -1,5 +1,5 @@
-//! An example, from its lock to a finished card, with what stands for the real base: its packages are unpacked into the root and
-//! not installed, no wheels and no agent are in it.
+//! Builds an example from its lock to a finished card. Instead of the real base, its packages are unpacked into the root
+//! and not installed; the card has no wheels and no agent.
 
 use crate::common::{copy_to, root};
 

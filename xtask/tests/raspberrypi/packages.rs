@@ -1,5 +1,5 @@
-//! Packages with the recorded names, in signed archives: Raspberry Pi's, and one that stands for Debian's. Contents are stand-ins in
-//! the form that the engine, depmod and the model of the firmware read.
+//! Packages with the recorded names, in two signed archives: one for Raspberry Pi's and one for Debian's. The contents
+//! are substitutes that the engine, depmod and the model of the firmware can read.
 
 use std::collections::BTreeSet;
 use std::fs;

@@ -1,4 +1,5 @@
-//! Stores with small releases, the tool as a person would start it, and a reader that trusts nothing.
+//! Shared by the tests of releases: stores with small releases, the tool as a user starts it, and a reader that verifies
+//! everything.
 
 use crate::common::{find, folder_on_disk, good, noise, root};
 

@@ -1,4 +1,5 @@
-//! Who says what about a store: older indexes, indexes by the wrong kind of key, and a memory that is lost.
+//! Which indexes of a store are trusted: older ones, ones that the wrong kind of key has signed, and the loss of the
+//! remembered serial numbers.
 
 use crate::common::{good, tool};
 

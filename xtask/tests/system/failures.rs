@@ -1,5 +1,5 @@
-//! What a build says when the disk is full, the network is away or the mirror has nothing; and that
-//! nothing partial is left, and the next build completes.
+//! Errors of a build when the disk is full, the network is down or the mirror is empty. No partial file remains, and
+//! the next build completes.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -193,7 +193,7 @@ fn a_model_would_not_start() -> Result<()> {
     Ok(())
 }
 
-/// Units are held against the composed system: one that an overlay brings, whose program nothing brings.
+/// Units are compared with the composed system: an overlay adds a unit whose program is not in the image.
 #[test]
 fn a_unit_starts_a_program_that_is_missing() -> Result<()> {
     built(BOARD)?;

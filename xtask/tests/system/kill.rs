@@ -1,5 +1,5 @@
-//! `kill -9` at several moments of a build that has work to do: what has a final name is whole each time,
-//! and the next build completes.
+//! `kill -9` at several moments of a build that is not cached: each file with its final name is complete, and the next
+//! build completes.
 
 use std::fs;
 use std::time::{Duration, Instant};

@@ -1,4 +1,4 @@
-//! The shared builds, copies of the workspace, and the tool itself as a person would start it.
+//! Shared by the system tests: the builds, copies of the workspace, and the tool as a user starts it.
 
 use std::collections::BTreeMap;
 use std::fs;

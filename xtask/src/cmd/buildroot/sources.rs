@@ -23,7 +23,7 @@ use crate::rootfs::buildroot::sources::{SourceFile, SourcePlace, list_sources, l
 use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
 
-/// A board with what its system is built from.
+/// A board, with the packages of its system.
 struct BoardSources {
     case: Case,
     info: BuildrootInfo,
@@ -33,7 +33,7 @@ struct BoardSources {
 ///
 /// # Errors
 /// A source without a hash; with `--mirror-to` a source that is not available; with `--check`
-/// whatever is wrong with the mirror.
+/// a mirror that lacks a source, or has it damaged or misnamed.
 pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
     if options.mirror_to.is_some() {
         tools::require_tools(&[ToolPurpose::Buildroot], true)?;
@@ -82,7 +82,7 @@ impl Case {
     fn with_check_setup<T>(&self, work: impl FnOnce(&BuildrootSetup) -> Result<T>) -> Result<T> {
         let (setup, _lock) =
             BuildrootSetup::for_check(&self.cache.root, &self.tree.path, &workspace_root()?)?;
-        // A mirror has the sources of all packages: `local.mk` of an earlier check goes.
+        // A mirror has the releases of all packages: removes `local.mk` of an earlier check.
         overrides::write_local_mk(&setup)?;
         let title = defconfig_title(&self.plan);
         check_defconfig(&setup, &self.buildroot.defconfig, &title)?.require()?;
@@ -122,7 +122,7 @@ fn print_list(list: &[SourceFile], format: OutputFormat) -> Result<()> {
     Ok(())
 }
 
-/// Copies what directories have, under whatever names, to the directory of downloads.
+/// Finds missing sources in directories by their hash, and copies them to the directory of downloads.
 fn take_from(list: &[SourceFile], dirs: &[Utf8PathBuf], downloads: &Utf8Path) -> Result<()> {
     let lacking = mirror::list_lacking(list, downloads)?;
     let found = mirror::find_by_hash(&lacking, dirs, &BTreeSet::new())?;
@@ -231,7 +231,7 @@ impl BoardSources {
                 setup,
                 site,
                 log: &setup.output.join("slipway-make.log"),
-                // The directory is a new one: nothing is removed.
+                // The directory is for checks only: no finished package is removed.
                 yes: true,
             };
             Ok(engine::download_available(&request, &self.info, &own))
@@ -247,12 +247,12 @@ fn check(list: &[SourceFile], dir: &Utf8Path, format: OutputFormat) -> Result<()
         OutputFormat::Text => findings.iter().for_each(|finding| outln!("{finding}")),
     }
     if findings.is_empty() {
-        say("sources", format!("{dir}: all {} sources are there and whole", list.len()));
+        say("sources", format!("{dir}: all {} sources are complete", list.len()));
         return Ok(());
     }
     bail!(
         "{dir}: {} of {} sources are missing, damaged or misnamed\n\
-         help: cargo xtask buildroot sources --mirror-to {dir} --from {dir}",
+         help: cargo xtask buildroot sources --mirror-to {dir} --from {dir} repairs it",
         findings.len(),
         list.len()
     );

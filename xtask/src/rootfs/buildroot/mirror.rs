@@ -29,7 +29,7 @@ pub const INDEX: &str = "SHA256SUMS";
 /// The largest file that is examined: as large as a download of an unknown size may be.
 const LARGEST_SOURCE: u64 = 4 << 30;
 
-/// Beginnings of files by the endings of their names: a file that begins otherwise is not read on.
+/// The first bytes of files with these suffixes. A file with other first bytes is not hashed.
 const FORMS: [(&[&str], &[u8]); 6] = [
     (&[".gz", ".tgz"], b"\x1f\x8b"),
     (&[".xz", ".txz"], b"\xfd7zXZ\0"),
@@ -39,11 +39,11 @@ const FORMS: [(&[&str], &[u8]); 6] = [
     (&[".zip", ".whl", ".jar"], b"PK"),
 ];
 
-/// What is wrong with a mirror.
+/// A defect of a mirror.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize)]
 #[serde(rename_all = "kebab-case")]
 pub struct MirrorFinding {
-    /// What.
+    /// The kind of defect.
     pub kind: MirrorDefect,
     /// The source's path in the layout of a mirror.
     pub source: Utf8PathBuf,
@@ -137,7 +137,7 @@ fn hash_all(
 
 /// Finds files by their content, below directories, whatever their names: for each source that was
 /// found its path in the layout of a mirror, and the file. Reads regular files only and follows no
-/// link; `except` are files that have a use already.
+/// link; `except` are files that belong to another source.
 ///
 /// # Errors
 /// When a directory does not exist, or a file cannot be read.
@@ -157,7 +157,7 @@ pub fn find_by_hash(
         walk(&real, &mut files, &mut unread);
     }
     if !unread.is_empty() {
-        warn(format!("could not be read, so not searched: {}", list_names(&unread)));
+        warn(format!("not searched, because they cannot be read: {}", list_names(&unread)));
     }
     files.sort();
     files.dedup();
@@ -225,7 +225,7 @@ fn hash_candidate(
     let mut file = match opened {
         Ok(file) => file,
         Err(error) => {
-            warn(format!("{}: {error}, so not examined", path.display()));
+            warn(format!("{} is not examined: {error}", path.display()));
             return Ok(None);
         }
     };
@@ -272,7 +272,7 @@ fn is_match(known: &FileHashes, found: &FileHashes) -> bool {
 /// Copies a source into a directory with the layout of a mirror, atomically; returns its size.
 ///
 /// # Errors
-/// When the content is not the source's; nothing is left then.
+/// When the content is not that of the source; no file is created then.
 pub fn copy_source(source: &SourceFile, from: &Path, dir: &Utf8Path) -> Result<u64> {
     let shown = from.display();
     let mut size = 0;
@@ -297,11 +297,11 @@ pub fn copy_source(source: &SourceFile, from: &Path, dir: &Utf8Path) -> Result<u
     Ok(size)
 }
 
-/// Makes archives as GitHub makes them from tags, from a clone, into a directory with the layout of
-/// a mirror; only those whose hash is right. Returns their paths.
+/// Makes GitHub's archives of tags from a clone, in a directory with the layout of a mirror. Keeps
+/// only archives with the right hash, and returns their paths.
 ///
 /// # Errors
-/// When the clone is not one, or a program fails.
+/// When `repository` is not a git repository, or a program fails.
 pub fn pack_git(
     lacking: &[&SourceFile],
     repository: &Utf8Path,

@@ -1,5 +1,6 @@
-//! Source directories instead of releases (Buildroot's `<PKG>_OVERRIDE_SRCDIR`): what was asked
-//! for, what the directories contain, and what must be built again after a change in them.
+//! Packages that are built from a source directory instead of their release (Buildroot's
+//! `<PKG>_OVERRIDE_SRCDIR`): which ones, the content of the directories, and what must be built again
+//! after a change in them.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs::{self, Metadata};
@@ -61,11 +62,11 @@ impl std::str::FromStr for SourceOverride {
     }
 }
 
-/// Adds source directories to a plan: those of the checkout's own settings, and those that were
-/// asked for. With one, the build is a development build, whatever the product is.
+/// Adds source directories to a plan: those in [`LOCAL_FILE`], and those of the option `--override`.
+/// A build with one is a development build, also of a release product.
 ///
 /// # Errors
-/// A mistake in the settings; a directory that does not exist or that Buildroot cannot use; an
+/// An error in [`LOCAL_FILE`]; a directory that does not exist or that Buildroot cannot use; an
 /// engine without packages that can be replaced.
 pub fn apply_overrides(
     plan: &mut Plan,
@@ -105,7 +106,7 @@ pub fn apply_overrides(
     Ok(())
 }
 
-/// `[buildroot.override]` of the checkout's own settings.
+/// Reads `[buildroot.override]` of [`LOCAL_FILE`].
 fn read_local(root: &Utf8Path) -> Result<BTreeMap<String, String>> {
     let path = root.join(LOCAL_FILE);
     let Some(bytes) =
@@ -134,7 +135,7 @@ fn inspect_directory(
         )
     })?;
     ensure!(real.is_dir(), "the source of {package}, {real}, is not a directory");
-    // Make and rsync would take these characters apart.
+    // Make and rsync would split a path at other characters, or interpret them.
     let plain = |b: u8| b.is_ascii_alphanumeric() || b"/._-+@,=~".contains(&b);
     if let Some(odd) = real.as_str().chars().find(|c| !u8::try_from(*c).is_ok_and(plain)) {
         bail!(
@@ -316,7 +317,7 @@ fn content_of(path: &Utf8Path, about: &Metadata) -> Result<String> {
 /// Writes or removes the output directory's `local.mk`.
 ///
 /// # Errors
-/// A `local.mk` of another author.
+/// A `local.mk` that was written by hand; a file that cannot be read or written.
 pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
     let path = setup.output.join("local.mk");
     let old =
@@ -325,16 +326,16 @@ pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
         && !old.starts_with(HEADER)
     {
         bail!(
-            "{path} was written by hand, and builds would not notice changes in its directories\n\
-             help: move its directories to [buildroot.override] in {LOCAL_FILE}, and remove it"
+            "{path} was written by hand: builds would not notice changes in the directories that it names\n\
+             help: move its entries to [buildroot.override] in {LOCAL_FILE}, and remove the file"
         );
     }
     let mut text = format!("{HEADER}\n");
     for OverridePlan { package, directory, .. } in &setup.overrides {
         let name = package.to_uppercase().replace(['-', '.'], "_");
         let line = format!("{name}_OVERRIDE_SRCDIR = {directory}\n");
-        // Where the headers are those of the kernel, Buildroot takes them from its directory, and
-        // refuses one of their own.
+        // If the headers are those of the kernel, Buildroot takes them from the kernel's directory, and
+        // refuses a separate one.
         text.push_str(&match package.as_str() {
             HEADERS => format!("ifneq ($(BR2_KERNEL_HEADERS_AS_KERNEL),y)\n{line}endif\n"),
             _ => line,
@@ -342,7 +343,7 @@ pub fn write_local_mk(setup: &BuildrootSetup) -> Result<()> {
     }
     let named = |name| setup.overrides.iter().any(|source| source.package == name);
     if named("linux") && !named(HEADERS) {
-        // Otherwise a change in the kernel would be one in the C library and all that uses it.
+        // Otherwise a change in the kernel would rebuild the C library and everything that uses it.
         text.push_str("override LINUX_HEADERS_OVERRIDE_SRCDIR :=\n");
     }
     match (&old, setup.overrides.is_empty()) {
@@ -362,9 +363,9 @@ pub fn require_known(info: &BuildrootInfo, setup: &BuildrootSetup) -> Result<()>
         if affected(package, info).next().is_some() {
             continue;
         }
-        // One file serves several boards: not each of them builds every package in it.
+        // `slipway.local.toml` applies to all boards, and this board may not need the package.
         if has_recipe(&setup.tree, package) || has_recipe(&setup.external, package) {
-            warn(format!("this board builds no {package}: {directory} is not used"));
+            warn(format!("this board does not build {package}: {directory} is not used"));
             continue;
         }
         let names = info.packages().map(|(name, _)| name.strip_prefix("host-").unwrap_or(name));
@@ -400,8 +401,8 @@ pub(super) fn affected<'a>(
     info.packages().map(|(name, _)| name).filter(move |name| *name == package || *name == host)
 }
 
-/// Whether make can continue in a package's build directory after Buildroot copies what changed in
-/// its source directory: nothing was removed, and each changed file is newer than all that was
+/// Whether make can continue in a package's build directory after Buildroot copies the changes from
+/// the source directory: no file was removed, and each changed file is newer than everything that was
 /// built. Otherwise make would keep results of the former content.
 ///
 /// # Errors
@@ -477,7 +478,8 @@ pub fn require_unchanged(setup: &BuildrootSetup) -> Result<()> {
     let list: Vec<&str> = changed.into_iter().collect();
     ensure!(
         list.is_empty(),
-        "changed while it was built: {}\nhelp: run the same command again; it builds what changed",
+        "source directories were changed during the build: {}\n\
+         help: run the same command again; it builds the changed packages",
         list.join(", ")
     );
     Ok(())

@@ -16,7 +16,8 @@ use crate::artifact::none_if_missing;
 use crate::progress::{format_duration, warn};
 use crate::text;
 
-/// What is to be done before the next make, and what is there.
+/// The difference between an output directory and a request: what the next make builds again, and how
+/// much is finished.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct PendingRebuild {
     /// What is to be done.
@@ -25,7 +26,7 @@ pub struct PendingRebuild {
     pub finished: usize,
     /// How many packages the configuration has.
     pub total: usize,
-    /// How long the builds of this directory took, as far as they are recorded.
+    /// The build time that is recorded for this directory; `None` if there is no record.
     pub took: Option<Duration>,
 }
 
@@ -81,7 +82,7 @@ impl PendingRebuild {
         Ok(())
     }
 
-    /// `78 finished packages (1 h)`.
+    /// Names the finished packages and their build time: `78 finished packages, which took 1 h`.
     pub fn describe_loss(&self) -> String {
         let took = self.took.map(|took| format!(", which took {}", format_duration(took)));
         format!("{} finished packages{}", self.finished, took.unwrap_or_default())

@@ -1,5 +1,5 @@
-//! The source files that a product's boards are built from: each once, with its hashes, addresses
-//! and licences, and where it is at present.
+//! The source files that a product's boards are built from: each once, with its hashes, addresses,
+//! licences, and the place where it is available.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
@@ -17,7 +17,7 @@ use crate::parallel;
 use crate::progress::warn;
 use crate::tls::load_authorities;
 
-/// Parallel questions to a mirror.
+/// Number of parallel requests to a mirror.
 const CONNECTIONS: usize = 4;
 /// A mirror must answer within this time.
 const ANSWER: Duration = Duration::from_secs(20);
@@ -40,14 +40,14 @@ pub struct SourceFile {
     pub licences: BTreeSet<String>,
     /// Whether it may be redistributed.
     pub redistributable: bool,
-    /// What Buildroot's hash files have.
+    /// The hashes in Buildroot's hash files.
     #[serde(flatten)]
     pub hashes: FileHashes,
     /// Where Buildroot downloads it from; without the mirror.
     pub addresses: Vec<String>,
     /// Length in bytes; `None` where the file is not available.
     pub size: Option<u64>,
-    /// Where it is; `None`: neither in `dl` nor on the mirror.
+    /// Where it is available; `None`: neither in `dl` nor on the mirror.
     pub place: Option<SourcePlace>,
 }
 
@@ -113,7 +113,10 @@ pub fn list_sources(
                 if let (Some(known), Some(other)) = (&source.hashes.sha256, &sums.sha256)
                     && known != other
                 {
-                    bail!("two hash files disagree about {path}: {known} and {other} ({name})");
+                    bail!(
+                        "two hash files disagree about {path} of {name}: {known} and {other}\n\
+                         help: correct the wrong one; ours are in external/patches/<package>/<package>.hash"
+                    );
                 }
                 source.hashes.sha256 = source.hashes.sha256.take().or_else(|| sums.sha256.clone());
                 source.hashes.sha512 = source.hashes.sha512.take().or_else(|| sums.sha512.clone());

@@ -122,15 +122,16 @@ pub fn build_base_system(request: &DebianRequest<'_>, out_dir: &Utf8Path) -> Res
     let (image, unpacked) = compress_kernel(&kernel.image, &out_dir.join("kernel.gz"))?;
     let dtb_root = extras.join(format!("usr/lib/linux-image-{}", kernel.release));
     let board = request.board;
-    let help = "add the package that contains them to the extra packages";
+    let help = "add the package that contains them to `unpacked` of [rootfs], or to `packages` of \
+                [debian] in board.toml";
     let dtbs = copy_matches(&dtb_root, &board.dtbs, &out_dir.join("dtbs"), "device tree", help)?;
     let firmware_dir = out_dir.join("firmware");
     let firmware = copy_matches(&extras, &board.firmware, &firmware_dir, "firmware", help)?;
     let bootloader = match &board.bootloader {
-        Some(path) => Some(
-            copy_file(&extras.join(path), &out_dir.join("u-boot.bin"))
-                .context("help: is the package with this bootloader among the extra packages?")?,
-        ),
+        Some(path) => Some(copy_file(&extras.join(path), &out_dir.join("u-boot.bin")).context(
+            "copying the boot loader\n\
+                 help: add its package to `packages` of [debian] in board.toml",
+        )?),
         None => None,
     };
     Ok(BaseSystem {
@@ -332,7 +333,7 @@ fn find_busybox(extras: &Utf8Path) -> Result<Utf8PathBuf> {
     let path = extras.join("usr/bin/busybox");
     ensure!(
         path.is_file(),
-        "no unpacked package has a busybox\nhelp: add busybox-static to the extra packages"
+        "no unpacked package has a busybox\nhelp: add busybox-static to `unpacked` of [rootfs]"
     );
     Ok(path)
 }
