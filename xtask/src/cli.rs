@@ -276,12 +276,12 @@ pub struct BuildrootSourcesArgs {
     #[command(flatten)]
     #[expect(missing_docs, reason = "flattened; clap would repeat the text in the help")]
     pub target: BuildrootTargetArgs,
-    /// First take sources out of this directory by their hash, whatever their names, into the
-    /// directory of downloads; may be repeated.
+    /// First search this directory for missing sources by their hash, under any name, and copy them
+    /// to the directory of downloads; may be repeated.
     #[arg(long, value_name = "DIR")]
     pub from: Vec<Utf8PathBuf>,
-    /// First make archives of GitHub's tags from this clone, those whose hash is right; may be
-    /// repeated.
+    /// First make GitHub's archives of tags from this clone; only those with the right hash are kept;
+    /// may be repeated.
     #[arg(long, value_name = "REPO")]
     pub pack_git: Vec<Utf8PathBuf>,
     /// Copy all sources to this directory in the layout of a mirror, with an index of hashes;

@@ -3,6 +3,7 @@
 mod sources;
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::fs::File;
 use std::time::Instant;
 
 use anyhow::{Context, Result, bail};
@@ -14,7 +15,7 @@ use crate::config::product::Engine;
 use crate::config::{self, workspace_root};
 use crate::facts;
 use crate::plan::fragment::SymbolValue;
-use crate::plan::{self, BuildrootPlan, Plan};
+use crate::plan::{self, BuildrootPlan, OverridePlan, Plan};
 use crate::progress::{format_duration, list_names, say};
 use crate::render::defconfig_title;
 use crate::rootfs::buildroot::check::{LostRequest, check_defconfig};
@@ -112,6 +113,16 @@ impl Case {
         let mut setup = BuildrootSetup::new(&self.cache.root, &self.tree.path, &root, &name)?;
         setup.overrides.clone_from(&self.buildroot.overrides);
         Ok(setup)
+    }
+
+    /// Directories for checks, with these source directories, and the lock that keeps others out.
+    fn check_setup(&self, overrides: &[OverridePlan]) -> Result<(BuildrootSetup, File)> {
+        let root = workspace_root()?;
+        let (mut setup, lock) =
+            BuildrootSetup::for_check(&self.cache.root, &self.tree.path, &root)?;
+        setup.overrides = overrides.to_vec();
+        overrides::write_local_mk(&setup)?;
+        Ok((setup, lock))
     }
 
     /// Directories for Buildroot's own menus: a copy, so that a build depends on the fragments
@@ -238,15 +249,15 @@ struct Pending<'a> {
 
 fn why(target: &BuildrootTargetArgs, format: OutputFormat) -> Result<()> {
     let case = resolve_one_case(target)?;
-    let output = case.setup()?.output;
-    // Resolved in another directory, so that this one is not changed.
-    let root = workspace_root()?;
-    let (setup, _lock) = BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
+    let build = case.setup()?;
+    // Resolved in another directory, so that the build's is not changed.
+    let (setup, _lock) = case.check_setup(&build.overrides)?;
     let verdict = check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))?;
     verdict.require()?;
     let info = BuildrootInfo::read(&setup, &BuildrootSite::default())?;
-    let state = OutputState::describe(&setup, &case.tree, &verdict.config, &info)?;
-    let pending = PendingRebuild::find(&output, &case.tree, &state, &info)?;
+    overrides::require_known(&info, &setup)?;
+    let state = OutputState::describe(&build, &case.tree, &verdict.config, &info)?;
+    let pending = PendingRebuild::find(&build.output, &case.tree, &state, &info)?;
     let (everything, targets) = match &pending.action {
         RebuildAction::Nothing => (None, None),
         RebuildAction::Everything(why) => (Some(why.as_str()), None),
@@ -260,7 +271,7 @@ fn why(target: &BuildrootTargetArgs, format: OutputFormat) -> Result<()> {
         return Ok(());
     }
     if let Some(why) = everything {
-        outln!("everything: {why}; {}", pending.describe_loss());
+        outln!("everything: {why}; {}", pending.describe_loss(&build.output));
     }
     for (target, why) in targets.into_iter().flatten() {
         let why: Vec<&str> = why.iter().map(String::as_str).collect();
@@ -269,7 +280,7 @@ fn why(target: &BuildrootTargetArgs, format: OutputFormat) -> Result<()> {
     if pending.action == RebuildAction::Nothing {
         outln!("Nothing that is finished would be built again.");
     }
-    outln!("{} of {} packages are finished in {output}.", pending.finished, pending.total);
+    outln!("{} of {} packages are finished in {}.", pending.finished, pending.total, build.output);
     Ok(())
 }
 
@@ -292,7 +303,6 @@ struct Checked {
 }
 
 fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputFormat) -> Result<()> {
-    let root = workspace_root()?;
     let product = product_name(target)?;
     let boards = board_names(target, &product)?;
     let mut results = Vec::new();
@@ -300,10 +310,7 @@ fn check_boards(target: &BuildrootTargetArgs, packages: bool, format: OutputForm
     for board in &boards {
         let started = Instant::now();
         let case = resolve_case(target, &product, Some(board))?;
-        let (mut setup, _lock) =
-            BuildrootSetup::for_check(&case.cache.root, &case.tree.path, &root)?;
-        setup.overrides.clone_from(&case.buildroot.overrides);
-        overrides::write_local_mk(&setup)?;
+        let (setup, _lock) = case.check_setup(&case.buildroot.overrides)?;
         let verdict =
             check_defconfig(&setup, &case.buildroot.defconfig, &defconfig_title(&case.plan))
                 .with_context(|| format!("checking {product} for {board}"))?;

@@ -36,7 +36,7 @@ const APPLETS: &str = "arping awk basename base64 bc blkdiscard blkid blockdev b
     wget which who whoami xargs xxd xz yes zcat";
 
 /// Programs of other packages of Buildroot, with the symbol that selects each.
-const PACKAGES: [(&str, &str); 22] = [
+const PACKAGES: [(&str, &str); 23] = [
     ("agetty", "BR2_PACKAGE_UTIL_LINUX_AGETTY"),
     ("bash", "BR2_PACKAGE_BASH"),
     ("busctl", "BR2_PACKAGE_SYSTEMD"),
@@ -47,6 +47,7 @@ const PACKAGES: [(&str, &str); 22] = [
     ("gpioset", "BR2_PACKAGE_LIBGPIOD_TOOLS"),
     ("iw", "BR2_PACKAGE_IW"),
     ("jq", "BR2_PACKAGE_JQ"),
+    ("login", "BR2_PACKAGE_UTIL_LINUX_LOGIN"),
     ("lsblk", "BR2_PACKAGE_UTIL_LINUX_BINARIES"),
     ("nginx", "BR2_PACKAGE_NGINX"),
     ("openssl", "BR2_PACKAGE_LIBOPENSSL_BIN"),

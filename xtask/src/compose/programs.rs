@@ -165,8 +165,8 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
     let logs_in = program.ends_with("/agetty") && !words.any(own);
     (logs_in && tree.resolve(LOGIN).is_none()).then(|| {
         format!(
-            "`{program}` starts /{LOGIN}, which is missing, so logins would fail\n\
-         help: add the package `login`"
+            "logins would fail, because {program} starts /{LOGIN}: {}",
+            missing_program(tree, LOGIN)
         )
     })
 }
@@ -346,7 +346,7 @@ mod tests {
         let getty = "ExecStart=-/usr/sbin/agetty --autologin root - $TERM\n";
         let message = findings(getty, &["usr/sbin/agetty"]);
         assert!(
-            message.contains("so logins would fail\nhelp: add the package `login`"),
+            message.contains("logins would fail, because /usr/sbin/agetty starts /bin/login"),
             "{message}"
         );
         assert_eq!(findings(getty, &["usr/sbin/agetty", "bin/login"]), "");

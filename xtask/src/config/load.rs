@@ -20,7 +20,8 @@ use crate::program;
 pub fn workspace_root() -> Result<Utf8PathBuf> {
     if program::is_standalone() {
         bail!(
-            "`{}` uses no checkout of Slipway\nhelp: give what is missing as an option",
+            "this needs a checkout of Slipway, which `{}` does not use\n\
+             help: name product, board and store with options",
             program::STANDALONE
         );
     }

@@ -177,7 +177,7 @@ fn select<'a>(
         let part = manifest.boards.iter().find(|part| part.board == board);
         let part = part.with_context(|| {
             format!(
-                "the release has no files for {board}\nhelp: it has files for {}",
+                "the release has no files for {board}\nhelp: choose one of these boards: {}",
                 list_names(&boards)
             )
         })?;

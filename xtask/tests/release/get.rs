@@ -64,7 +64,11 @@ fn what_is_fetched_becomes_a_card_and_an_update() {
         let asked = server.log().split_off(before);
         assert!(asked.iter().all(|path| !path.contains("/objects/")), "{asked:?}");
         let board = [&get[..], &["--board", "other"]].concat();
-        machine.refused(&board, 1, &["no files for other", "help: it has files for sample"]);
+        machine.refused(
+            &board,
+            1,
+            &["no files for other", "help: choose one of these boards: sample"],
+        );
         let none = [&get[..], &["--role", "image", "--board", "sample", "--into", "card"]].concat();
         machine.refused(&none, 1, &["card"]);
     }

@@ -9,7 +9,6 @@ use serde::Serialize;
 
 use super::{Case, board_names, product_name, resolve_case};
 use crate::cli::{BuildrootSourcesArgs, OutputFormat};
-use crate::config::workspace_root;
 use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say};
 use crate::render::defconfig_title;
@@ -18,7 +17,6 @@ use crate::rootfs::buildroot::engine::{self, BuildrootRequest};
 use crate::rootfs::buildroot::info::BuildrootInfo;
 use crate::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use crate::rootfs::buildroot::mirror;
-use crate::rootfs::buildroot::overrides;
 use crate::rootfs::buildroot::sources::{SourceFile, SourcePlace, list_sources, locate_sources};
 use crate::tools::{self, ToolPurpose};
 use crate::{outln, text};
@@ -80,10 +78,8 @@ pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
 impl Case {
     /// Works in the directory for checks, with the configuration of this board.
     fn with_check_setup<T>(&self, work: impl FnOnce(&BuildrootSetup) -> Result<T>) -> Result<T> {
-        let (setup, _lock) =
-            BuildrootSetup::for_check(&self.cache.root, &self.tree.path, &workspace_root()?)?;
-        // A mirror has the releases of all packages: removes `local.mk` of an earlier check.
-        overrides::write_local_mk(&setup)?;
+        // Without source directories: a mirror has the releases of all packages.
+        let (setup, _lock) = self.check_setup(&[])?;
         let title = defconfig_title(&self.plan);
         check_defconfig(&setup, &self.buildroot.defconfig, &title)?.require()?;
         work(&setup)

@@ -3,7 +3,7 @@
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
-use std::io::{Read, Seek, SeekFrom};
+use std::io::{IsTerminal as _, Read, Seek, SeekFrom};
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -189,7 +189,8 @@ pub fn prepare_output(
 ) -> Result<()> {
     let setup = request.setup;
     let pending = PendingRebuild::find(&setup.output, request.tree, state, info)?;
-    pending.require_permission(&setup.output, request.yes)?;
+    let terminal = std::io::stdin().is_terminal() && std::io::stderr().is_terminal();
+    pending.require_permission(&setup.output, request.yes, terminal)?;
     match pending.action {
         RebuildAction::Nothing => {}
         RebuildAction::Everything(why) => {

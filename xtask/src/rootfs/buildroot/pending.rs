@@ -3,7 +3,6 @@
 
 use std::collections::BTreeMap;
 use std::fs;
-use std::io::IsTerminal as _;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -60,32 +59,32 @@ impl PendingRebuild {
         Ok(Self { action, finished, total: info.packages().count(), took })
     }
 
-    /// Asks before finished packages are removed to be built again.
+    /// Asks on the `terminal` before finished packages are removed to be built again.
     ///
     /// # Errors
     /// Without permission: no `yes`, and no terminal or another answer.
-    pub fn require_permission(&self, output: &Utf8Path, yes: bool) -> Result<()> {
+    pub fn require_permission(&self, output: &Utf8Path, yes: bool, terminal: bool) -> Result<()> {
         let RebuildAction::Everything(why) = &self.action else { return Ok(()) };
         if yes || self.finished == 0 {
             return Ok(());
         }
-        let lost = self.describe_loss();
+        let lost = self.describe_loss(output);
         ensure!(
-            std::io::stdin().is_terminal() && std::io::stderr().is_terminal(),
-            "a full rebuild is necessary: {why}; {lost} in {output} would be built again, and there is \
-             no terminal to confirm it\n\
+            terminal,
+            "a full rebuild is necessary: {why}; {lost} would be built again, and there is no terminal \
+             to confirm it\n\
              help: `cargo xtask buildroot why` shows what changed; undo the change, or add --yes"
         );
         warn(format!("a full rebuild is necessary: {why}; {lost} would be built again"));
         let answer = text::ask_line("Type yes to continue: ")?;
-        ensure!(answer == "yes", "nothing was removed and nothing was built");
+        ensure!(answer == "yes", "not confirmed: nothing was removed or built");
         Ok(())
     }
 
-    /// Names the finished packages and their build time: `78 finished packages, which took 1 h`.
-    pub fn describe_loss(&self) -> String {
-        let took = self.took.map(|took| format!(", which took {}", format_duration(took)));
-        format!("{} finished packages{}", self.finished, took.unwrap_or_default())
+    /// The finished packages and their build time: `78 finished packages in /o (62 min 5 s)`.
+    pub fn describe_loss(&self, output: &Utf8Path) -> String {
+        let took = self.took.map(|took| format!(" ({})", format_duration(took)));
+        format!("{} finished packages in {output}{}", self.finished, took.unwrap_or_default())
     }
 }
 
@@ -143,14 +142,14 @@ mod tests {
             (pending(all(), 0), false),
             (pending(all(), 78), true),
         ] {
-            pending.require_permission(output, yes).expect("nothing to ask");
+            pending.require_permission(output, yes, false).expect("nothing to ask");
         }
-        // A test has no terminal.
-        let error = pending(all(), 78).require_permission(output, false).unwrap_err().to_string();
+        let error = pending(all(), 78).require_permission(output, false, false);
+        let error = error.unwrap_err().to_string();
         assert_eq!(
             error,
-            "a full rebuild is necessary: BR2_INIT_SYSTEMD changed; 78 finished packages, which took \
-             62 min 5 s in /o would be built again, and there is no terminal to confirm it\n\
+            "a full rebuild is necessary: BR2_INIT_SYSTEMD changed; 78 finished packages in /o \
+             (62 min 5 s) would be built again, and there is no terminal to confirm it\n\
              help: `cargo xtask buildroot why` shows what changed; undo the change, or add --yes"
         );
     }
