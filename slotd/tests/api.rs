@@ -439,10 +439,10 @@ fn the_last_good_ones_are_kept_and_no_wheel_without_a_version() {
     // A backup has the versions, and their wheels once each.
     let backup = robot.path("b.tar.zst");
     robot.run(&["backup", backup.to_str().unwrap()]);
-    let said = Command::new("tar").args(["--zstd", "-tf"]).arg(&backup).output().unwrap();
-    let said = String::from_utf8(said.stdout).unwrap();
-    assert!(said.contains("10.4.0-") && said.contains("apps/api/current"), "{said}");
-    assert!(!said.contains(".wheels"), "{said}");
+    let printed = Command::new("tar").args(["--zstd", "-tf"]).arg(&backup).output().unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert!(printed.contains("10.4.0-") && printed.contains("apps/api/current"), "{printed}");
+    assert!(!printed.contains(".wheels"), "{printed}");
 }
 
 /// System calls that change files: the program is killed before each of them. Some architectures lack the

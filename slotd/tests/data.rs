@@ -83,9 +83,9 @@ fn a_backup_comes_back_the_same_on_another_robot() {
     // Standard tools read it.
     let file = to.data().join("backup.tar.zst");
     fs::write(&file, &bytes).unwrap();
-    let said = Command::new("tar").args(["--zstd", "-tf"]).arg(&file).output().unwrap();
-    let said = String::from_utf8(said.stdout).unwrap();
-    assert!(said.contains("home/robot/protocol.py") && !said.contains("slotd"), "{said}");
+    let printed = Command::new("tar").args(["--zstd", "-tf"]).arg(&file).output().unwrap();
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert!(printed.contains("home/robot/protocol.py") && !printed.contains("slotd"), "{printed}");
 }
 
 #[test]

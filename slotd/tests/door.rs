@@ -126,9 +126,9 @@ fn raw(robot: &Robot, bytes: &[u8]) -> String {
     // The server may have closed already.
     drop(stream.write_all(bytes));
     drop(stream.shutdown(std::net::Shutdown::Write));
-    let mut said = Vec::new();
-    drop(stream.read_to_end(&mut said));
-    String::from_utf8_lossy(&said).into_owned()
+    let mut printed = Vec::new();
+    drop(stream.read_to_end(&mut printed));
+    String::from_utf8_lossy(&printed).into_owned()
 }
 
 #[test]
@@ -145,8 +145,8 @@ fn a_client_of_somebodys_own_gets_no_further() {
         b"{\"verb\":\"status\",\"root\":\"/tmp\"}\n",
         &long,
     ] {
-        let said = raw(&robot, bytes);
-        assert!(said.contains("not-offered"), "{}: {said}", String::from_utf8_lossy(bytes));
+        let printed = raw(&robot, bytes);
+        assert!(printed.contains("not-offered"), "{}: {printed}", String::from_utf8_lossy(bytes));
     }
     assert!(raw(&robot, b"{\"verb\":\"status\",\"json\":true}\n").contains("1.0.0"));
 }

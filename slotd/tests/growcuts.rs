@@ -55,8 +55,8 @@ fn fresh(label: &str) -> Vec<u8> {
     sfdisk(&image, &script);
     if label == "hybrid" {
         // The first partition in the MBR as well.
-        let said = Command::new("sgdisk").args(["-h", "1"]).arg(&image).output().unwrap();
-        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
+        let printed = Command::new("sgdisk").args(["-h", "1"]).arg(&image).output().unwrap();
+        assert!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
     }
     fs::OpenOptions::new().write(true).open(&image).unwrap().set_len(CARD).unwrap();
     fs::read(image).unwrap()
@@ -85,10 +85,10 @@ impl Image {
 
     /// The partitions as a standard tool reads them: start and size of each.
     fn partitions(&self) -> Vec<(u64, u64)> {
-        let said = Command::new("sfdisk").arg("-J").arg(&self.path).output().unwrap();
-        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-        let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-        let list = said["partitiontable"]["partitions"].as_array().unwrap().clone();
+        let printed = Command::new("sfdisk").arg("-J").arg(&self.path).output().unwrap();
+        assert!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
+        let printed: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+        let list = printed["partitiontable"]["partitions"].as_array().unwrap().clone();
         list.iter().map(|p| (p["start"].as_u64().unwrap(), p["size"].as_u64().unwrap())).collect()
     }
 
@@ -97,10 +97,10 @@ impl Image {
         let verified = Command::new("sfdisk").arg("--verify").arg(&self.path).output().unwrap();
         assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
         if gpt {
-            let said = Command::new("sgdisk").arg("-v").arg(&self.path).output();
-            let said = said.expect("this test needs sgdisk").stdout;
-            let said = String::from_utf8_lossy(&said);
-            assert!(said.contains("No problems found"), "{said}");
+            let printed = Command::new("sgdisk").arg("-v").arg(&self.path).output();
+            let printed = printed.expect("this test needs sgdisk").stdout;
+            let printed = String::from_utf8_lossy(&printed);
+            assert!(printed.contains("No problems found"), "{printed}");
         }
     }
 }

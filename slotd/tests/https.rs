@@ -190,9 +190,9 @@ fn only_servers_of_a_known_authority_are_believed() {
     let lab = fs::read(nginx.dir.path().join("lab/ca.pem")).unwrap();
     let robot = Plan { size: MIB, ..Plan::default() }.make();
     let check = |certificate: usize, message: &str, help: &str| {
-        let (exit, code, said, advice) = refusal(&robot, &nginx.address(certificate));
-        assert_eq!((exit, code.as_str()), (5, "bad-certificate"), "{said}");
-        assert!(said.contains(message), "{said}");
+        let (exit, code, printed, advice) = refusal(&robot, &nginx.address(certificate));
+        assert_eq!((exit, code.as_str()), (5, "bad-certificate"), "{printed}");
+        assert!(printed.contains(message), "{printed}");
         assert!(advice.contains(help) && advice.contains("by its own signature"), "{advice}");
         assert_eq!(robot.slot(Slot::B), old_system(Slot::B, MIB), "something was written");
         assert_eq!(robot.state().trial, None);
@@ -208,10 +208,10 @@ fn only_servers_of_a_known_authority_are_believed() {
     robot.run(&["verify", &nginx.address(0)]);
     // A request over https is never redirected to http.
     robot.run(&["verify", &nginx.address(0).replace("update.bundle", "moved")]);
-    let (exit, code, said, _) =
+    let (exit, code, printed, _) =
         refusal(&robot, &nginx.address(0).replace("update.bundle", "plain"));
     assert_eq!((exit, code.as_str()), (5, "source"));
-    assert!(said.contains("from https to http://127.0.0.1:"), "{said}");
+    assert!(printed.contains("from https to http://127.0.0.1:"), "{printed}");
     robot.run(&["install", "--no-restart", &nginx.address(0)]);
     assert_eq!(robot.slot(Slot::B), new);
     robot.run(&["roll-back"]);
@@ -227,9 +227,9 @@ fn only_servers_of_a_known_authority_are_believed() {
     // An invalid file is reported, not ignored.
     for text in ["", "-----BEGIN CERTIFICATE-----\n!\n-----END CERTIFICATE-----\n"] {
         robot.file("data/identity/ca.d/broken.pem", text);
-        let (exit, code, said, _) = refusal(&robot, &nginx.address(0));
+        let (exit, code, printed, _) = refusal(&robot, &nginx.address(0));
         assert_eq!((exit, code.as_str()), (5, "bad-certificate"));
-        assert!(said.contains("data/identity/ca.d/broken.pem"), "{said}");
+        assert!(printed.contains("data/identity/ca.d/broken.pem"), "{printed}");
     }
 }
 

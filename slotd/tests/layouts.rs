@@ -144,10 +144,10 @@ fn card(dir: &Path) -> PathBuf {
 fn dump(image: &Path) -> Vec<(u64, u64)> {
     let verified = Command::new("sfdisk").arg("--verify").arg(image).output().unwrap();
     assert!(verified.status.success(), "{}", String::from_utf8_lossy(&verified.stderr));
-    let said = Command::new("sfdisk").arg("-J").arg(image).output().unwrap();
-    assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-    let said: serde_json::Value = serde_json::from_slice(&said.stdout).unwrap();
-    let list = said["partitiontable"]["partitions"].as_array().unwrap();
+    let printed = Command::new("sfdisk").arg("-J").arg(image).output().unwrap();
+    assert!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
+    let printed: serde_json::Value = serde_json::from_slice(&printed.stdout).unwrap();
+    let list = printed["partitiontable"]["partitions"].as_array().unwrap();
     let kept = list.iter().filter(|p| p["type"] != "f");
     kept.map(|p| (p["start"].as_u64().unwrap(), p["size"].as_u64().unwrap())).collect()
 }

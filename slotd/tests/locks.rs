@@ -132,8 +132,8 @@ fn a_log_that_somebody_holds_holds_up_no_verb() {
     let done = |args: &[&str], event: &str| {
         let output = ends(&robot, args);
         assert!(output.status.success(), "{args:?}: {output:?}");
-        let said = String::from_utf8_lossy(&output.stderr);
-        assert!(said.contains(&format!("the event `{event}`")), "{args:?}: {said}");
+        let printed = String::from_utf8_lossy(&output.stderr);
+        assert!(printed.contains(&format!("the event `{event}`")), "{args:?}: {printed}");
         output
     };
     done(&["install", "--no-restart", &first], "installed");
@@ -149,8 +149,8 @@ fn a_log_that_somebody_holds_holds_up_no_verb() {
     robot.start(Slot::A);
     robot.file("run/slipway/trial", "deadline=117\nwatchdog=no\n");
     let watched = ends(&robot, &["health", "--watch"]);
-    let said = String::from_utf8_lossy(&watched.stderr);
-    assert!(said.contains("the event `health`"), "{watched:?}");
+    let printed = String::from_utf8_lossy(&watched.stderr);
+    assert!(printed.contains("the event `health`"), "{watched:?}");
     let refused = ends(&robot, &["install", &next]);
     assert_eq!(answer(&refused)["refused"]["code"], "trial-pending", "{refused:?}");
     // Nothing was written without the lock, and afterwards everything works as before.

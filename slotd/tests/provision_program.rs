@@ -30,10 +30,10 @@ fn the_tree_is_exact_whatever_the_modes_and_the_mask() {
     let output = output.arg(robot.dir.path()).arg("provision").output().unwrap();
     assert!(output.status.success(), "{output:?}");
     assert_eq!(robot.system(), complete());
-    let said: Value = serde_json::from_slice(&output.stdout).unwrap();
-    assert_eq!(said["outcome"], "provisioned");
-    assert_eq!(said["files"], 5);
-    assert_eq!(said["package"], "/usr/lib/python3.11/site-packages/robotapi");
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(printed["outcome"], "provisioned");
+    assert_eq!(printed["files"], 5);
+    assert_eq!(printed["package"], "/usr/lib/python3.11/site-packages/robotapi");
     assert_eq!(robot.leftovers(), [""; 0]);
     assert_eq!(robot.events(), ["provisioned"]);
 }
@@ -50,12 +50,15 @@ fn drift_is_a_refusal_with_its_places() {
     };
     assert!(check("text").status.success());
     robot.file("data/system/added", "");
-    let said = check("json");
-    let refused: Value = serde_json::from_slice(&said.stdout).unwrap();
-    assert_eq!((said.status.code(), refused["refused"]["code"].as_str()), (Some(4), Some("drift")));
-    let said = String::from_utf8(check("text").stderr).unwrap();
+    let printed = check("json");
+    let refused: Value = serde_json::from_slice(&printed.stdout).unwrap();
     assert_eq!(
-        said,
+        (printed.status.code(), refused["refused"]["code"].as_str()),
+        (Some(4), Some("drift"))
+    );
+    let printed = String::from_utf8(check("text").stderr).unwrap();
+    assert_eq!(
+        printed,
         "slotd: /data/system differs from /usr/lib/python3.11/site-packages/robotapi/resources in 1 places\n  \
          added: superfluous [drift]\nhelp: run `slotd provision` to restore the package's resources\n"
     );
@@ -121,7 +124,7 @@ fn a_full_disk_is_told_before_anything_is_written() {
     command.args(["--map-root-user", "--mount", "sh", "-c", script, "sh"]);
     command.arg(env!("CARGO_BIN_EXE_slotd")).arg(robot.dir.path());
     let output = command.output().expect("this test needs unshare");
-    let said: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
-    assert_eq!(said["refused"]["code"], "no-space", "{output:?}");
+    let printed: Value = serde_json::from_slice(&output.stdout).unwrap_or_default();
+    assert_eq!(printed["refused"]["code"], "no-space", "{output:?}");
     assert!(output.status.code() != Some(99) && output.stderr.is_empty(), "{output:?}");
 }

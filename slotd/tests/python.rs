@@ -31,21 +31,21 @@ struct Real {
 fn real() -> &'static Real {
     static REAL: OnceLock<Real> = OnceLock::new();
     REAL.get_or_init(|| {
-        let said = Command::new("python3")
+        let printed = Command::new("python3")
             .args(["-I", "-S", "-c"])
             .arg("import sys, json, importlib.machinery as m, os\nprint(json.dumps([os.path.realpath(sys.executable), '%d.%d' % sys.version_info[:2], sys.path, m.EXTENSION_SUFFIXES]))")
             .output()
             .expect("this test needs python3");
-        assert!(said.status.success(), "{said:?}");
-        let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert!(printed.status.success(), "{printed:?}");
+        let printed: Value = serde_json::from_slice(&printed.stdout).unwrap();
         let list = |value: &Value| -> Vec<String> {
             value.as_array().unwrap().iter().map(|v| v.as_str().unwrap().to_owned()).collect()
         };
         Real {
-            program: said[0].as_str().unwrap().into(),
-            version: said[1].as_str().unwrap().to_owned(),
-            library: list(&said[2]).iter().map(PathBuf::from).collect(),
-            compiled: list(&said[3]),
+            program: printed[0].as_str().unwrap().into(),
+            version: printed[1].as_str().unwrap().to_owned(),
+            library: list(&printed[2]).iter().map(PathBuf::from).collect(),
+            compiled: list(&printed[3]),
         }
     })
 }
@@ -147,7 +147,7 @@ impl Layout {
              spec = importlib.util.find_spec('{NAME}')\n\
              print(json.dumps([sys.path, spec and [spec.origin, spec.submodule_search_locations and list(spec.submodule_search_locations), type(spec.loader).__name__]]))"
         );
-        let said = Command::new(self.path("env/bin/python3"))
+        let printed = Command::new(self.path("env/bin/python3"))
             .args(["-c", &script])
             .env_clear()
             .env("PYTHONPATH", self.first.join(":"))
@@ -155,12 +155,12 @@ impl Layout {
             .current_dir("/")
             .output()
             .unwrap();
-        assert!(said.status.success(), "{}", String::from_utf8_lossy(&said.stderr));
-        let said: Value = serde_json::from_slice(&said.stdout).unwrap();
+        assert!(printed.status.success(), "{}", String::from_utf8_lossy(&printed.stderr));
+        let printed: Value = serde_json::from_slice(&printed.stdout).unwrap();
         let list = |value: &Value| -> Vec<PathBuf> {
             value.as_array().unwrap().iter().map(|v| v.as_str().unwrap().into()).collect()
         };
-        let spec = &said[1];
+        let spec = &printed[1];
         let module = (!spec.is_null()).then(|| match (spec[0].as_str(), spec[2].as_str()) {
             (Some(path), Some("zipimporter")) => PythonModule::Archived { path: path.into() },
             (Some(path), _) if spec[1].is_null() => PythonModule::File { path: path.into() },
@@ -171,7 +171,7 @@ impl Layout {
             }
             (None, _) => PythonModule::Namespace { folders: list(&spec[1]) },
         });
-        (list(&said[0]), module)
+        (list(&printed[0]), module)
     }
 
     fn ours(&self) -> (SearchPath, Option<PythonModule>) {

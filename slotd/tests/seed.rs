@@ -149,10 +149,10 @@ fn a_bad_seed_changes_nothing_and_shows_no_password() {
     for text in cases {
         plant(&robot, text);
         let output = robot.command(&["seed"]).output().unwrap();
-        let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-        assert_eq!(output.status.code(), Some(5), "{said}");
-        assert!(said.contains("bad-seed") && !said.contains("secret"), "{said}");
-        assert!(planted(&robot), "{said}");
+        let printed = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+        assert_eq!(output.status.code(), Some(5), "{printed}");
+        assert!(printed.contains("bad-seed") && !printed.contains("secret"), "{printed}");
+        assert!(planted(&robot), "{printed}");
     }
     plant(&robot, &vec![b'#'; 70_000]);
     assert_eq!(robot.refused(&["seed"]), (5, "bad-seed".to_owned()));

@@ -121,8 +121,8 @@ fn a_set_that_a_key_has_signed_before_does_not_come_back() {
     // A set that leaves no key is refused too, with the reason.
     let none = carried(&robot, &set(6, &[-1, -3]), 1, "slipway keys 6");
     let output = robot.command(&["keys", &none]).output().unwrap();
-    let said = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
-    assert!(said.contains("would prevent all updates"), "{said}");
+    let printed = String::from_utf8([output.stdout, output.stderr].concat()).unwrap();
+    assert!(printed.contains("would prevent all updates"), "{printed}");
 }
 
 #[test]

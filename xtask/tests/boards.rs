@@ -108,9 +108,9 @@ fn a_trial_is_given_to_the_watchdog_in_whole_turns_of_its_counter() -> Result<()
     );
     // The initrd's shell is busybox's; any that POSIX describes counts the same.
     let output = Command::new("sh").args(["-c", &script]).output().context("running a shell")?;
-    let said = String::from_utf8(output.stdout)?;
+    let printed = String::from_utf8(output.stdout)?;
     let mut tried = 0;
-    for line in said.lines() {
+    for line in printed.lines() {
         let numbers: Vec<u64> = line.split(' ').map(str::parse).collect::<Result<_, _>>()?;
         let [deadline, now, left] = numbers[..] else { anyhow::bail!("{line}") };
         ensure!(

@@ -220,11 +220,11 @@ fn who_writes_results_waits_for_whoever_does() {
             .stdout(Stdio::null())
             .spawn()
             .expect("the tool starts");
-        let mut said = String::new();
+        let mut printed = String::new();
         let mut errors = BufReader::new(waiting.stderr.take().expect("its words"));
-        while !said.contains("waiting for another build in") {
-            let length = errors.read_line(&mut said).expect("UTF-8");
-            assert_ne!(length, 0, "{verb:?} did not wait: {said}");
+        while !printed.contains("waiting for another build in") {
+            let length = errors.read_line(&mut printed).expect("UTF-8");
+            assert_ne!(length, 0, "{verb:?} did not wait: {printed}");
         }
         assert!(!dist.join("rendered").exists(), "{verb:?}");
         build.unlock().expect("it was locked");
@@ -301,9 +301,9 @@ fn clean_says_what_it_would_remove() {
     fs::create_dir_all(&stages).expect("made");
     let cache_path = cache.path().to_str().expect("UTF-8");
     let output = xtask(&["clean", "--stages", "--dry-run"], &[("SLIPWAY_CACHE", cache_path)]);
-    let said = text(&output.stderr);
-    assert!(output.status.success(), "{said}");
-    assert!(said.contains(&format!("would remove {cache_path}/stages (")), "{said}");
+    let printed = text(&output.stderr);
+    assert!(output.status.success(), "{printed}");
+    assert!(printed.contains(&format!("would remove {cache_path}/stages (")), "{printed}");
     assert!(stages.is_dir(), "it was removed");
 }
 
@@ -376,16 +376,19 @@ fn an_output_that_is_closed_or_full_ends_the_tool_in_one_line_at_most() {
                 .stdout(out)
                 .output()
                 .expect("the tool starts");
-            let said = text(&output.stderr);
-            assert!(!said.contains("panicked"), "{verb:?}: {said}");
+            let printed = text(&output.stderr);
+            assert!(!printed.contains("panicked"), "{verb:?}: {printed}");
             if *verb == ["--help"] {
                 continue;
             }
             // A verb without a result has nothing that could be lost.
             assert!(output.status.code().is_some_and(|code| code <= 1), "{verb:?}: {output:?}");
             if full && ["plan", "completions"].contains(&verb[0]) {
-                assert_eq!(output.status.code(), Some(1), "{verb:?}: {said}");
-                assert!(said.contains("error: writing the result to standard output: "), "{said}");
+                assert_eq!(output.status.code(), Some(1), "{verb:?}: {printed}");
+                assert!(
+                    printed.contains("error: writing the result to standard output: "),
+                    "{printed}"
+                );
             }
         }
     }
@@ -395,9 +398,9 @@ fn an_output_that_is_closed_or_full_ends_the_tool_in_one_line_at_most() {
 fn a_folder_for_temporary_files_that_is_not_there_is_named() {
     for folder in ["/no/such/folder", "target"] {
         let output = xtask(&["plan"], &[("TMPDIR", folder)]);
-        let said = text(&output.stderr);
-        assert_eq!(output.status.code(), Some(1), "{said}");
-        assert!(said.contains(folder) && said.contains("help: set TMPDIR"), "{said}");
+        let printed = text(&output.stderr);
+        assert_eq!(output.status.code(), Some(1), "{printed}");
+        assert!(printed.contains(folder) && printed.contains("help: set TMPDIR"), "{printed}");
     }
 }
 

@@ -368,13 +368,13 @@ fn a_plan_tells_that_a_lock_was_made_for_something_else() {
         assert!(text.contains(from), "{path} has no {from}");
         workspace.put(path, text.replace(from, to));
     };
-    let (code, empty, said) = plan("text");
-    assert_eq!(code, Some(1), "{said}");
-    assert!(said.contains("shop.packages.lock is empty"), "{said}");
-    assert!(said.ends_with("help: cargo xtask lock --product shop\n"), "{said}");
+    let (code, empty, printed) = plan("text");
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(printed.contains("shop.packages.lock is empty"), "{printed}");
+    assert!(printed.ends_with("help: cargo xtask lock --product shop\n"), "{printed}");
     reset();
-    let (code, good, said) = plan("text");
-    assert_eq!(code, Some(0), "{said}");
+    let (code, good, printed) = plan("text");
+    assert_eq!(code, Some(0), "{printed}");
     assert!(good.contains("inputs") && empty.contains("inputs"), "{empty}");
     const PACKAGES: &str = "configs/shop.packages.lock";
     const WHEELS: &str = "configs/shop.wheels.lock";
@@ -403,9 +403,9 @@ fn a_plan_tells_that_a_lock_was_made_for_something_else() {
         let before = std::fs::read_to_string(workspace.at(path)).expect("read");
         change(path, from, to);
         for format in ["text", "json"] {
-            let (code, shown, said) = plan(format);
-            assert_eq!(code, Some(1), "{to}: {said}");
-            assert!(said.contains(expected) && said.ends_with(help), "{to}: {said}");
+            let (code, shown, printed) = plan(format);
+            assert_eq!(code, Some(1), "{to}: {printed}");
+            assert!(printed.contains(expected) && printed.ends_with(help), "{to}: {printed}");
             // The plan is whole all the same.
             assert!(shown.contains("inputs"), "{shown}");
         }
@@ -414,7 +414,10 @@ fn a_plan_tells_that_a_lock_was_made_for_something_else() {
     // Both at once, with one command.
     change(PRODUCT, "[\"systemd\"]", "[\"less\"]");
     change(PRODUCT, "thing==1.0", "thing==2");
-    let (_, _, said) = plan("text");
-    assert!(said.contains("not in it: package less") && said.contains("thing==2"), "{said}");
-    assert!(said.ends_with("help: cargo xtask lock --product shop\n"), "{said}");
+    let (_, _, printed) = plan("text");
+    assert!(
+        printed.contains("not in it: package less") && printed.contains("thing==2"),
+        "{printed}"
+    );
+    assert!(printed.ends_with("help: cargo xtask lock --product shop\n"), "{printed}");
 }

@@ -180,8 +180,8 @@ fn foreign_tools_accept_every_table() {
         let path = image.path.as_str();
         tool("sfdisk").args(["--verify", path]).run().expect("sfdisk --verify");
         if table.has_gpt() {
-            let said = tool("sgdisk").args(["-v", path]).read().expect("sgdisk -v");
-            assert!(said.contains("No problems found"), "{said}");
+            let printed = tool("sgdisk").args(["-v", path]).read().expect("sgdisk -v");
+            assert!(printed.contains("No problems found"), "{printed}");
         }
         let json = tool("sfdisk").args(["-J", path]).read().expect("sfdisk -J");
         let json: serde_json::Value = serde_json::from_str(&json).expect("JSON");
@@ -225,11 +225,12 @@ fn foreign_tools_accept_the_filesystems() {
         extract(&image, &spec, slot, &out);
         assert_eq!(fs::read(&out).expect("slot"), fs::read(&root).expect("root"), "{slot}");
         tool("e2fsck").args(["-fn", out.as_str()]).run().expect("e2fsck");
-        let said = tool("debugfs").args(["-R", "cat /etc/hostname", out.as_str()]).read();
-        assert_eq!(said.expect("debugfs"), "robot\n");
-        let said = tool("debugfs").args(["-R", "stat /long", out.as_str()]).read().expect("stat");
-        assert!(said.contains("Mode:  04755") && said.contains("Size: 5000001"), "{said}");
-        assert!(said.contains("User:  1000   Group:     7"), "{said}");
+        let printed = tool("debugfs").args(["-R", "cat /etc/hostname", out.as_str()]).read();
+        assert_eq!(printed.expect("debugfs"), "robot\n");
+        let printed =
+            tool("debugfs").args(["-R", "stat /long", out.as_str()]).read().expect("stat");
+        assert!(printed.contains("Mode:  04755") && printed.contains("Size: 5000001"), "{printed}");
+        assert!(printed.contains("User:  1000   Group:     7"), "{printed}");
     }
     let features = tool("dumpe2fs").args(["-h", root.as_str()]).read().expect("dumpe2fs");
     let features =
@@ -246,15 +247,15 @@ fn foreign_tools_accept_the_filesystems() {
 fn check_fat(folder: &Folder, image: &DiskImage, spec: &DiskSpec, kind: &str) {
     let out = folder.at("boot.fat");
     extract(image, spec, "boot", &out);
-    let said = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
+    let printed = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
     let placed = spec.layout.partition("boot").expect("boot");
-    assert!(said.contains(&format!("{} hidden sectors", placed.first_sector)), "{said}");
+    assert!(printed.contains(&format!("{} hidden sectors", placed.first_sector)), "{printed}");
     let boot = fs::read(&out).expect("boot");
     let at = if kind == "FAT32" { 82 } else { 54 };
     assert_eq!(&boot[at..at + 5], kind.as_bytes());
-    let said = tool("mdir").args(["-/", "-i", out.as_str(), "::"]).read().expect("mdir");
+    let printed = tool("mdir").args(["-/", "-i", out.as_str(), "::"]).read().expect("mdir");
     for expected in ["is BOOT", "DEAD-BEEF", "2023-11-14  22:13  a rather long name.dtbo"] {
-        assert!(said.contains(expected), "no {expected} in {said}");
+        assert!(printed.contains(expected), "no {expected} in {printed}");
     }
     let config = tool("mtype").args(["-i", out.as_str(), "::config.txt"]).read().expect("mtype");
     assert_eq!(config, "arm_64bit=1\n");
@@ -295,9 +296,9 @@ fn a_boot_partition_is_of_a_kind_that_every_reader_agrees_on() {
         let found = read::read_tables(&image.path).expect("reading back");
         assert_eq!(found.partitions[0].kind, byte, "{size} MiB");
         let out = folder.at("boot.fat");
-        let said = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
-        assert!(said.contains(&format!("{cluster} bytes per cluster")), "{size} MiB: {said}");
-        let count = said.split(" data clusters").next().and_then(|s| s.rsplit(' ').next());
+        let printed = tool("fsck.fat").args(["-nv", out.as_str()]).read().expect("fsck.fat");
+        assert!(printed.contains(&format!("{cluster} bytes per cluster")), "{size} MiB: {printed}");
+        let count = printed.split(" data clusters").next().and_then(|s| s.rsplit(' ').next());
         let count: u64 = count.and_then(|n| n.parse().ok()).unwrap_or_default();
         let apart = if kind == "FAT32" { 70_000..u64::MAX } else { 4_200..62_000 };
         assert!(apart.contains(&count), "{size} MiB: {count} clusters");
@@ -609,14 +610,14 @@ fn a_full_disk_leaves_nothing() {
     let root = rustix::process::geteuid().is_root();
     let options: &[&str] =
         if root { &["--mount"] } else { &["--user", "--map-root-user", "--mount"] };
-    let said = tool("unshare")
+    let printed = tool("unshare")
         .args(options)
         .args(["sh", "-c", script])
         .arg(this.to_str().expect("UTF-8"))
         .env("SLIPWAY_FULL_DISK", folder.at("").as_str())
         .read()
         .expect("the part on a full disk");
-    assert!(said.contains("1 passed"), "{said}");
+    assert!(printed.contains("1 passed"), "{printed}");
 }
 
 /// The other half of `a_full_disk_leaves_nothing`, which names the disk.

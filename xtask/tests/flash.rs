@@ -29,8 +29,8 @@ fn every_mapped_byte_reaches_a_file_from_every_form() {
     for form in ["", ".zst", ".xz"] {
         let from = format!("{image}{form}");
         old_card(&card, SIZE + 40 * MIB);
-        let said = good(&[&from, card.as_str(), "--yes"]);
-        assert!(said.contains("written and verified"), "{said}");
+        let printed = good(&[&from, card.as_str(), "--yes"]);
+        assert!(printed.contains("written and verified"), "{printed}");
         assert_eq!(differences(&image, &card), Vec::<u64>::new(), "{from}");
         tool("sfdisk").args(["--dump", card.as_str()]).run().expect("sfdisk");
         // A larger card's own end has no old backup of a GPT.
@@ -98,8 +98,8 @@ fn without_a_map_all_of_the_image_is_written() {
     for form in ["", ".zst"] {
         old_card(&card, SIZE + MIB);
         let arguments = [&format!("{image}{form}"), card.as_str(), "--yes", "--format", "json"];
-        let said: serde_json::Value = serde_json::from_str(&good(&arguments)).expect("JSON");
-        assert_eq!(said["bytes"].as_u64(), Some(SIZE));
+        let printed: serde_json::Value = serde_json::from_str(&good(&arguments)).expect("JSON");
+        assert_eq!(printed["bytes"].as_u64(), Some(SIZE));
         assert!(part(&card, 0, SIZE as usize) == part(&image, 0, SIZE as usize), "{form}");
     }
 }
@@ -430,10 +430,10 @@ fn the_first_boot_is_seeded_and_the_image_stays() {
         let mut call = command(&[made.as_str(), card.as_str(), "--yes", "--hostname", "bench-7"]);
         call.args(["--ssh-key", key.as_str(), "--wifi", "Lab \"2\""]);
         let output = call.env("SLIPWAY_WIFI_PASSWORD", password).output().expect("the tool");
-        let said = text(&output.stdout) + &text(&output.stderr);
-        assert!(output.status.success(), "{said}");
-        assert!(said.contains("the first boot applies hostname, ssh-keys, wifi"), "{said}");
-        assert!(!said.contains(password), "the password is shown: {said}");
+        let printed = text(&output.stdout) + &text(&output.stderr);
+        assert!(output.status.success(), "{printed}");
+        assert!(printed.contains("the first boot applies hostname, ssh-keys, wifi"), "{printed}");
+        assert!(!printed.contains(password), "the password is shown: {printed}");
         let seed = read::fat_file(&card, BOOT.0, BOOT.1, "slipway-seed.toml").expect("the seed");
         let seed: toml::Table = toml::from_str(&text(&seed)).expect("TOML");
         assert_eq!(seed["hostname"].as_str(), Some("bench-7"));
@@ -490,8 +490,11 @@ fn what_is_no_image_of_ours_is_told_as_such() {
     fs::write(folder.at("x.img.gz"), "x").expect("writing");
     let mut call = command(&["x.img.gz", card.as_str(), "--yes"]);
     let output = call.current_dir(folder.at("")).output().expect("the tool");
-    let said = text(&output.stderr);
-    assert!(!output.status.success() && said.contains("x.img.gz is not a card image"), "{said}");
+    let printed = text(&output.stderr);
+    assert!(
+        !output.status.success() && printed.contains("x.img.gz is not a card image"),
+        "{printed}"
+    );
     // A window of 256 MiB, of a stream that says nowhere how long it is.
     let packed = folder.at("x.img.zst");
     let bytes = noise(MIB as usize, 1);
@@ -500,10 +503,10 @@ fn what_is_no_image_of_ours_is_told_as_such() {
     encoder.window_log(28).expect("a window");
     encoder.write_all(&bytes).and_then(|()| encoder.finish()).expect("packing");
     let output = flash(&[packed.as_str(), card.as_str(), "--yes"]);
-    let said = text(&output.stderr);
+    let printed = text(&output.stderr);
     assert!(
         !output.status.success()
-            && said.contains("help: unpack the image with `zstd -d --long=31`"),
-        "{said}"
+            && printed.contains("help: unpack the image with `zstd -d --long=31`"),
+        "{printed}"
     );
 }

@@ -50,10 +50,10 @@ fn every_mapped_byte_reaches_a_loop_device() {
     let card = folder.at("card");
     old_card(&card, SIZE + 8 * MIB);
     let Some(device) = Loop::new("every_mapped_byte_reaches_a_loop_device", &card) else { return };
-    let said = good(&[made.as_str(), device.0.as_str(), "--yes", "--format", "json"]);
-    let said: serde_json::Value = serde_json::from_str(&said).expect("JSON");
-    assert_eq!(said["read-back"].as_bool(), Some(true), "{said}");
-    assert_eq!(said["discarded"].as_bool(), Some(true), "{said}");
+    let printed = good(&[made.as_str(), device.0.as_str(), "--yes", "--format", "json"]);
+    let printed: serde_json::Value = serde_json::from_str(&printed).expect("JSON");
+    assert_eq!(printed["read-back"].as_bool(), Some(true), "{printed}");
+    assert_eq!(printed["discarded"].as_bool(), Some(true), "{printed}");
     assert_eq!(differences(&made, &device.0), Vec::<u64>::new());
     assert!(has_table(&device.0));
     // What the image does not use has no old bytes: it was discarded.

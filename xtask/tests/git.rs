@@ -444,9 +444,9 @@ fn the_time_of_outputs_is_any_number_of_seconds() {
         let mut command = rig.command(env!("CARGO_BIN_EXE_xtask"));
         command.args(["plan", "--product", "shop"]).env("SOURCE_DATE_EPOCH", text);
         let output = command.output().expect("the tool");
-        let said = self::text(&output.stderr);
+        let printed = self::text(&output.stderr);
         let expected = format!("expected seconds since 1970, found \"{text}\"");
-        assert!(!output.status.success() && said.contains(&expected), "{said}");
+        assert!(!output.status.success() && printed.contains(&expected), "{printed}");
     }
 }
 

@@ -14,9 +14,9 @@ const MIB: u64 = 1 << 20;
 
 fn run(mut command: Command) -> String {
     let output = command.output().unwrap_or_else(|error| panic!("{command:?}: {error}"));
-    let said = String::from_utf8_lossy(&output.stderr).into_owned();
-    assert!(output.status.success(), "{command:?}: {said}");
-    said
+    let printed = String::from_utf8_lossy(&output.stderr).into_owned();
+    assert!(output.status.success(), "{command:?}: {printed}");
+    printed
 }
 
 struct Folder {
@@ -47,8 +47,8 @@ impl Folder {
         for request in requests {
             let mut debugfs = Command::new(find("debugfs"));
             debugfs.args(["-w", "-R", request, path.as_str()]);
-            let said = run(debugfs);
-            assert_eq!(said.lines().count(), 1, "{request}: {said}");
+            let printed = run(debugfs);
+            assert_eq!(printed.lines().count(), 1, "{request}: {printed}");
         }
         path
     }
@@ -63,9 +63,12 @@ impl Folder {
     }
 
     fn refused(&self, path: &Utf8Path, expected: &str) {
-        let (code, said) = self.inspect(&[path.as_str()]);
-        assert_eq!(code, Some(1), "{expected}: {said}");
-        assert!(said.contains(expected) && said.contains(path.as_str()), "{expected}: {said}");
+        let (code, printed) = self.inspect(&[path.as_str()]);
+        assert_eq!(code, Some(1), "{expected}: {printed}");
+        assert!(
+            printed.contains(expected) && printed.contains(path.as_str()),
+            "{expected}: {printed}"
+        );
     }
 }
 
@@ -81,9 +84,9 @@ fn system() -> Folder {
 fn sizes_that_are_claimed_are_not_allocated() {
     let folder = system();
     let good = folder.slot("good", &[]);
-    let (code, said) = folder.inspect(&[good.as_str()]);
-    assert_eq!(code, Some(0), "{said}");
-    assert!(said.contains("A robot, 3 files"), "{said}");
+    let (code, printed) = folder.inspect(&[good.as_str()]);
+    assert_eq!(code, Some(0), "{printed}");
+    assert!(printed.contains("A robot, 3 files"), "{printed}");
     let cases = [
         (
             "sif /etc/os-release size 1099511627776",
@@ -175,15 +178,15 @@ fn a_boot_state_is_told_in_words() {
     ] {
         file.write_all_at(&state.encode(), sector * 512).unwrap();
     }
-    let (code, said) = folder.inspect(&[image.as_str()]);
-    assert_eq!(code, Some(0), "{said}");
+    let (code, printed) = folder.inspect(&[image.as_str()]);
+    assert_eq!(code, Some(0), "{printed}");
     for line in [
         "  boot state at 4096: slot a is committed, no trial; write 7\n",
         "  boot state at 8192: slot a is committed, trial of slot b, 1 start left; write 8\n",
         "  boot state at 12288: slot b is committed, trial of slot a used up; write 9\n",
         "  boot state at 16384: empty or invalid: slot a is started\n",
     ] {
-        assert!(said.contains(line), "{line}: {said}");
+        assert!(printed.contains(line), "{line}: {printed}");
     }
     // For programs it is what it was.
     let (_, json) = folder.inspect(&[image.as_str(), "--format", "json"]);
@@ -219,20 +222,21 @@ fn nothing_of_an_image_drives_the_terminal() {
         vec![image.as_str(), "--format", "json"],
         vec![old.as_str(), new.as_str(), "--diff", "--format", "json"],
     ] {
-        let (code, said) = folder.inspect(&words);
-        assert_eq!(code, Some(0), "{words:?}: {said}");
-        assert!(!said.contains(harmful), "{words:?}: {said:?}");
+        let (code, printed) = folder.inspect(&words);
+        assert_eq!(code, Some(0), "{words:?}: {printed}");
+        assert!(!printed.contains(harmful), "{words:?}: {printed:?}");
         let shown = if words.contains(&"json") {
-            let value: serde_json::Value = serde_json::from_str(&said).expect("it is still JSON");
+            let value: serde_json::Value =
+                serde_json::from_str(&printed).expect("it is still JSON");
             value.to_string().contains("\\u001b]0;owned")
         } else {
-            said.contains("\\u{1b}]0;owned\\u{7}\\u{9b}31m\\u{202e}")
+            printed.contains("\\u{1b}]0;owned\\u{7}\\u{9b}31m\\u{202e}")
         };
-        assert!(shown, "{words:?}: {said}");
+        assert!(shown, "{words:?}: {printed}");
     }
     // Nor what is only quoted in an error.
     folder.write("usr/lib/slipway/device.toml", format!("a = {bad}\n").as_bytes());
-    let (code, said) = folder.inspect(&[card(&folder, &folder.slot("slot", &[])).as_str()]);
-    assert_eq!(code, Some(1), "{said}");
-    assert!(!said.contains(harmful), "{said:?}");
+    let (code, printed) = folder.inspect(&[card(&folder, &folder.slot("slot", &[])).as_str()]);
+    assert_eq!(code, Some(1), "{printed}");
+    assert!(!printed.contains(harmful), "{printed:?}");
 }

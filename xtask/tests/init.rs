@@ -121,15 +121,15 @@ impl Machine {
     /// The partition that was taken for the root, and what was said.
     fn ended(&self, child: Child) -> (Option<String>, String) {
         let Output { stdout, stderr, .. } = child.wait_with_output().expect("it ends");
-        let said = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
+        let printed = String::from_utf8_lossy(&[stdout, stderr].concat()).into_owned();
         let read = |name: &str| fs::read_to_string(self.at(&format!("run/slipway/{name}"))).ok();
         let root = read("root").map(|text| text.trim().to_owned());
         if let (Some(root), Some(disk)) = (&root, read("disk")) {
             assert!(root.starts_with(disk.trim()), "{root} is not on {disk}");
             let data = root.trim_end_matches(['2', '3']).to_owned() + "4";
-            assert!(said.contains(&format!("data {data}")), "{said}");
+            assert!(printed.contains(&format!("data {data}")), "{printed}");
         }
-        (root, said)
+        (root, printed)
     }
 
     /// Runs it with all disks there.
@@ -194,11 +194,11 @@ fn without_its_card_a_robot_does_not_start_from_a_copy() {
         machine.clock(5 + 31);
         machine.clock(5 + 62);
     }
-    let (root, said) = machine.ended(child);
-    assert_eq!(root, None, "{said}");
+    let (root, printed) = machine.ended(child);
+    assert_eq!(root, None, "{printed}");
     assert!(
-        said.contains("cannot start: no partition is PARTUUID=12345678-02; there are:"),
-        "{said}"
+        printed.contains("cannot start: no partition is PARTUUID=12345678-02; there are:"),
+        "{printed}"
     );
 }
 
@@ -224,9 +224,9 @@ fn what_the_firmware_started_from_elsewhere_is_refused() {
         let machine = Machine::new("mmc", TRYBOOT);
         firmware(&machine, mode);
         machine.plug("mmcblk0", CARD);
-        let (root, said) = machine.ended(machine.start());
-        assert_eq!(root.is_some(), starts, "boot-mode {mode:?}: {said}");
-        assert_eq!(said.contains("another medium than the card"), !starts, "{said}");
+        let (root, printed) = machine.ended(machine.start());
+        assert_eq!(root.is_some(), starts, "boot-mode {mode:?}: {printed}");
+        assert_eq!(printed.contains("another medium than the card"), !starts, "{printed}");
     }
 }
 
@@ -235,8 +235,8 @@ fn without_a_bus_nothing_is_taken() {
     for bus in ["", "usb", "*"] {
         let machine = Machine::new(bus, UBOOT);
         machine.plug("mmcblk0", CARD);
-        let (root, said) = machine.ended(machine.start());
-        assert_eq!(root, None, "{said}");
-        assert!(said.contains("does not know from which bus the board starts"), "{said}");
+        let (root, printed) = machine.ended(machine.start());
+        assert_eq!(root, None, "{printed}");
+        assert!(printed.contains("does not know from which bus the board starts"), "{printed}");
     }
 }

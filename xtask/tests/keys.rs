@@ -77,8 +77,8 @@ fn a_store_is_readable_under_any_umask() {
         let own = own.to_str().expect("UTF-8");
         fs::write(dir.join("object"), "").expect("written");
         let args = ["--exact", "--nocapture", "keys::in_a_copy_that_stores"];
-        let said = good(under(umask, own, &args, &[(STORE, store.as_str())]));
-        assert!(said.contains("1 passed"), "{said}");
+        let printed = good(under(umask, own, &args, &[(STORE, store.as_str())]));
+        assert!(printed.contains("1 passed"), "{printed}");
         let mut checked = 0;
         let mut folders = vec![store];
         while let Some(folder) = folders.pop() {
@@ -123,10 +123,10 @@ fn an_id_is_the_same_in_small_letters() {
             break ((*id).to_owned(), id.to_lowercase());
         }
     };
-    let said = good(keys(&dir, &["revoke", &small]));
-    assert!(said.contains(&format!("revoked the release key {id} in ")), "{said}");
-    let said = refused(keys(&dir, &["revoke", &small]));
-    assert!(said.contains(&format!("the key {id}: the key is already revoked")), "{said}");
+    let printed = good(keys(&dir, &["revoke", &small]));
+    assert!(printed.contains(&format!("revoked the release key {id} in ")), "{printed}");
+    let printed = refused(keys(&dir, &["revoke", &small]));
+    assert!(printed.contains(&format!("the key {id}: the key is already revoked")), "{printed}");
 }
 
 #[test]
@@ -161,14 +161,15 @@ fn a_damaged_key_set_says_what_where_and_what_to_do() {
     ];
     for (text, expected) in cases {
         fs::write(&set, text).expect("written");
-        let said = refused(keys(&dir, &["list"]));
+        let printed = refused(keys(&dir, &["list"]));
         let start = format!("error: reading the key set {set}: unusable key: {expected}");
-        assert!(said.starts_with(&start), "{said}");
+        assert!(printed.starts_with(&start), "{printed}");
         assert!(
-            said.contains("\nhelp: the file was truncated or changed") && said.contains("a copy"),
-            "{said}"
+            printed.contains("\nhelp: the file was truncated or changed")
+                && printed.contains("a copy"),
+            "{printed}"
         );
-        assert!(!said.contains("EOF"), "{said}");
+        assert!(!printed.contains("EOF"), "{printed}");
         // Nothing is made in its place.
         assert_eq!(fs::read_to_string(&set).expect("the set"), text);
     }
@@ -181,15 +182,15 @@ fn a_damaged_key_set_says_what_where_and_what_to_do() {
     head[257..262].copy_from_slice(b"ustar");
     fs::write(&bundle, head).expect("written");
     let words = ["verify", bundle.as_str(), "--keys", other.as_str()];
-    let said = refused(under("022", env!("CARGO_BIN_EXE_xtask"), &words, &[]));
-    assert!(said.starts_with(&format!("error: reading the key set {other}: ")), "{said}");
-    assert!(said.contains("\nhelp: the file was truncated or changed"), "{said}");
+    let printed = refused(under("022", env!("CARGO_BIN_EXE_xtask"), &words, &[]));
+    assert!(printed.starts_with(&format!("error: reading the key set {other}: ")), "{printed}");
+    assert!(printed.contains("\nhelp: the file was truncated or changed"), "{printed}");
     // And a refusal is said once.
     let own = [("SLIPWAY_KEYS", dir.as_str())];
-    let said =
+    let printed =
         refused(under("022", env!("CARGO_BIN_EXE_xtask"), &["verify", bundle.as_str()], &own));
-    let (sentence, _) = said.split_once("\nhelp: ").expect("help");
+    let (sentence, _) = printed.split_once("\nhelp: ").expect("help");
     let (_, why) = sentence.split_once(&format!("verifying {bundle}: ")).expect("the file");
     let (why, code) = why.rsplit_once(" (").expect("a code");
-    assert!(code.ends_with(')') && sentence.matches(why).count() == 1, "{said}");
+    assert!(code.ends_with(')') && sentence.matches(why).count() == 1, "{printed}");
 }

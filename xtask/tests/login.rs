@@ -92,10 +92,10 @@ impl Server {
             .stdin(Stdio::null())
             .output()
             .expect("ssh runs");
-        let said = String::from_utf8_lossy(&output.stderr).into_owned();
+        let printed = String::from_utf8_lossy(&output.stderr).into_owned();
         // The home directory may be closed, too: that is said in other words.
-        let denied = said.contains("Permission denied (");
-        assert!(denied != (count() > before), "{said}{}", robot.read("sshd.log"));
+        let denied = printed.contains("Permission denied (");
+        assert!(denied != (count() > before), "{printed}{}", robot.read("sshd.log"));
         !denied
     }
 }
@@ -127,11 +127,11 @@ fn row(robot: &Robot, plan: &Plan, user: &UserPlan) -> String {
         .arg(robot.at("sshd_config"))
         .output()
         .expect("sshd runs");
-    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let printed = String::from_utf8_lossy(&output.stdout).into_owned();
     assert!(output.status.success(), "{output:?}");
     let setting = |key: &str| {
-        let line = said.lines().find_map(|line| line.strip_prefix(&format!("{key} ")));
-        line.unwrap_or_else(|| panic!("no {key}: {said}"))
+        let line = printed.lines().find_map(|line| line.strip_prefix(&format!("{key} ")));
+        line.unwrap_or_else(|| panic!("no {key}: {printed}"))
     };
     let may = name != "root" || setting("permitrootlogin") != "no";
     let with_key = setting("pubkeyauthentication") == "yes";

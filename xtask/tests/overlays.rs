@@ -217,7 +217,7 @@ fn generated_files_keep_any_title() {
         };
         let path = workspace.at("os-release");
         fs::write(&path, file("etc/os-release")).expect("written");
-        let said = Command::new("sh")
+        let printed = Command::new("sh")
             .args([
                 "-eu",
                 "-c",
@@ -227,7 +227,7 @@ fn generated_files_keep_any_title() {
             ])
             .output()
             .expect("sh");
-        assert_eq!(String::from_utf8_lossy(&said.stdout), format!("{title}\n{title} 1.2.0\n"));
+        assert_eq!(String::from_utf8_lossy(&printed.stdout), format!("{title}\n{title} 1.2.0\n"));
         // agetty(8) reads `\n` as the host's name, and `\\` as a backslash.
         let issue = file("etc/issue");
         assert!(issue.starts_with(&format!("{} 1.2.0 ", title.replace('\\', "\\\\"))), "{issue}");

@@ -156,11 +156,11 @@ fn presets_make_the_links_that_systemctl_makes() {
     let mut compared = 0;
     for case in &mut cases {
         if version.is_some_and(|v| v >= needs(case)) {
-            let (links, said) = real(case);
+            let (links, printed) = real(case);
             if std::env::var_os("SLIPWAY_BLESS").is_some() {
                 case.links = links;
             } else if links != case.links {
-                wrong.push(format!("{}: systemctl made {links:#?}\n{said}", case.name));
+                wrong.push(format!("{}: systemctl made {links:#?}\n{printed}", case.name));
             }
             compared += 1;
         }
@@ -241,16 +241,16 @@ fn the_units_of_this_machine_get_the_links_that_systemctl_makes() {
             links: Links::new(),
         };
         case.files.push(preset("50-all.preset", first));
-        let (mut links, said) = real(&case);
+        let (mut links, printed) = real(&case);
         let mut tree = case.tree();
         apply_presets(&mut tree).expect("applied");
         // Of several units that ask for one name systemd takes the one that the directory lists
         // first.
-        let claimed = |path: &String| said.contains(&format!("/{path}\" already exists"));
+        let claimed = |path: &String| printed.contains(&format!("/{path}\" already exists"));
         links.retain(|path, _| !claimed(path));
         let mut made = ours(&tree);
         made.retain(|path, _| !claimed(path));
-        assert_eq!(made, links, "{first}\n{said}");
+        assert_eq!(made, links, "{first}\n{printed}");
         // What was enabled is disabled again.
         if first == "enable *" {
             let had = links.len();
@@ -258,10 +258,10 @@ fn the_units_of_this_machine_get_the_links_that_systemctl_makes() {
                 .extend(links.into_iter().map(|(path, target)| (path, format!("-> {target}"))));
             case.files.retain(|(path, _)| !path.ends_with("50-all.preset"));
             case.files.push(preset("50-all.preset", "disable *"));
-            let (left, said) = real(&case);
+            let (left, printed) = real(&case);
             let mut tree = case.tree();
             apply_presets(&mut tree).expect("applied");
-            assert_eq!(ours(&tree), left, "disabled again\n{said}");
+            assert_eq!(ours(&tree), left, "disabled again\n{printed}");
             println!("{} units' files, {had} links made, {} left", files.len(), left.len());
         }
     }

@@ -158,16 +158,16 @@ impl Robot {
             .args(args)
             .output()
             .unwrap();
-        let said = serde_json::from_slice(&output.stdout);
-        (output.status.code().unwrap(), said.unwrap_or_else(|_| panic!("{output:?}")))
+        let printed = serde_json::from_slice(&output.stdout);
+        (output.status.code().unwrap(), printed.unwrap_or_else(|_| panic!("{output:?}")))
     }
 
     fn provision(&self) -> Value {
-        let (code, said) = self.slotd(&["provision"]);
-        assert_eq!(code, 0, "{said}");
+        let (code, printed) = self.slotd(&["provision"]);
+        assert_eq!(code, 0, "{printed}");
         let (code, checked) = self.slotd(&["provision", "--check"]);
         assert_eq!(code, 0, "{checked}");
-        said
+        printed
     }
 
     /// `mode name` of every file, and its hash.
@@ -243,8 +243,11 @@ fn tree_of(site: &str, info: &str, module: &str) -> RootTree {
 fn the_historical_wheels_are_provisioned_exactly() {
     let robot = Robot::new();
     robot.built_in("3.7.0");
-    let said = robot.provision();
-    assert_eq!((said["outcome"].as_str(), said["files"].as_u64()), (Some("provisioned"), Some(17)));
+    let printed = robot.provision();
+    assert_eq!(
+        (printed["outcome"].as_str(), printed["files"].as_u64()),
+        (Some("provisioned"), Some(17))
+    );
     assert_eq!(robot.names(), OLD);
     assert_eq!(robot.system(), resources(&wheel("3.7.0")));
     assert_eq!(robot.provision()["outcome"], "unchanged");
@@ -283,10 +286,10 @@ fn a_wheel_without_resources_changes_nothing_and_says_so() {
     robot.built_in("2.5.2");
     assert_eq!(robot.provision()["outcome"], "no-resources");
     assert_eq!(robot.names(), OLD);
-    let said =
+    let printed =
         Command::new(slotd()).args(["--root", robot.dir.as_str(), "provision"]).output().unwrap();
-    let said = String::from_utf8(said.stdout).unwrap();
-    assert_eq!(said, format!("/{SITE}/{API} has no resources: /data/system stays unchanged\n"));
+    let printed = String::from_utf8(printed.stdout).unwrap();
+    assert_eq!(printed, format!("/{SITE}/{API} has no resources: /data/system stays unchanged\n"));
     // One that has only the other package of that name.
     let mut other = wheel("10.1.0");
     other.files.retain(|path, _| !path.starts_with(&format!("{API}/resources/")));
@@ -306,8 +309,11 @@ fn lost_modes_come_back_and_junk_stays_behind() {
     }
     robot.describe("3.7.0");
     robot.install(&junk, SITE, false);
-    let said = robot.provision();
-    assert_eq!(said["left-out"], json!([".DS_Store", "scripts/.DS_Store", "scripts/__pycache__"]));
+    let printed = robot.provision();
+    assert_eq!(
+        printed["left-out"],
+        json!([".DS_Store", "scripts/.DS_Store", "scripts/__pycache__"])
+    );
     assert_eq!(robot.system(), resources(&wheel("3.7.0")));
 }
 

@@ -169,9 +169,9 @@ fn answer(stream: &mut TcpStream) -> Option<u16> {
 /// Whether something was answered so far.
 fn answered(stream: &TcpStream) -> bool {
     stream.set_nonblocking(true).expect("set");
-    let said = stream.peek(&mut [0; 1]);
+    let printed = stream.peek(&mut [0; 1]);
     stream.set_nonblocking(false).expect("set");
-    !matches!(said, Err(error) if error.kind() == ErrorKind::WouldBlock)
+    !matches!(printed, Err(error) if error.kind() == ErrorKind::WouldBlock)
 }
 
 fn get(port: u16, path: &str) -> Option<u16> {

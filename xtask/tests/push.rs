@@ -332,8 +332,8 @@ fn slipway_pushes_from_a_machine_without_a_checkout() {
     ];
     let mut arguments = vec!["push", &there, "--bundle", bundle.as_str(), "--no-wait"];
     arguments.extend(options.iter().flat_map(|option| ["--ssh-option", option]));
-    let said = machine.good(&arguments);
-    assert!(said.contains("1.1.0"), "{said}");
+    let printed = machine.good(&arguments);
+    assert!(printed.contains("1.1.0"), "{printed}");
     assert!(robot.slot_b() == bench.content, "slot b has other bytes");
     let nobody = address(free_port(0).expect("a free port"));
     arguments[1] = &nobody;
@@ -558,10 +558,10 @@ fn a_robot_that_says_too_much_or_harm_is_refused_and_drives_no_terminal() {
         String::from_utf8([output.stdout, output.stderr].concat()).unwrap()
     };
     // Both never end by themselves.
-    let said = push("exec yes '{\"version\": '");
-    assert!(said.contains("its answer is longer than 16777216 bytes"), "{said}");
-    let said = push("exec tr '\\0' x < /dev/zero >&2");
-    assert!(said.contains("it wrote a line of more than 65536 bytes"), "{said}");
+    let printed = push("exec yes '{\"version\": '");
+    assert!(printed.contains("its answer is longer than 16777216 bytes"), "{printed}");
+    let printed = push("exec tr '\\0' x < /dev/zero >&2");
+    assert!(printed.contains("it wrote a line of more than 65536 bytes"), "{printed}");
     // A refusal in the agent's own form, an invalid message, and one of ssh's.
     let harm = "\\\\u001b]0;owned\\\\u0007";
     let refusal = format!(
@@ -572,9 +572,9 @@ fn a_robot_that_says_too_much_or_harm_is_refused_and_drives_no_terminal() {
         "printf '\\033]0;owned\\007\\n' >&2; exit 3".to_owned(),
         "printf '\\033]0;owned\\007\\n' >&2; exit 255".to_owned(),
     ] {
-        let said = push(&script);
-        assert!(said.contains("\\u{1b}]0;owned\\u{7}"), "{script}: {said:?}");
-        assert!(!said.contains(|c: char| c.is_control() && c != '\n'), "{script}: {said:?}");
+        let printed = push(&script);
+        assert!(printed.contains("\\u{1b}]0;owned\\u{7}"), "{script}: {printed:?}");
+        assert!(!printed.contains(|c: char| c.is_control() && c != '\n'), "{script}: {printed:?}");
     }
 }
 
@@ -650,7 +650,7 @@ fn the_user_update_installs_and_does_nothing_else() {
         assert!(started.elapsed() < Duration::from_secs(30), "sshd does not listen: {log}");
         std::thread::sleep(Duration::from_millis(20));
     }
-    let said = |words: &[&str]| {
+    let printed = |words: &[&str]| {
         let output = Command::new("ssh")
             .args(["-T", "-F", "none", "-o", "BatchMode=yes", "-o", "StrictHostKeyChecking=no"])
             .args(["-o", "UserKnownHostsFile=/dev/null", "-o", "IdentitiesOnly=yes"])
@@ -670,8 +670,11 @@ fn the_user_update_installs_and_does_nothing_else() {
     for words in
         [&[][..], &["id"], &["sh", "-c", "id"], &["slotd", "boot-other"], &["slotd", "keys"]]
     {
-        let said = said(words);
-        assert!(said.contains("not-offered") && !said.contains("uid="), "{words:?}: {said}");
+        let printed = printed(words);
+        assert!(
+            printed.contains("not-offered") && !printed.contains("uid="),
+            "{words:?}: {printed}"
+        );
     }
     let host = format!("ssh://update@127.0.0.1:{port}");
     let outcome = bench.push(vec![host], bundle, None).remove(0);

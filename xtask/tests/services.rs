@@ -10,7 +10,7 @@ use std::process::Command;
 
 use bundle::manifest::BuildKind;
 use camino::Utf8PathBuf;
-use overlay_support::{Robot, plans, said};
+use overlay_support::{Robot, output_text, plans};
 use xtask::local::units;
 use xtask::render::{OverlayContent, render};
 
@@ -47,15 +47,15 @@ fn an_identity_that_makes_no_sense_is_reported_and_left_alone() {
     let long = "x".repeat(64);
     for bad in ["", "two words", "-x", "x-", "a.b", "ü", "$(reboot)", long.as_str()] {
         robot.put("data/identity/hostname", &format!("{bad}\n"));
-        let said = robot.step("identity", &[]);
-        assert!(said.contains("is not a valid host name"), "{bad}: {said}");
+        let printed = robot.step("identity", &[]);
+        assert!(printed.contains("is not a valid host name"), "{bad}: {printed}");
         assert_eq!(robot.read("data/identity/hostname"), format!("{bad}\n"));
         assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
     }
     for bad in ["", "a \"b\"", "a\\", "a\tb", "`x`", long.as_str()] {
         robot.put("data/identity/display-name", &format!("{bad}\n"));
-        let said = robot.step("identity", &[]);
-        assert!(said.contains("is not a valid display name"), "{bad}: {said}");
+        let printed = robot.step("identity", &[]);
+        assert!(printed.contains("is not a valid display name"), "{bad}: {printed}");
         let info = robot.read("run/slipway/machine-info");
         assert_eq!(info, "PRETTY_HOSTNAME=\"Robot development system\"\n");
     }
@@ -72,9 +72,9 @@ fn without_a_place_to_keep_it_the_image_names_the_machine() {
     let robot = Robot::development();
     // As when data is full or fails: nothing can be written there.
     robot.put("data/identity", "a file where the directory should be");
-    let said = robot.step("identity", &[]);
+    let printed = robot.step("identity", &[]);
     for name in ["machine-id", "hostname", "display-name"] {
-        assert!(said.contains(&format!("data/identity/{name} cannot be written")), "{said}");
+        assert!(printed.contains(&format!("data/identity/{name} cannot be written")), "{printed}");
     }
     assert_eq!(robot.read("run/slipway/hostname"), robot.read("etc/hostname"));
     let info = robot.read("run/slipway/machine-info");
@@ -100,17 +100,17 @@ fn connections_are_shown_and_broken_ones_reported() {
     let before = fs::read_dir(robot.at("data/network")).expect("a directory").count();
     // Once and again: the same.
     for _ in 0..2 {
-        let said = robot.step("network", &[]);
+        let printed = robot.step("network", &[]);
         for (name, why) in [
             ("30-empty.network", "the file has no section [Match]"),
             ("notes.txt", "is not read: expected"),
             ("80-slipway-wired.network", "the image has a file with this name"),
             ("40-lost.network", "is a broken link"),
         ] {
-            let line = said.lines().find(|line| line.contains(name)).unwrap_or_default();
-            assert!(line.starts_with("<4>") && line.contains(why), "{name}: {said}");
+            let line = printed.lines().find(|line| line.contains(name)).unwrap_or_default();
+            assert!(line.starts_with("<4>") && line.contains(why), "{name}: {printed}");
         }
-        assert_eq!(said.lines().count(), 4, "{said}");
+        assert_eq!(printed.lines().count(), 4, "{printed}");
         let link = |name: &str| fs::read_link(robot.at("run/systemd/network").join(name)).ok();
         assert_eq!(link("10-lab.network"), Some("/data/network/10-lab.network".into()));
         assert_eq!(link("20-bridge.netdev"), Some("/data/network/20-bridge.netdev".into()));
@@ -146,8 +146,8 @@ fn links_into_the_resources_are_listed_and_missing_targets_reported() {
         listed.sort();
         found.sort();
         assert_eq!(listed, found, "left: links.d of {}; right: its links", plan.product.name);
-        let said = robot.step("links", &[]);
-        assert_eq!(said.matches("which is missing").count(), found.len(), "{said}");
+        let printed = robot.step("links", &[]);
+        assert_eq!(printed.matches("which is missing").count(), found.len(), "{printed}");
         let missing = robot.read("run/slipway/missing-links");
         assert_eq!(missing.lines().count(), found.len(), "{missing}");
         for link in &found {
@@ -175,7 +175,7 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
     script("40-plain", 0o644, "echo never");
     script("50-anybodys", 0o777, "echo never");
     script("60-last", 0o700, "cat; echo four");
-    let said = robot.step("boot-scripts", &["1"]);
+    let printed = robot.step("boot-scripts", &["1"]);
     let expected = [
         "10-first starts",
         "one",
@@ -192,14 +192,16 @@ fn boot_scripts_run_in_order_and_hold_up_nothing() {
         "four",
         "60-last has finished",
     ];
-    let mut lines: Vec<&str> =
-        said.lines().map(|l| l.split_once("boot-scripts: ").map_or(l, |(_, text)| text)).collect();
+    let mut lines: Vec<&str> = printed
+        .lines()
+        .map(|l| l.split_once("boot-scripts: ").map_or(l, |(_, text)| text))
+        .collect();
     let mut wanted = expected.to_vec();
     // Standard output and standard error are two streams here.
     lines.sort_unstable();
     wanted.sort_unstable();
-    assert_eq!(lines, wanted, "{said}");
-    let starts: Vec<&str> = said.lines().filter(|line| line.ends_with("starts")).collect();
+    assert_eq!(lines, wanted, "{printed}");
+    let starts: Vec<&str> = printed.lines().filter(|line| line.ends_with("starts")).collect();
     assert!(starts.is_sorted(), "{starts:?}");
 }
 
@@ -250,15 +252,19 @@ fn units_are_valid_and_confined() {
             .args(&units)
             .output()
             .expect("systemd-analyze runs: cargo xtask doctor --install");
-        assert!(output.status.success() && said(&output).is_empty(), "{}", said(&output));
+        assert!(
+            output.status.success() && output_text(&output).is_empty(),
+            "{}",
+            output_text(&output)
+        );
         for (unit, most) in EXPOSURE {
             let output = Command::new("systemd-analyze")
                 .args(["security", "--no-pager", "--offline=true"])
                 .args([format!("--threshold={most}"), ours.join(unit).into_string()])
                 .output()
                 .expect("systemd-analyze runs");
-            let said = said(&output);
-            assert!(output.status.success(), "{}", said.lines().last().unwrap_or_default());
+            let printed = output_text(&output);
+            assert!(output.status.success(), "{}", printed.lines().last().unwrap_or_default());
         }
     }
 }
@@ -328,18 +334,21 @@ fn a_release_takes_keys_only() {
             .arg(robot.at(SSHD))
             .output()
             .expect("sshd runs: cargo xtask doctor --install");
-        let said = said(&output);
-        assert!(output.status.success(), "{said}");
-        let has = |line: &str| said.lines().any(|l| l == line);
-        assert!(has("kbdinteractiveauthentication no"), "{said}");
+        let printed = output_text(&output);
+        assert!(output.status.success(), "{printed}");
+        let has = |line: &str| printed.lines().any(|l| l == line);
+        assert!(has("kbdinteractiveauthentication no"), "{printed}");
         if plan.product.kind == BuildKind::Release {
             releases += 1;
-            assert!(has("passwordauthentication no") && has("pubkeyauthentication yes"), "{said}");
-            assert!(has("authenticationmethods publickey"), "{said}");
-            assert!(has("permitrootlogin no"), "{said}");
+            assert!(
+                has("passwordauthentication no") && has("pubkeyauthentication yes"),
+                "{printed}"
+            );
+            assert!(has("authenticationmethods publickey"), "{printed}");
+            assert!(has("permitrootlogin no"), "{printed}");
         }
         let files = "/etc/ssh/authorized_keys.d/%u /data/identity/ssh/authorized_keys.d/%u";
-        assert!(has(&format!("authorizedkeysfile {files}")), "{said}");
+        assert!(has(&format!("authorizedkeysfile {files}")), "{printed}");
     }
     assert!(releases > 0, "no product is a release");
 }
@@ -512,7 +521,7 @@ fn state(robot: &Robot, check: &str) -> String {
         .env("PATH", format!("{}:/usr/bin:/bin", robot.at("stubs")))
         .output()
         .expect("it runs");
-    assert!(output.status.success() && said(&output).is_empty(), "{}", said(&output));
+    assert!(output.status.success() && output_text(&output).is_empty(), "{}", output_text(&output));
     fs::read_to_string(calls).expect("calls").replace(&root, "")
 }
 

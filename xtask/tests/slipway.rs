@@ -75,9 +75,9 @@ impl Machine {
     /// Runs it; nothing that it says is about a checkout.
     fn checked(&self, mut command: Command) -> Output {
         let output = command.output().expect("the program starts");
-        let said = text(&output.stdout) + &text(&output.stderr);
+        let printed = text(&output.stdout) + &text(&output.stderr);
         for words in OF_A_CHECKOUT {
-            assert!(!said.contains(words), "{command:?} says `{words}`: {said}");
+            assert!(!printed.contains(words), "{command:?} says `{words}`: {printed}");
         }
         output
     }
@@ -172,13 +172,13 @@ fn it_verifies_and_inspects_what_it_is_given() {
     let machine = Machine::new();
     let [bundle, keys, other] = bundle_in(&machine.dir);
     let (bundle, keys, other) = (bundle.as_str(), keys.as_str(), other.as_str());
-    let said = machine.good(&["verify", bundle, "--keys", keys]);
-    assert!(said.starts_with("good: robot-test 0.1.0 for board-one, signed by"), "{said}");
+    let printed = machine.good(&["verify", bundle, "--keys", keys]);
+    assert!(printed.starts_with("good: robot-test 0.1.0 for board-one, signed by"), "{printed}");
     machine.refused(&["verify", bundle, "--keys", other], 1, &["(not-trusted)", "help: "]);
     machine.refused(&["verify", bundle], 1, &["no trusted keys", "with --keys"]);
     assert!(machine.good(&["keys", "list"]).starts_with("no keys in "));
-    let said = machine.good(&["inspect", bundle]);
-    assert!(said.contains("run `slipway verify "), "{said}");
+    let printed = machine.good(&["inspect", bundle]);
+    assert!(printed.contains("run `slipway verify "), "{printed}");
     // As the guide says it.
     let home = machine.dir.join("home/.config/slipway/keys");
     fs::create_dir_all(&home).expect("the key directory");
@@ -216,8 +216,8 @@ fn it_writes_a_card() {
     let image = flash_support::image(&folder, TableKind::Gpt, 11).path;
     let card = folder.at("card");
     flash_support::old_card(&card, flash_support::SIZE);
-    let said = machine.good(&["flash", image.as_str(), card.as_str(), "--yes"]);
-    assert!(said.contains("written and verified"), "{said}");
+    let printed = machine.good(&["flash", image.as_str(), card.as_str(), "--yes"]);
+    assert!(printed.contains("written and verified"), "{printed}");
     assert_eq!(flash_support::differences(&image, &card), Vec::<u64>::new());
     assert!(machine.good(&["verify", image.as_str()]).starts_with("good: "));
     assert!(machine.good(&["inspect", image.as_str()]).contains("root-a"));
@@ -501,14 +501,14 @@ fn the_static_program_needs_nothing_and_is_the_same_from_every_directory() {
     clear(&root);
     fs::create_dir_all(root.join("etc")).expect("a directory");
     make_program(&root.join("slipway"), fs::read(&made[0].binary.path).expect("read"));
-    let said = in_root(&root, None, &["--version"]);
-    assert!(text(&said.stdout).ends_with("(commit 0123456789abcdef)\n"), "{said:?}");
+    let printed = in_root(&root, None, &["--version"]);
+    assert!(text(&printed.stdout).ends_with("(commit 0123456789abcdef)\n"), "{printed:?}");
     let keep = tempfile::tempdir_in(&dir).expect("a directory");
     let [bundle, keys, _] = bundle_in(Utf8Path::from_path(keep.path()).expect("UTF-8"));
     fs::rename(bundle, root.join("a.bundle")).expect("moved");
     fs::rename(keys, root.join("keyset.json")).expect("moved");
-    let said = in_root(&root, None, &["verify", "/a.bundle", "--keys", "/keyset.json"]);
-    assert!(text(&said.stdout).starts_with("good: "), "{said:?}");
+    let printed = in_root(&root, None, &["verify", "/a.bundle", "--keys", "/keyset.json"]);
+    assert!(text(&printed.stdout).starts_with("good: "), "{printed:?}");
 
     // A host's name comes from /etc/hosts, whatever modules the machine's own programs ask before.
     let (port, requests) = server();
@@ -520,13 +520,13 @@ fn the_static_program_needs_nothing_and_is_the_same_from_every_directory() {
     fs::write(root.join("etc/hosts"), "127.0.0.1 store.of-a-test\n").expect("written");
     let log = dir.join("strace.log");
     let endpoint = format!("http://store.of-a-test:{port}");
-    let said = in_root(
+    let printed = in_root(
         &root,
         Some(&log),
         &["release", "list", "--store", "s3://bucket", "--endpoint", &endpoint],
     );
     let calls = fs::read_to_string(&log).expect("strace's log");
     let (_, calls) = calls.split_once("execve(\"/slipway\"").expect("the program was started");
-    assert!(requests.load(std::sync::atomic::Ordering::SeqCst) > 0, "{said:?}\n{calls}");
+    assert!(requests.load(std::sync::atomic::Ordering::SeqCst) > 0, "{printed:?}\n{calls}");
     assert!(calls.contains("/etc/hosts") && !calls.contains(".so"), "{calls}");
 }

@@ -54,21 +54,21 @@ impl Rig {
 
     /// What each place says to such a file: the product's list, the key directory, `flash --ssh-key`, an overlay.
     fn everywhere(&self, content: &[u8]) -> [(&'static str, Result<String, String>); 4] {
-        let said = |error: anyhow::Error| format!("{error:#}");
+        let printed = |error: anyhow::Error| format!("{error:#}");
         let file = self.at("configs/tried.pub");
         fs::write(&file, content).expect("written");
         let product = self.render(&["configs/tried.pub"]);
-        let product = product.map(|r| r.authorized_keys["robot"].clone()).map_err(said);
+        let product = product.map(|r| r.authorized_keys["robot"].clone()).map_err(printed);
         let folder = self.at("keys");
         fs::create_dir_all(&folder).expect("made");
         fs::write(folder.join(keys::AUTHORIZED_KEYS), content).expect("written");
-        let developers = keys::authorized_keys(&folder).map_err(said);
+        let developers = keys::authorized_keys(&folder).map_err(printed);
         let flashed = flash::seed::read_keys(&file);
-        let flashed = flashed.map(|keys| keys.join("\n") + "\n").map_err(said);
+        let flashed = flashed.map(|keys| keys.join("\n") + "\n").map_err(printed);
         let overlay = self.at("overlays/plain/etc/ssh/authorized_keys.d");
         fs::create_dir_all(&overlay).expect("made");
         fs::write(overlay.join("robot"), content).expect("written");
-        let laid = self.render(&[]).map(|_| String::new()).map_err(said);
+        let laid = self.render(&[]).map(|_| String::new()).map_err(printed);
         fs::remove_dir_all(&overlay).expect("removed");
         [("product", product), ("key directory", developers), ("flash", flashed), ("overlay", laid)]
     }

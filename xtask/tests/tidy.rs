@@ -187,8 +187,8 @@ fn the_agent_names_both_programs() {
             continue;
         }
         for (number, line) in text.lines().enumerate() {
-            let said = line.contains("cargo xtask") && !line.trim_start().starts_with("//");
-            if said && !line.contains("`slipway ") {
+            let printed = line.contains("cargo xtask") && !line.trim_start().starts_with("//");
+            if printed && !line.contains("`slipway ") {
                 findings.push(format!("{path}:{}: names only `cargo xtask`", number + 1));
             }
         }
@@ -313,11 +313,11 @@ fn results_are_printed_by_verbs_alone() {
             continue;
         }
         for (number, line) in text.lines().enumerate() {
-            let said = words.iter().any(|word| {
+            let printed = words.iter().any(|word| {
                 let before = line.split(word).next().filter(|before| before.len() < line.len());
                 before.is_some_and(|before| !before.ends_with(|c: char| c.is_alphanumeric()))
             });
-            if said && !line.trim_start().starts_with("//") {
+            if printed && !line.trim_start().starts_with("//") {
                 findings.push(format!("{path}:{}: prints a result: return it to cmd", number + 1));
             }
         }

@@ -235,22 +235,22 @@ fn a_read_only_key_directory_is_read_and_signs() {
         command.args(words).env("SLIPWAY_KEYS", &folder).env(SIGNS, &folder);
         command.env(PASSWORD_VARIABLE, "for the test");
         let output = command.output().unwrap();
-        let said = [output.stdout, output.stderr].concat();
-        (output.status.success(), String::from_utf8_lossy(&said).into_owned())
+        let printed = [output.stdout, output.stderr].concat();
+        (output.status.success(), String::from_utf8_lossy(&printed).into_owned())
     };
     let xtask = env!("CARGO_BIN_EXE_xtask");
     let id = signers[0].key().id.clone();
-    let (good, said) = in_mount(xtask, &["keys", "list"]);
-    assert!(good && said.contains(&id), "{said}");
-    let (good, said) = in_mount(xtask, &["verify", out.as_str()]);
-    assert!(good, "{said}");
+    let (good, printed) = in_mount(xtask, &["keys", "list"]);
+    assert!(good && printed.contains(&id), "{printed}");
+    let (good, printed) = in_mount(xtask, &["verify", out.as_str()]);
+    assert!(good, "{printed}");
     let own = std::env::current_exe().unwrap();
     let words = ["--exact", "--nocapture", "update::in_a_child_that_signs"];
-    let (good, said) = in_mount(own.to_str().unwrap(), &words);
-    assert!(good && said.contains(&format!("signed by {id}")), "{said}");
+    let (good, printed) = in_mount(own.to_str().unwrap(), &words);
+    assert!(good && printed.contains(&format!("signed by {id}")), "{printed}");
     // What would have to be written fails, and says where.
-    let (good, said) = in_mount(xtask, &["keys", "new"]);
-    assert!(!good && said.contains("Read-only file system"), "{said}");
+    let (good, printed) = in_mount(xtask, &["keys", "new"]);
+    assert!(!good && printed.contains("Read-only file system"), "{printed}");
 }
 
 /// Run by the test above.

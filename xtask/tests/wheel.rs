@@ -184,13 +184,13 @@ fn tags_are_those_that_pip_computes() {
     for platform in target.platforms() {
         pip.args(["--platform", &platform]);
     }
-    let said = String::from_utf8(pip.output().unwrap().stdout).unwrap();
-    let (_, list) = said.split_once("Compatible tags:").expect("pip debug lists tags");
+    let printed = String::from_utf8(pip.output().unwrap().stdout).unwrap();
+    let (_, list) = printed.split_once("Compatible tags:").expect("pip debug lists tags");
     let mut theirs: Vec<&str> =
         list.lines().skip(1).map(str::trim).filter(|l| !l.is_empty()).collect();
     let tags = target.tags();
     let mut ours: Vec<String> = tags.iter().map(ToString::to_string).collect();
-    assert!(theirs.len() > 500, "{said}");
+    assert!(theirs.len() > 500, "{printed}");
     theirs.sort_unstable();
     theirs.dedup();
     ours.sort();
@@ -209,18 +209,18 @@ fn a_missing_wheel_is_explained_with_the_tags_that_exist() {
     ];
     let mut target = target();
     target.python = "3.13".parse().unwrap();
-    let said = |requirement: &str| {
+    let printed = |requirement: &str| {
         describe_missing(requirement, Some("opentrons"), &target, &wheels).unwrap().to_string()
     };
     assert_eq!(
-        said("numpy<2,>=1.20.0"),
+        printed("numpy<2,>=1.20.0"),
         "numpy<2,>=1.20.0, which opentrons needs, has no wheel for CPython 3.13 on aarch64 with glibc 2.36\n\
          numpy 1.26.4, the newest version in that range, has these tags for Linux on aarch64:\n  \
          cp312-cp312-manylinux2014_aarch64\n  cp312-cp312-manylinux_2_17_aarch64\n\
          help: use a base with one of these Pythons, or a version of opentrons that allows a newer numpy"
     );
     assert!(
-        said("numpy<1")
+        printed("numpy<1")
             .contains("no version in that range has any wheel; the newest version is 2.1.0")
     );
 }
@@ -387,7 +387,7 @@ fn installation_is_what_a_standard_installer_makes() {
 
     // The robot's Python: importlib.metadata reads RECORD, every line of it is true; the modules
     // come from bytecode that needs no time and names the robot's paths; the programs run.
-    let said = python(
+    let printed = python(
         &tree,
         "import base64, hashlib, importlib.metadata as m, runpy, sys, foo.main\n\
          d = m.distribution('foo')\n\
@@ -405,7 +405,7 @@ fn installation_is_what_a_standard_installer_makes() {
          except SystemExit as e: print(e.code)\n",
     );
     assert_eq!(
-        said,
+        printed,
         "slipway 22 /usr/local/lib/python3.11/dist-packages/foo/main.py b'\\x01\\x00\\x00\\x00'\n3\n"
     );
     let counted = walk(&tree);
@@ -459,14 +459,14 @@ fn a_component_has_each_wheel_as_a_tree_of_its_own() {
     assert_eq!(lock.wheels.iter().map(|w| w.bytes).sum::<u64>(), counted.values().sum::<u64>());
     let program = std::fs::read_to_string(tree.join("bin/tool")).unwrap();
     assert!(program.starts_with("#!/usr/bin/python3 -u\n"), "{program}");
-    let said = python_with(
+    let printed = python_with(
         &tree.join("site"),
         "import marshal, foo.main, importlib.metadata as m\n\
          code = marshal.loads(open(foo.main.__cached__, 'rb').read()[16:])\n\
          assert m.distribution('foo').locate_file('../bin/foo-go').is_file()\n\
          print(code.co_filename, '../bin/foo-go' in map(str, m.files('foo')))\n",
     );
-    assert_eq!(said, "/data/apps/api/current/site/foo/main.py True\n");
+    assert_eq!(printed, "/data/apps/api/current/site/foo/main.py True\n");
     // Again, without the kept bytecode: the same bytes. With another wheel beside it: the same tree.
     std::fs::remove_dir_all(cache.join("stages")).unwrap();
     assert_eq!(make(&[rich(), bar()], "two").lock, made.lock);
@@ -584,8 +584,8 @@ fn the_real_api_is_locked_installed_and_imported() {
     let out = dir.join("api.tar");
     let installed = install_into(&product, &cache, &out).unwrap();
     unpack(&out, &dir.join("tree"));
-    let said = python(&dir.join("tree"), "import opentrons; print(opentrons.__version__)");
-    assert_eq!(said, "10.1.0\n");
+    let printed = python(&dir.join("tree"), "import opentrons; print(opentrons.__version__)");
+    assert_eq!(printed, "10.1.0\n");
     validate_bill(&installed, &product, dir);
 
     request.target.python = "3.13".parse().unwrap();

@@ -544,8 +544,8 @@ fn the_most_used_wheels_are_installed_as_pip_does() {
             .stderr(std::process::Stdio::inherit())
             .output()
             .unwrap();
-        let said = String::from_utf8_lossy(&output.stdout);
-        assert!(output.status.success() && said.contains("1 passed"), "{said}");
+        let printed = String::from_utf8_lossy(&output.stdout);
+        assert!(output.status.success() && printed.contains("1 passed"), "{printed}");
         return;
     }
     let cache = Utf8Path::new(env!("CARGO_TARGET_TMPDIR")).join("wheel-cache");

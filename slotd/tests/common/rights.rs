@@ -45,10 +45,10 @@ pub fn is_root(test: &str) -> bool {
         .args(["--exact", test, "--nocapture"])
         .output()
         .unwrap();
-    let said = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
+    let printed = String::from_utf8_lossy(&[output.stdout, output.stderr].concat()).into_owned();
     assert!(
-        output.status.success() && said.contains("1 passed"),
-        "{test}, as root of a user namespace:\n{said}\n\
+        output.status.success() && printed.contains("1 passed"),
+        "{test}, as root of a user namespace:\n{printed}\n\
          help: run it as root; or let users make namespaces with several users: util-linux 2.38, the package uidmap, \
          and lines for this user in /etc/subuid and /etc/subgid (usermod --add-subuids 100000-165535 --add-subgids \
          100000-165535)"

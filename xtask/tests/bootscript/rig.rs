@@ -251,19 +251,19 @@ impl Rig {
         if which == 1 {
             return Ok(None);
         }
-        let said = session.expect("]\n", START)?;
-        let slot = match said.as_bytes().first() {
+        let printed = session.expect("]\n", START)?;
+        let slot = match printed.as_bytes().first() {
             Some(b'a') => Slot::A,
             Some(b'b') => Slot::B,
-            _ => anyhow::bail!("the kernel said `{said}`"),
+            _ => anyhow::bail!("the kernel said `{printed}`"),
         };
         let guid = self.guids[usize::from(slot == Slot::B)];
-        ensure!(said.contains(&format!("root=PARTUUID={guid} ")), "{said}");
-        ensure!(said.contains(&format!(" slipway.slot={slot} ")), "{said}");
-        let unloadable = said.split("slipway.unloadable=").nth(1).map(|rest| rest.as_bytes()[0]);
+        ensure!(printed.contains(&format!("root=PARTUUID={guid} ")), "{printed}");
+        ensure!(printed.contains(&format!(" slipway.slot={slot} ")), "{printed}");
+        let unloadable = printed.split("slipway.unloadable=").nth(1).map(|rest| rest.as_bytes()[0]);
         let unloadable = unloadable.map(|name| if name == b'a' { Slot::A } else { Slot::B });
         session.wait(START)?;
-        let trial = said.contains(" slipway.trial=1 ");
+        let trial = printed.contains(" slipway.trial=1 ");
         // The last word before the kernel: a trial runs with the watchdog, and nothing else does.
         let guarded = before.rfind(GUARD_ON) > before.rfind(GUARD_OFF);
         ensure!(guarded == trial, "trial: {trial}, watchdog: {guarded}: {before}");

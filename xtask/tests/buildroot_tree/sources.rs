@@ -258,9 +258,9 @@ fn the_command_names_what_is_wrong_with_a_mirror() {
         .current_dir(super::workspace::root())
         .output()
         .expect("it runs");
-    let said = String::from_utf8_lossy(&output.stderr);
-    assert_eq!(output.status.code(), Some(1), "{said}");
-    assert!(said.contains("sources are missing, damaged or misnamed\nhelp: "), "{said}");
+    let printed = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{printed}");
+    assert!(printed.contains("sources are missing, damaged or misnamed\nhelp: "), "{printed}");
     let findings: Vec<serde_json::Value> =
         serde_json::from_slice(&output.stdout).expect("a list as JSON");
     let of = |kind: &str| findings.iter().filter(|f| f["kind"] == kind).collect::<Vec<_>>();

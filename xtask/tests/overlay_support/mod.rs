@@ -82,12 +82,12 @@ impl Robot {
     pub fn step(&self, name: &str, more: &[&str]) -> String {
         let program = self.at(&format!("usr/lib/slipway/{name}"));
         let output = Command::new(&program).arg(self.at("")).args(more).output().expect("runs");
-        assert!(output.status.success(), "{name} would fail the boot: {}", said(&output));
-        said(&output)
+        assert!(output.status.success(), "{name} would fail the boot: {}", output_text(&output));
+        output_text(&output)
     }
 }
 
-pub fn said(output: &Output) -> String {
+pub fn output_text(output: &Output) -> String {
     let both = [output.stdout.as_slice(), output.stderr.as_slice()].concat();
     String::from_utf8(both).expect("UTF-8")
 }

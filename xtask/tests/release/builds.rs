@@ -199,8 +199,8 @@ fn a_release_is_made_of_verified_results_and_says_what_changed() {
         assert!(message.contains("instead of releases: linux\nhelp: "), "{message}");
     }
     fs::write(dist.join("plan.json"), plan).unwrap();
-    let said = bench.good(&create);
-    assert!(said.contains("shop 1.0.0 for sample: made"), "{said}");
+    let printed = bench.good(&create);
+    assert!(printed.contains("shop 1.0.0 for sample: made"), "{printed}");
     assert!(bench.good(&create).contains("is there already"));
     // Another content under the same version is refused.
     results(&bench, &dist, "1.0.0", "later", &first);
@@ -219,9 +219,9 @@ fn a_release_is_made_of_verified_results_and_says_what_changed() {
         assert!(notes.contains(line), "no `{line}` in {notes}");
     }
     let diff = ["release", "diff", "1.0.0", "1.0.1", "--product", "shop", "--files"];
-    let said = bench.good(&diff);
-    assert!(said.contains("~ /etc/built  content"), "{said}");
-    assert!(said.contains("files: 0 added, 0 removed, 1 changed"), "{said}");
+    let printed = bench.good(&diff);
+    assert!(printed.contains("~ /etc/built  content"), "{printed}");
+    assert!(printed.contains("files: 0 added, 0 removed, 1 changed"), "{printed}");
     // One flipped bit in the first MiB of a slot, of which every block is mapped.
     let image = dist.join("shop-1.0.1-sample.img");
     let mut bytes = fs::read(&image).unwrap();
@@ -243,16 +243,16 @@ fn a_time_in_a_file_is_found_in_that_file() {
     fs::write(one.join("shop-0.9.0-sample.img"), "old").unwrap();
     assert!(compare_builds(&one, &same).unwrap().equal);
     let against = ["release", "check", "--product", "shop", "--board", "sample", "--against"];
-    let said = bench.good(&[&against[..], &[same.as_str()]].concat());
-    assert_eq!(said.matches(" equal ").count(), 4, "{said}");
+    let printed = bench.good(&[&against[..], &[same.as_str()]].concat());
+    assert_eq!(printed.matches(" equal ").count(), 4, "{printed}");
     let output = bench.xtask(&[&against[..], &[other.as_str()]].concat()).output().unwrap();
     assert_eq!(output.status.code(), Some(1));
-    let said = String::from_utf8(output.stdout).unwrap();
+    let printed = String::from_utf8(output.stdout).unwrap();
     let found = "root-a /etc/built: content, +0 B; differs from byte 16: \"0\\n\" and \"7\\n\"";
-    assert!(said.contains(found), "{said}");
-    assert!(said.contains("root-b : differs as root-a does"), "{said}");
-    assert!(said.contains("system/root : different content: see the image"), "{said}");
-    assert!(!said.contains("config.txt"), "{said}");
+    assert!(printed.contains(found), "{printed}");
+    assert!(printed.contains("root-b : differs as root-a does"), "{printed}");
+    assert!(printed.contains("system/root : different content: see the image"), "{printed}");
+    assert!(!printed.contains("config.txt"), "{printed}");
     let error = String::from_utf8(output.stderr).unwrap();
     assert!(error.contains("3 of 4 outputs differ"), "{error}");
 }

@@ -41,21 +41,22 @@ fn what_is_fetched_becomes_a_card_and_an_update() {
         let get = ["release", "get", "latest", "--product", "shop", "--store", store];
         machine.refused(&get, 1, &["which channel", "help: add --channel stable"]);
         let get = [&get[..], &["--channel", "nightly"]].concat();
-        let said = machine.good(&get);
-        assert!(said.starts_with("shop 1.0.0 (development), channel nightly\n"), "{said}");
+        let printed = machine.good(&get);
+        assert!(printed.starts_with("shop 1.0.0 (development), channel nightly\n"), "{printed}");
         let here = machine.dir.join("here");
         for name in
             ["shop-1.0.0-sample.img.zst", "shop-1.0.0-sample.img.bmap", "shop-1.0.0-sample.bundle"]
         {
-            assert!(said.contains(name) && here.join(name).is_file(), "{name}: {said}");
+            assert!(printed.contains(name) && here.join(name).is_file(), "{name}: {printed}");
         }
-        assert_eq!(said.lines().count(), 4, "{said}");
+        assert_eq!(printed.lines().count(), 4, "{printed}");
         machine.good(&["verify", "shop-1.0.0-sample.bundle"]);
         let card = fs::File::create(here.join("card")).unwrap();
         card.set_len(64 << 20).unwrap();
         machine.good(&["flash", "shop-1.0.0-sample.img.zst", "card", "--yes"]);
-        let said = machine.good(&[&get[..], &["--role", "program", "--into", "programs"]].concat());
-        assert!(said.contains(&program_name()), "{said}");
+        let printed =
+            machine.good(&[&get[..], &["--role", "program", "--into", "programs"]].concat());
+        assert!(printed.contains(&program_name()), "{printed}");
         let program = here.join("programs").join(program_name());
         assert!(program.metadata().unwrap().permissions().mode() & 0o111 == 0o111);
         // What is there already is not fetched again.

@@ -70,9 +70,9 @@ fn serve(dir: &Utf8Path, http: &str) -> (Nginx, String) {
     let mut server = Nginx(command.stdin(Stdio::null()).stderr(log).spawn().unwrap());
     let started = Instant::now();
     while TcpStream::connect(("127.0.0.1", port)).is_err() {
-        let said = fs::read_to_string(dir.join("nginx.log")).unwrap();
-        assert!(server.0.try_wait().unwrap().is_none(), "nginx ended: {said}");
-        assert!(started.elapsed() < Duration::from_secs(120), "nginx does not listen: {said}");
+        let printed = fs::read_to_string(dir.join("nginx.log")).unwrap();
+        assert!(server.0.try_wait().unwrap().is_none(), "nginx ended: {printed}");
+        assert!(started.elapsed() < Duration::from_secs(120), "nginx does not listen: {printed}");
         std::thread::sleep(Duration::from_millis(20));
     }
     (server, format!("https://127.0.0.1:{port}"))

@@ -80,8 +80,8 @@ fn every_night_offers_what_its_channel_takes_and_nothing_else() {
     assert!(nightly.contains("robot-dev"), "{nightly:?}");
     // As committed no release key is needed for a night, and a release product is none of its.
     assert!(products(&[]).contains("robot") && !nightly.contains("robot"), "{nightly:?}");
-    let said = String::from_utf8(plan(&["--channel", "nightly"]).stderr).unwrap();
-    assert!(said.contains("without robot: ") && said.contains("releases.toml"), "{said}");
+    let printed = String::from_utf8(plan(&["--channel", "nightly"]).stderr).unwrap();
+    assert!(printed.contains("without robot: ") && printed.contains("releases.toml"), "{printed}");
     let stable = products(&["--channel", "stable"]);
     assert!(stable.contains("robot") && !stable.contains("robot-dev"), "{stable:?}");
     let gitlab = fs::read_to_string(root().join(GITLAB)).unwrap();

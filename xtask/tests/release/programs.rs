@@ -112,8 +112,8 @@ fn the_programs_of_a_release_are_compared_with_those_that_are_made_again() {
     let store = bench.store("dist/releases");
     let against = ["release", "check", "--product", "shop", "--board", "sample", "--against"];
     let against = [&against[..], &["dist/shop/sample"]].concat();
-    let said = bench.good(&against);
-    assert!(said.contains(&format!(" equal    {}\n", program_name())), "{said}");
+    let printed = bench.good(&against);
+    assert!(printed.contains(&format!(" equal    {}\n", program_name())), "{printed}");
     let programs = released_programs(&bench.dir, "shop", "sample", &bench.authority()).unwrap();
     let again = |content: &[u8], name: String| {
         let path = bench.dir.join("again");
@@ -137,8 +137,8 @@ fn the_programs_of_a_release_are_compared_with_those_that_are_made_again() {
     fs::set_permissions(&object, fs::Permissions::from_mode(0o644)).unwrap();
     fs::write(&object, b"another").unwrap();
     let output = bench.xtask(&against).output().unwrap();
-    let said = String::from_utf8(output.stdout).unwrap();
-    assert!(said.contains("7 bytes") && said.contains(&hash_bytes(b"another")), "{said}");
+    let printed = String::from_utf8(output.stdout).unwrap();
+    assert!(printed.contains("7 bytes") && printed.contains(&hash_bytes(b"another")), "{printed}");
     assert!(String::from_utf8(output.stderr).unwrap().contains("1 of 5 outputs differ"));
     fs::remove_file(&object).unwrap();
     let output = bench.xtask(&against).output().unwrap();
@@ -244,8 +244,8 @@ fn the_guide_gets_and_checks_a_program() {
         (work, shell.output().unwrap())
     };
     let (work, output) = run("good");
-    let said = good(output);
-    assert!(said.contains("slipway release shop 1.0.0"), "{said}");
+    let printed = good(output);
+    assert!(printed.contains("slipway release shop 1.0.0"), "{printed}");
     assert_eq!(fs::read(work.join(program_name())).unwrap(), PROGRAM);
     assert!(work.join(program_name()).metadata().unwrap().permissions().mode() & 0o100 != 0);
     let object =

@@ -105,8 +105,8 @@ fn a_host_without_a_shell_will_do_and_one_that_is_gone_is_named() {
     bench.release(&bench.store("local"), "robot", "1.0.0");
     let host = Host::new(&bench, "ForceCommand internal-sftp");
     good(host.publish(&bench, "local", "target").output().unwrap());
-    let said = good(host.publish(&bench, "local", "target").output().unwrap());
-    assert!(said.contains("nothing new"), "{said}");
+    let printed = good(host.publish(&bench, "local", "target").output().unwrap());
+    assert!(printed.contains("nothing new"), "{printed}");
     let reader = Reader::of_folder(bench.keys(), bench.dir.join("target"));
     assert_eq!(reader.read().len(), 1);
     let nobody = format!("ssh://127.0.0.1:{}/srv", free_port());

@@ -101,8 +101,8 @@ fn a_machine_that_is_told_of_no_shared_cache_has_its_own_only() {
     let team = Team::new();
     let alone = |expected: &str| {
         let mut machine = team.machine("alone", true, &task("s"));
-        let said = said(machine.env_remove("SLIPWAY_SHARED_CACHE").output().unwrap());
-        assert_eq!((said.origin.as_str(), said.log.contains("shared")), (expected, false));
+        let printed = build_outcome(machine.env_remove("SLIPWAY_SHARED_CACHE").output().unwrap());
+        assert_eq!((printed.origin.as_str(), printed.log.contains("shared")), (expected, false));
     };
     alone("Made");
     alone("Kept");
@@ -146,12 +146,12 @@ fn machine(task: &str) {
 }
 
 /// What a machine said.
-struct Said {
+struct BuildOutput {
     origin: String,
     log: String,
 }
 
-impl Said {
+impl BuildOutput {
     fn warnings(&self) -> usize {
         self.log.lines().filter(|line| line.starts_with("warning: ")).count()
     }
@@ -216,12 +216,12 @@ impl Team {
         command
     }
 
-    fn builds(&self, name: &str, writes: bool, seed: &str) -> Said {
-        said(self.machine(name, writes, &task(seed)).output().unwrap())
+    fn builds(&self, name: &str, writes: bool, seed: &str) -> BuildOutput {
+        build_outcome(self.machine(name, writes, &task(seed)).output().unwrap())
     }
 
     /// A machine with nothing in its cache that only reads.
-    fn reads(&self, seed: &str) -> Said {
+    fn reads(&self, seed: &str) -> BuildOutput {
         let fresh = format!("reader-{}", hash_bytes(format!("{:?}", Instant::now()).as_bytes()));
         self.builds(&fresh, false, seed)
     }
@@ -251,13 +251,13 @@ fn task(seed: &str) -> Task {
     Task { seed: seed.to_owned(), release: false, offline: false, download: None }
 }
 
-fn said(output: Output) -> Said {
+fn build_outcome(output: Output) -> BuildOutput {
     let log = String::from_utf8(output.stderr).unwrap();
     let out = String::from_utf8(output.stdout).unwrap();
     assert!(output.status.success(), "{out}\n{log}");
     assert!(!log.contains("a secret of tests") && !log.contains("X-Amz"), "{log}");
     let origin = out.lines().find_map(|line| line.strip_prefix("origin="));
-    Said { origin: origin.unwrap_or_default().to_owned(), log }
+    BuildOutput { origin: origin.unwrap_or_default().to_owned(), log }
 }
 
 const DAV: &str = "dav_methods PUT; create_full_put_path on;";
@@ -276,7 +276,10 @@ fn round_trip(team: &Team) {
     assert_eq!(team.builds("reader", false, "s").origin, "Kept");
     // What a machine made before it had a shared cache is stored as well.
     let mut alone = team.machine("late", true, &task("t"));
-    assert_eq!(said(alone.env_remove("SLIPWAY_SHARED_CACHE").output().unwrap()).origin, "Made");
+    assert_eq!(
+        build_outcome(alone.env_remove("SLIPWAY_SHARED_CACHE").output().unwrap()).origin,
+        "Made"
+    );
     let late = team.builds("late", true, "t");
     assert_eq!(late.origin, "Kept");
     assert!(late.log.contains("base stored"), "{}", late.log);
@@ -293,7 +296,7 @@ fn a_folder_a_web_server_and_a_bucket_serve_a_team() {
     team.address = "s3://team/cache".to_owned();
     // As all S3 tools find it.
     let with = |mut command: Command| {
-        said(command.env("AWS_ENDPOINT_URL_S3", &endpoint).output().unwrap())
+        build_outcome(command.env("AWS_ENDPOINT_URL_S3", &endpoint).output().unwrap())
     };
     let writer = with(team.machine("writer", true, &task("s")));
     assert_eq!((writer.origin.as_str(), writer.warnings()), ("Made", 0), "{}", writer.log);
@@ -360,7 +363,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     let own = team.dir.join("own-keys");
     let stranger = |name: &str| {
         let mut command = team.machine(name, false, &task("s"));
-        said(command.env("SLIPWAY_KEYS", &own).output().unwrap())
+        build_outcome(command.env("SLIPWAY_KEYS", &own).output().unwrap())
     };
     let alone = stranger("stranger");
     assert_eq!((alone.origin.as_str(), alone.warnings()), ("Made", 0), "{}", alone.log);
@@ -381,7 +384,7 @@ fn a_record_counts_only_with_the_signature_of_a_key_that_counts() {
     let mut first = Command::new(env!("CARGO_BIN_EXE_xtask"));
     first.args(["keys", "new"]).env("SLIPWAY_KEYS", &own);
     crate::common::good(first.env("SLIPWAY_KEY_PASSWORD", "a password of tests").output().unwrap());
-    let release = said(release.output().unwrap());
+    let release = build_outcome(release.output().unwrap());
     assert_eq!(release.origin, "Made", "{}", release.log);
     fs::write(listed.join("bad.pub"), "untrusted comment: x\nno key\n").unwrap();
     let mut bad = team.machine("bad", false, &task("s"));
@@ -531,7 +534,7 @@ fn credentials_are_sent_and_never_shown() {
     let team = Team::web(&format!("{check} {DAV}"));
     let with = |mut command: Command| {
         command.env("SLIPWAY_SHARED_CACHE_AUTHORIZATION", "Bearer letmein");
-        said(command.output().unwrap())
+        build_outcome(command.output().unwrap())
     };
     let writer = with(team.machine("writer", true, &task("s")));
     assert_eq!((writer.origin.as_str(), writer.warnings()), ("Made", 0), "{}", writer.log);
@@ -543,8 +546,8 @@ fn credentials_are_sent_and_never_shown() {
     // Not even to a server that fails, and not in clear over a network.
     let failing = Team::web("return 500;");
     let failed = with(failing.machine("writer", true, &task("s")));
-    for said in [&writer, &reader, &nobody, &failed] {
-        assert!(!said.log.contains("letmein"), "{}", said.log);
+    for printed in [&writer, &reader, &nobody, &failed] {
+        assert!(!printed.log.contains("letmein"), "{}", printed.log);
     }
     let mut far = Team::new();
     far.address = "http://cache.example.org".to_owned();
@@ -577,7 +580,7 @@ fn writers_and_readers_may_be_killed_and_may_meet() {
         }
         let pair = ["one", "two"]
             .map(|name| team.machine(name, true, &task("both")).spawn().unwrap())
-            .map(|child| said(child.wait_with_output().unwrap()));
+            .map(|child| build_outcome(child.wait_with_output().unwrap()));
         for writer in pair {
             assert_eq!(writer.warnings(), 0, "{}", writer.log);
         }
@@ -606,7 +609,7 @@ fn downloads_come_from_there_before_the_mirror_and_without_it() {
         let output = team.machine(name, writes, &Task { download, offline, ..task("") }).output();
         output.unwrap()
     };
-    let good = |output: Output| said(output).log;
+    let good = |output: Output| build_outcome(output).log;
     let log = good(fetches("writer", true, false, &mirror.address));
     assert!(log.contains("packages stored: 3.0 MiB in 1 objects"), "{log}");
     let asked = || fs::read_to_string(mirror.dir.join("access.log")).unwrap().lines().count();
@@ -628,7 +631,7 @@ fn downloads_come_from_there_before_the_mirror_and_without_it() {
     // An offline build asks for no stage either.
     team.builds("writer", true, "s");
     let alone = team.machine("alone", true, &Task { offline: true, ..task("s") }).output().unwrap();
-    let alone = said(alone);
+    let alone = build_outcome(alone);
     assert_eq!((alone.origin.as_str(), alone.warnings()), ("Made", 0), "{}", alone.log);
     assert!(alone.log.contains("is not used because of --offline"), "{}", alone.log);
 }

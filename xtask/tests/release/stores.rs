@@ -158,10 +158,10 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     bench.release(&local, "robot", "1.1.0");
     let robot = ["--product", "robot"];
     let run = |words: &[&str]| bench.good(&[words, &robot[..]].concat());
-    let said = run(&["release", "promote", "1.1.0", "--to", "beta"]);
-    assert!(said.starts_with("robot 1.1.0 of nightly is now also in beta of "), "{said}");
-    let said = run(&["release", "promote", "1.1.0", "--to", "beta"]);
-    assert!(said.contains("was already in beta"), "{said}");
+    let printed = run(&["release", "promote", "1.1.0", "--to", "beta"]);
+    assert!(printed.starts_with("robot 1.1.0 of nightly is now also in beta of "), "{printed}");
+    let printed = run(&["release", "promote", "1.1.0", "--to", "beta"]);
+    assert!(printed.contains("was already in beta"), "{printed}");
     let refused = |words: &[&str]| bench.refused(&[words, &robot[..]].concat());
     let message = refused(&["release", "promote", "1.0.0", "--to", "beta"]);
     assert!(message.contains("1.0.0 is not newer than 1.1.0"), "{message}");
@@ -170,16 +170,19 @@ fn a_yanked_release_is_marked_everywhere_and_versions_only_grow() {
     let message = refused(&["release", "show", "2.0.0"]);
     assert!(message.contains("help: known: 1.0.0, 1.1.0"), "{message}");
     bench.good(&["publish", "target"]);
-    let said = run(&["release", "yank", "1.1.0", "--reason", "it hums\n  robot 9.0.0"]);
-    assert_eq!(said.lines().count(), 2, "{said}");
+    let printed = run(&["release", "yank", "1.1.0", "--reason", "it hums\n  robot 9.0.0"]);
+    assert_eq!(printed.lines().count(), 2, "{printed}");
     bench.good(&["publish", "target"]);
     let list = bench.good(&["release", "list", "--store", "target"]);
     assert_eq!(list.matches("YANKED: it hums\\n  robot 9.0.0\n").count(), 2, "{list}");
     let shown = run(&["release", "show", "latest", "--store", "target"]);
     assert!(shown.starts_with("robot 1.0.0 (development), channel nightly"), "{shown}");
     let notes = run(&["release", "show", "latest", "--store", "target", "--notes"]);
-    for said in [shown, notes] {
-        assert!(said.contains("\\u{1b}]0;owned\\u{7}") && !said.contains('\u{1b}'), "{said:?}");
+    for printed in [shown, notes] {
+        assert!(
+            printed.contains("\\u{1b}]0;owned\\u{7}") && !printed.contains('\u{1b}'),
+            "{printed:?}"
+        );
     }
     let message = refused(&["release", "promote", "1.1.0", "--to", "beta"]);
     assert!(message.contains("was yanked: it hums\\n  robot"), "{message}");
@@ -225,8 +228,8 @@ fn an_interrupted_index_is_finished_by_whoever_comes_next() {
     bench.good(&["publish", "target", "--from", "local"]);
     // Killed between the serial's own file and the one that readers take.
     fs::write(&path, first).unwrap();
-    let said = bench.good(&["publish", "target", "--from", "local"]);
-    assert!(said.contains("nothing new"), "{said}");
+    let printed = bench.good(&["publish", "target", "--from", "local"]);
+    assert!(printed.contains("nothing new"), "{printed}");
     let reader = Reader::of_folder(bench.keys(), bench.dir.join("target"));
     assert_eq!(reader.read().len(), 2);
     assert!(local.index(Channel::Nightly).unwrap().0.is_some());

@@ -235,9 +235,9 @@ impl Server {
         let mut child = command.spawn().unwrap_or_else(|error| panic!("{command:?}: {error}"));
         let started = Instant::now();
         while std::net::TcpStream::connect(("127.0.0.1", port)).is_err() {
-            let said = fs::read_to_string(log).unwrap();
-            assert!(child.try_wait().unwrap().is_none(), "the server ended: {said}");
-            assert!(started.elapsed() < Duration::from_secs(120), "it does not listen: {said}");
+            let printed = fs::read_to_string(log).unwrap();
+            assert!(child.try_wait().unwrap().is_none(), "the server ended: {printed}");
+            assert!(started.elapsed() < Duration::from_secs(120), "it does not listen: {printed}");
             std::thread::sleep(Duration::from_millis(20));
         }
         Self { port, child }

@@ -112,8 +112,8 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     }
     assert_eq!(tree(&target), before);
     // A machine that has seen nothing cannot know; but it does not delete on its first look.
-    let said = good(elsewhere(&bench, &list).output().unwrap());
-    assert!(said.contains("nightly (serial 1)"), "{said}");
+    let printed = good(elsewhere(&bench, &list).output().unwrap());
+    assert!(printed.contains("nightly (serial 1)"), "{printed}");
     drop(fs::remove_dir_all(bench.dir.join("elsewhere")));
     let first = elsewhere(&bench, &gc).output().unwrap();
     let message = String::from_utf8_lossy(&first.stderr);
@@ -121,8 +121,8 @@ fn an_older_index_is_refused_with_both_serials_and_nothing_is_removed_on_its_wor
     assert_eq!(tree(&target), before);
     // The store was restored on purpose: from now on its serial is the newest.
     bench.good(&[&list[..], &["--store-was-restored"]].concat());
-    let said = bench.good(&list);
-    assert!(said.contains("nightly (serial 1)") && !said.contains("YANKED"), "{said}");
+    let printed = bench.good(&list);
+    assert!(printed.contains("nightly (serial 1)") && !printed.contains("YANKED"), "{printed}");
     bench.good(&publish);
     // The one that was there before is now another one of that serial, or a newer one.
     copy(&newest, &target);
@@ -200,8 +200,8 @@ fn two_publishers_with_memories_of_their_own_do_not_take_each_other_for_attacker
     // The one that has not seen the other's last change sees no difference; the other does.
     copy(&first, &bench.dir.join("target"));
     let list = ["release", "list", "--store", "target"];
-    let said = bench.good(&list);
-    assert!(said.contains("nightly (serial 6)"), "{said}");
+    let printed = bench.good(&list);
+    assert!(printed.contains("nightly (serial 6)"), "{printed}");
     let output = elsewhere(&bench, &list).output().unwrap();
     let message = String::from_utf8_lossy(&output.stderr).into_owned();
     assert!(message.contains("its serial is 6, but this machine has seen 7"), "{message}");

@@ -38,8 +38,10 @@ pub struct Apis {
 /// Builds the bundle of a workspace's API as a developer does.
 fn component(workspace: &Utf8Path, board: &str) -> Result<Utf8PathBuf> {
     let words = ["build-image", "--component", "api", "--board", board, "--no-install"];
-    let said = Xtask::new(workspace).run(&[&words[..], &["--format", "json"]].concat())?.good()?;
-    let made: Value = serde_json::from_str(&said).with_context(|| format!("reading {said}"))?;
+    let printed =
+        Xtask::new(workspace).run(&[&words[..], &["--format", "json"]].concat())?.good()?;
+    let made: Value =
+        serde_json::from_str(&printed).with_context(|| format!("reading {printed}"))?;
     Ok(made["bundle"]["path"].as_str().with_context(|| format!("{made}"))?.into())
 }
 
@@ -148,10 +150,10 @@ fn break_it(
 
 /// What the agent answers, and its exit code.
 fn slotd(session: &mut QemuSession, words: &str, time: Duration) -> Result<(i32, Value)> {
-    let (code, said) = session.run(&format!("slotd --format json {words} 2>/dev/null"), time)?;
-    say(format!("slotd {words}: {code} {said}"));
-    let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
-    Ok((code, json.with_context(|| format!("slotd {words} said `{said}`"))?))
+    let (code, printed) = session.run(&format!("slotd --format json {words} 2>/dev/null"), time)?;
+    say(format!("slotd {words}: {code} {printed}"));
+    let json = printed.find('{').and_then(|at| serde_json::from_str(&printed[at..]).ok());
+    Ok((code, json.with_context(|| format!("slotd {words} printed `{printed}`"))?))
 }
 
 /// Which copy answers through the proxy: its version, and whether it is on `data`.
@@ -163,26 +165,26 @@ pub fn serves(session: &mut QemuSession, version: &str, on_data: bool) -> Result
     let path = health["path"].as_str().unwrap_or_default();
     ensure!(path.starts_with("/data/apps/api/") == on_data, "another copy serves: {text}");
     // The agent says the same, and `/data/system` belongs to that copy.
-    let (code, said) = slotd(session, "status", COMMAND)?;
+    let (code, printed) = slotd(session, "status", COMMAND)?;
     let expected = if on_data { "installed" } else { "built-in" };
-    ensure!(code == 0 && said["api"]["serves"] == expected, "{}", said["api"]);
-    ensure!(said["api"]["version"] == version, "{}", said["api"]);
-    let (code, said) = slotd(session, "provision --check", COMMAND)?;
-    ensure!(code == 0, "/data/system is of another copy: {said}");
+    ensure!(code == 0 && printed["api"]["serves"] == expected, "{}", printed["api"]);
+    ensure!(printed["api"]["version"] == version, "{}", printed["api"]);
+    let (code, printed) = slotd(session, "provision --check", COMMAND)?;
+    ensure!(code == 0, "/data/system is of another copy: {printed}");
     Ok(())
 }
 
 /// Installs from a disk, and expects it to be done; how long nothing answered.
 fn installs(session: &mut QemuSession, disk: &str) -> Result<(Value, Duration)> {
-    let (code, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
-    ensure!(code == 0, "the API is refused: {said}");
-    let down = said["down-ms"].as_u64().with_context(|| format!("no time in {said}"))?;
-    Ok((said, Duration::from_millis(down)))
+    let (code, printed) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
+    ensure!(code == 0, "the API is refused: {printed}");
+    let down = printed["down-ms"].as_u64().with_context(|| format!("no time in {printed}"))?;
+    Ok((printed, Duration::from_millis(down)))
 }
 
 fn refuses(session: &mut QemuSession, disk: &str, code: &str) -> Result<()> {
-    let (exit, said) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
-    ensure!(exit != 0 && said["refused"]["code"] == code, "expected `{code}`: {exit} {said}");
+    let (exit, printed) = slotd(session, &format!("install - </dev/{disk}"), INSTALL)?;
+    ensure!(exit != 0 && printed["refused"]["code"] == code, "expected `{code}`: {exit} {printed}");
     Ok(())
 }
 
@@ -211,12 +213,12 @@ pub fn changed_without_a_restart(
     refuses(session, broken, "api-unhealthy")?;
     say(format!("one that does not start was rolled back after {:.0?}", started.elapsed()));
     serves(session, OTHER, true)?;
-    let (said, second) = installs(session, own)?;
-    ensure!(said["reused"].as_u64() > Some(15), "few wheels are taken over: {said}");
+    let (printed, second) = installs(session, own)?;
+    ensure!(printed["reused"].as_u64() > Some(15), "few wheels are taken over: {printed}");
     serves(session, &apis.own_version, true)?;
     say(format!("an API was away for {first:.1?} and {second:.1?}"));
-    let (code, said) = slotd(session, "roll-back --component api", INSTALL)?;
-    ensure!(code == 0, "no way back: {said}");
+    let (code, printed) = slotd(session, "roll-back --component api", INSTALL)?;
+    ensure!(code == 0, "no way back: {printed}");
     serves(session, OTHER, true)?;
     let after = output(session, boot, COMMAND)?;
     ensure!(before == after, "the robot has restarted, or its base was touched: {before} {after}");
@@ -232,8 +234,8 @@ pub fn serves_its_own(session: &mut QemuSession, apis: &Apis) -> Result<()> {
 
 /// After an update to a base for which [`OTHER`] is too old.
 pub fn fell_back(session: &mut QemuSession, apis: &Apis) -> Result<()> {
-    let (_, said) = slotd(session, "status", COMMAND)?;
-    let why = said["api"]["why"].as_str().unwrap_or_default();
-    ensure!(why.contains(OTHER), "the status does not say why: {}", said["api"]);
+    let (_, printed) = slotd(session, "status", COMMAND)?;
+    let why = printed["api"]["why"].as_str().unwrap_or_default();
+    ensure!(why.contains(OTHER), "the status does not say why: {}", printed["api"]);
     serves(session, &apis.own_version, false)
 }

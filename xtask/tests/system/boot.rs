@@ -79,10 +79,10 @@ impl Guest {
 
 /// The output of a command that must succeed.
 pub fn output(session: &mut QemuSession, command: &str, timeout: Duration) -> Result<String> {
-    let (code, said) = session.run(command, timeout)?;
-    say(format!("{command}: {said}"));
-    ensure!(code == 0, "`{command}` failed with {code}: {said}");
-    Ok(said)
+    let (code, printed) = session.run(command, timeout)?;
+    say(format!("{command}: {printed}"));
+    ensure!(code == 0, "`{command}` failed with {code}: {printed}");
+    Ok(printed)
 }
 
 /// Everything that a started slot must be.
@@ -101,8 +101,11 @@ fn check(guest: &Guest, session: &mut QemuSession, slot: Slot) -> Result<()> {
     let found = found.rsplit('p').next().unwrap_or_default();
     ensure!(found == number.to_string(), "/ is {device}, expected partition {number} ({role})");
     ensure!(options.split(',').any(|o| o == "ro"), "/ is mounted {options}");
-    let (code, said) = session.run("touch /usr/written", COMMAND)?;
-    ensure!(code != 0 && said.contains("Read-only file system"), "a write gave {code}: {said}");
+    let (code, printed) = session.run("touch /usr/written", COMMAND)?;
+    ensure!(
+        code != 0 && printed.contains("Read-only file system"),
+        "a write gave {code}: {printed}"
+    );
 
     // Waits until everything has been started; also says when a unit has failed.
     let (_, state) = session.run("systemctl is-system-running --wait", long)?;
@@ -115,9 +118,12 @@ fn check(guest: &Guest, session: &mut QemuSession, slot: Slot) -> Result<()> {
     let name = api.package.split("==").next().unwrap_or_default().replace('-', "_");
     let find = format!("import importlib.util as u; print(u.find_spec(\"{name}\").origin)");
     let origin = output(session, &format!("python3 -c '{find}'"), long)?;
-    let said = output(session, "slotd --format json provision --check", COMMAND)?;
+    let printed = output(session, "slotd --format json provision --check", COMMAND)?;
     let package = origin.trim_end_matches("/__init__.py");
-    ensure!(said.contains(&format!("\"package\":\"{package}\"")), "not from {package}: {said}");
+    ensure!(
+        printed.contains(&format!("\"package\":\"{package}\"")),
+        "not from {package}: {printed}"
+    );
     services::api(session, plan)
 }
 

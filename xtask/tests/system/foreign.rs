@@ -35,8 +35,8 @@ fn tables(built: &Built) -> Result<()> {
     let image = built.image.as_str();
     tool("sfdisk").args(["--verify", image]).run()?;
     if built.plan.disk.table.has_gpt() {
-        let said = tool("sgdisk").args(["-v", image]).read()?;
-        ensure!(said.contains("No problems found"), "sgdisk: {said}");
+        let printed = tool("sgdisk").args(["-v", image]).read()?;
+        ensure!(printed.contains("No problems found"), "sgdisk: {printed}");
     }
     let listed = tool("sfdisk").args(["--json", image]).read()?;
     let listed: serde_json::Value = serde_json::from_str(&listed)?;
@@ -59,14 +59,14 @@ fn filesystems(built: &Built, folder: &Folder) -> Result<()> {
         extract(&built.image, placed, &out)?;
         match placed.filesystem {
             Filesystem::Vfat => {
-                let said = tool("fsck.fat").args(["-nv", out.as_str()]).read();
-                said.with_context(|| format!("fsck.fat of {name}"))?;
+                let printed = tool("fsck.fat").args(["-nv", out.as_str()]).read();
+                printed.with_context(|| format!("fsck.fat of {name}"))?;
                 // In place as well, at its offset, as a person would look.
                 let at = format!("{}@@{}", built.image, placed.offset);
-                let said = tool("mdir").args(["-b", "-i", &at, "::"]).read()?;
+                let printed = tool("mdir").args(["-b", "-i", &at, "::"]).read()?;
                 for file in built.plan.boot_files.iter().filter(|f| f.partition == *name) {
-                    let there = file.path == "." || said.contains(&format!("::/{}", file.path));
-                    ensure!(there, "{name} has no {}: {said}", file.path);
+                    let there = file.path == "." || printed.contains(&format!("::/{}", file.path));
+                    ensure!(there, "{name} has no {}: {printed}", file.path);
                 }
             }
             Filesystem::Ext4 => {
@@ -77,11 +77,14 @@ fn filesystems(built: &Built, folder: &Folder) -> Result<()> {
         }
         if name.starts_with("root-") {
             let look = |what: &str| tool("debugfs").args(["-R", what, out.as_str()]).read();
-            let said = look("stat /usr/lib/slipway/device.toml")?;
-            ensure!(said.contains("Type: regular") && said.contains("Mode:  0644"), "{said}");
-            let said = look("cat /usr/lib/slipway/device.toml")?;
+            let printed = look("stat /usr/lib/slipway/device.toml")?;
+            ensure!(
+                printed.contains("Type: regular") && printed.contains("Mode:  0644"),
+                "{printed}"
+            );
+            let printed = look("cat /usr/lib/slipway/device.toml")?;
             let board = format!("board = \"{}\"", built.plan.board.name);
-            ensure!(said.contains(&board), "{name} is not for this board: {said}");
+            ensure!(printed.contains(&board), "{name} is not for this board: {printed}");
         }
     }
     let slot = |name: &str| built.plan.disk.partition(name).context("a slot");

@@ -68,9 +68,9 @@ fn command(more: &[&str]) -> Command {
 
 /// The error of a start that is refused.
 fn refused(more: &[&str]) -> Result<String> {
-    let said = command(more).stderr(Stdio::piped()).output()?;
-    ensure!(said.status.code() == Some(1), "it ended with {}", said.status);
-    Ok(String::from_utf8(said.stderr)?)
+    let printed = command(more).stderr(Stdio::piped()).output()?;
+    ensure!(printed.status.code() == Some(1), "it ended with {}", printed.status);
+    Ok(String::from_utf8(printed.stderr)?)
 }
 
 /// Ends with the value, whatever becomes of the test.
@@ -103,11 +103,11 @@ fn get(address: &str, path: &str) -> Result<(u16, String)> {
     let mut stream = TcpStream::connect(host)?;
     stream.set_read_timeout(Some(ANSWER))?;
     write!(stream, "GET {path} HTTP/1.1\r\nHost: {host}\r\nConnection: close\r\n\r\n")?;
-    let mut said = String::new();
-    stream.read_to_string(&mut said)?;
-    let status = said.split(' ').nth(1).and_then(|code| code.parse().ok());
-    let body = said.split_once("\r\n\r\n").map_or("", |(_, body)| body);
-    Ok((status.with_context(|| format!("reading {said}"))?, body.to_owned()))
+    let mut printed = String::new();
+    stream.read_to_string(&mut printed)?;
+    let status = printed.split(' ').nth(1).and_then(|code| code.parse().ok());
+    let body = printed.split_once("\r\n\r\n").map_or("", |(_, body)| body);
+    Ok((status.with_context(|| format!("reading {printed}"))?, body.to_owned()))
 }
 
 /// A process and all that it has started, each with the time of its start: numbers are used again.
@@ -173,11 +173,11 @@ fn first_start(data: &Utf8Path) -> Result<String> {
     let started = Instant::now();
     let words =
         ["--fresh", "--port", "0", "--format", "json", "--", "slotd", "provision", "--check"];
-    let said = command(&words).output()?;
-    let ready: Value = serde_json::from_slice(&said.stdout).context("reading the result")?;
+    let printed = command(&words).output()?;
+    let ready: Value = serde_json::from_slice(&printed.stdout).context("reading the result")?;
     let (well, all) = (&ready["seconds"], started.elapsed());
     say(format!("first start: well after {well} s, ended after {all:.1?}"));
-    ensure!(said.status.success() && ready["exit"] == 0, "{ready}");
+    ensure!(printed.status.success() && ready["exit"] == 0, "{ready}");
     let output = ready["output"].as_str().unwrap_or_default();
     ensure!(output.starts_with("/data/system has the "), "{output}");
     for unit in ["state", "identity", "provision", "links"] {
@@ -254,9 +254,9 @@ fn forbidden() -> Result<()> {
             command
         }
     };
-    let said = command.args(["run", "--local"]).current_dir(root()).output()?;
-    let error = String::from_utf8(said.stderr)?;
-    ensure!(said.status.code() == Some(1), "it ended with {}: {error}", said.status);
+    let printed = command.args(["run", "--local"]).current_dir(root()).output()?;
+    let error = String::from_utf8(printed.stderr)?;
+    ensure!(printed.status.code() == Some(1), "it ended with {}: {error}", printed.status);
     ensure!(error.starts_with("error: creating namespaces: "), "{error}");
     ensure!(error.contains("help:   sysctl user.max_user_namespaces"), "{error}");
     Ok(())

@@ -81,8 +81,9 @@ fn a_changed_overlay_file_costs_no_base_and_no_download() -> Result<()> {
     slot_image(built, &built.image, &old)?;
     slot_image(built, &image, &new)?;
     let compare = |old: &Utf8Path, new: &Utf8Path| -> Result<Value> {
-        let said = tool.run(&["inspect", "--diff", old.as_str(), new.as_str(), "--format=json"])?;
-        Ok(serde_json::from_str(&said.good()?)?)
+        let printed =
+            tool.run(&["inspect", "--diff", old.as_str(), new.as_str(), "--format=json"])?;
+        Ok(serde_json::from_str(&printed.good()?)?)
     };
     for (old, new) in [(&old, &new), (&built.image, &image)] {
         let difference = compare(old, new)?;

@@ -26,9 +26,9 @@ const ANSWER: Duration = Duration::from_secs(60);
 pub fn get(session: &mut QemuSession, host: &str, path: &str) -> Result<(u16, String)> {
     let program = "import http.client,sys; c=http.client.HTTPConnection(sys.argv[1],80,timeout=60); \
         c.request(\"GET\",sys.argv[2]); r=c.getresponse(); print(r.status,r.read().decode()[:400])";
-    let said = output(session, &format!("python3 -c '{program}' {host} {path}"), COMMAND)?;
-    let (status, text) = said.split_once(' ').unwrap_or((&said, ""));
-    Ok((status.parse().with_context(|| format!("reading {said}"))?, text.trim().to_owned()))
+    let printed = output(session, &format!("python3 -c '{program}' {host} {path}"), COMMAND)?;
+    let (status, text) = printed.split_once(' ').unwrap_or((&printed, ""));
+    Ok((status.parse().with_context(|| format!("reading {printed}"))?, text.trim().to_owned()))
 }
 
 /// Waits for the API server, which imports its package for a while.
@@ -79,12 +79,12 @@ pub fn proxy(session: &mut QemuSession) -> Result<()> {
     ensure!((status, text.as_str()) == (200, "resources"), "a snippet answers {status}: {text}");
     let (status, _) = get(session, "127.0.0.1", "/broken")?;
     ensure!(status == 404, "what a broken snippet names answers {status}");
-    let said = output(session, "journalctl -b -u slipway-proxy -o cat --no-pager", COMMAND)?;
+    let printed = output(session, "journalctl -b -u slipway-proxy -o cat --no-pager", COMMAND)?;
     for name in ["20-bad.conf", "30-twice.conf"] {
         let reported = |line: &str| {
             line.contains(name) && line.contains("is left out: ") && line.contains("[emerg]")
         };
-        ensure!(said.lines().any(reported), "{name} is not reported: {said}");
+        ensure!(printed.lines().any(reported), "{name} is not reported: {printed}");
     }
     // With a broken snippet there, it also starts.
     output(session, "systemctl restart slipway-proxy && rm -r /data/system/proxy.d", COMMAND)?;
@@ -116,16 +116,16 @@ pub fn hidden(session: &mut QemuSession) -> Result<()> {
              for folder in {folders}; do ls -A /data/$folder | head -n 1 | grep -q . || echo $folder is empty; \
              ls -A $folder | sed \"s|^|$folder/|\"; done"
         );
-        let said = output(session, &look, COMMAND)?;
-        let seen: Vec<&str> = said.lines().filter(|line| line.contains('/')).collect();
+        let printed = output(session, &look, COMMAND)?;
+        let seen: Vec<&str> = printed.lines().filter(|line| line.contains('/')).collect();
         ensure!(seen.is_empty(), "{unit} sees {seen:?}");
-        ensure!(!said.contains("identity is empty"), "there is nothing to hide: {said}");
+        ensure!(!printed.contains("identity is empty"), "there is nothing to hide: {printed}");
     }
     // The proxy's place for bodies is its own.
     let size = "stat -f -c '%S %b' /proc/$(systemctl show -P MainPID slipway-proxy)/root/run/slipway-proxy/body";
-    let said = output(session, size, COMMAND)?;
-    let numbers: Vec<u64> = said.split(' ').filter_map(|n| n.trim().parse().ok()).collect();
-    ensure!(numbers.iter().product::<u64>() == 32 << 20, "the place for bodies: {said}");
+    let printed = output(session, size, COMMAND)?;
+    let numbers: Vec<u64> = printed.split(' ').filter_map(|n| n.trim().parse().ok()).collect();
+    ensure!(numbers.iter().product::<u64>() == 32 << 20, "the place for bodies: {printed}");
     Ok(())
 }
 
@@ -133,10 +133,10 @@ pub fn hidden(session: &mut QemuSession) -> Result<()> {
 pub fn link_local(session: &mut QemuSession, plan: &Plan, laptop: &Laptop) -> Result<()> {
     let wait = "for i in $(seq 120); do ip -4 -o addr show scope link | grep -q 169.254 && break; \
                 sleep 1; done; ip -o addr show scope link";
-    let said = output(session, wait, ADDRESS_TIME)?;
-    ensure!(said.contains("inet6 fe80:"), "no link-local address of IPv6: {said}");
-    let address = said.split_whitespace().find(|word| word.starts_with("169.254."));
-    let address = address.with_context(|| format!("no link-local address: {said}"))?;
+    let printed = output(session, wait, ADDRESS_TIME)?;
+    ensure!(printed.contains("inet6 fe80:"), "no link-local address of IPv6: {printed}");
+    let address = printed.split_whitespace().find(|word| word.starts_with("169.254."));
+    let address = address.with_context(|| format!("no link-local address: {printed}"))?;
     let address = address.split('/').next().unwrap_or_default();
     let (status, _) = get(session, address, "/health")?;
     ensure!([200, 503].contains(&status), "port 80 of {address} answers {status}");
@@ -155,12 +155,12 @@ pub fn link_local(session: &mut QemuSession, plan: &Plan, laptop: &Laptop) -> Re
 /// What makes this machine this machine.
 pub fn identity(session: &mut QemuSession) -> Result<String> {
     let files = "machine-id ssh/ssh_host_ed25519_key ssh/ssh_host_ed25519_key.pub";
-    let said = output(session, &format!("cd /data/identity && sha256sum {files}"), COMMAND)?;
-    ensure!(said.lines().count() == 3, "something of the identity is missing: {said}");
+    let printed = output(session, &format!("cd /data/identity && sha256sum {files}"), COMMAND)?;
+    ensure!(printed.lines().count() == 3, "something of the identity is missing: {printed}");
     let same =
         "cmp /etc/machine-id /data/identity/machine-id && cmp /run/slipway/hostname /etc/hostname";
     output(session, same, COMMAND)?;
-    Ok(said)
+    Ok(printed)
 }
 
 /// Puts the user's own things on `data`: names, a connection, boot scripts.
@@ -181,8 +181,8 @@ pub fn leave_things(session: &mut QemuSession) -> Result<()> {
     // Names apply at once on request.
     let renamed =
         "systemctl restart slipway-identity systemd-resolved && hostnamectl --static && hostname";
-    let said = output(session, renamed, COMMAND)?;
-    ensure!(said.lines().all(|line| line.trim() == NAME), "the host's name is {said}");
+    let printed = output(session, renamed, COMMAND)?;
+    ensure!(printed.lines().all(|line| line.trim() == NAME), "the host's name is {printed}");
     Ok(())
 }
 
@@ -200,13 +200,13 @@ pub fn find_things(session: &mut QemuSession, long: Duration) -> Result<()> {
         ("cat /run/ran", "ran"),
         ("systemctl is-active slipway-boot-scripts", "active"),
     ] {
-        let said = output(session, command, COMMAND)?;
-        ensure!(said == expected, "`{command}` says {said}, expected {expected}");
+        let printed = output(session, command, COMMAND)?;
+        ensure!(printed == expected, "`{command}` says {printed}, expected {expected}");
     }
-    let said = output(session, "ip -4 -o addr show scope global", COMMAND)?;
-    ensure!(said.contains("192.0.2.7/24"), "the user's connection is not used: {said}");
-    let said = output(session, "journalctl -b -u slipway-network -o cat --no-pager", COMMAND)?;
-    ensure!(said.contains("20-broken.network is not used"), "nothing is reported: {said}");
+    let printed = output(session, "ip -4 -o addr show scope global", COMMAND)?;
+    ensure!(printed.contains("192.0.2.7/24"), "the user's connection is not used: {printed}");
+    let printed = output(session, "journalctl -b -u slipway-network -o cat --no-pager", COMMAND)?;
+    ensure!(printed.contains("20-broken.network is not used"), "nothing is reported: {printed}");
     wireless(session)
 }
 
@@ -219,10 +219,10 @@ fn wireless(session: &mut QemuSession) -> Result<()> {
                 cat /sys/class/net/wlan0/operstate";
     let state = output(session, wait, ADDRESS_TIME)?;
     let journal = "journalctl -b -u 'slipway-wifi@*' -o cat --no-pager | tail -n 20";
-    let said = output(session, journal, COMMAND)?;
-    ensure!(state == "up", "the station is {state}: {said}");
+    let printed = output(session, journal, COMMAND)?;
+    ensure!(state == "up", "the station is {state}: {printed}");
     let (_, units) = session.run("systemctl is-active slipway-wifi@wlan{0,1,2}", COMMAND)?;
     let units: Vec<&str> = units.split_whitespace().collect();
-    ensure!(units == ["active", "active", "inactive"], "the supplicants are {units:?}: {said}");
+    ensure!(units == ["active", "active", "inactive"], "the supplicants are {units:?}: {printed}");
     Ok(())
 }

@@ -80,13 +80,13 @@ pub struct Xtask {
 }
 
 /// How a call ended and what it said.
-pub struct Said {
+pub struct CommandOutput {
     pub status: ExitStatus,
     pub out: String,
     pub errors: String,
 }
 
-impl Said {
+impl CommandOutput {
     /// The standard output of a call that succeeded.
     pub fn good(self) -> Result<String> {
         ensure!(self.status.success(), "the command failed ({}):\n{}", self.status, self.errors);
@@ -170,7 +170,7 @@ impl Xtask {
     }
 
     /// Runs it to the end; its standard error appears as it comes.
-    pub fn run(&self, arguments: &[&str]) -> Result<Said> {
+    pub fn run(&self, arguments: &[&str]) -> Result<CommandOutput> {
         let started = Instant::now();
         say(format!("$ xtask {}   (in {})", arguments.join(" "), self.dir));
         let mut command = self.command(arguments);
@@ -190,7 +190,7 @@ impl Xtask {
         let out = reader.join().map_err(|_| anyhow!("reading the output"))??;
         let status = child.wait()?;
         say(format!("{status} after {}", format_duration(started.elapsed())));
-        Ok(Said { status, out, errors })
+        Ok(CommandOutput { status, out, errors })
     }
 
     /// Builds for a board and returns the report.
@@ -212,8 +212,8 @@ pub fn logs_in(
     session.expect(&format!("{hostname} login: root (automatic login)"), timeout)?;
     session.expect(&format!("root@{hostname}:"), timeout)?;
     // systemd(1): with this signal it shows no more status messages on the console.
-    let (code, said) = session.run("dmesg --console-off && kill -s RTMIN+21 1", command)?;
-    ensure!(code == 0, "the console stays loud: {said}");
+    let (code, printed) = session.run("dmesg --console-off && kill -s RTMIN+21 1", command)?;
+    ensure!(code == 0, "the console stays loud: {printed}");
     Ok(())
 }
 
@@ -387,8 +387,8 @@ pub fn nothing_partial(workspace: &Utf8Path) -> Result<usize> {
     for path in files(&workspace.join("dist"))? {
         match path.extension() {
             Some("img" | "bundle") => {
-                let said = Xtask::new(workspace).run(&["verify", path.as_str()])?;
-                said.good().with_context(|| format!("{path} is partial"))?;
+                let printed = Xtask::new(workspace).run(&["verify", path.as_str()])?;
+                printed.good().with_context(|| format!("{path} is partial"))?;
                 whole += 1;
             }
             Some("json") => {

@@ -66,16 +66,16 @@ impl Bench {
             }
         };
         let (mut console, mut monitor) = (connect(&console)?, connect(&monitor)?);
-        let mut said = Vec::new();
+        let mut printed = Vec::new();
         let mut turn = 0;
         let found = loop {
             let mut buffer = [0; 4096];
             match console.read(&mut buffer) {
-                Ok(0) => bail!("the machine has ended:\n{}", String::from_utf8_lossy(&said)),
-                Ok(n) => said.extend_from_slice(buffer.get(..n).unwrap_or_default()),
+                Ok(0) => bail!("the machine has ended:\n{}", String::from_utf8_lossy(&printed)),
+                Ok(n) => printed.extend_from_slice(buffer.get(..n).unwrap_or_default()),
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
-            let text = String::from_utf8_lossy(&said);
+            let text = String::from_utf8_lossy(&printed);
             let last = text.lines().last().unwrap_or_default();
             if text.contains("slipway: starting slot a") && text.contains("Starting kernel") {
                 break End::Kernel;
@@ -97,9 +97,9 @@ impl Bench {
             }
         };
         drop(session);
-        let text = String::from_utf8_lossy(&said);
+        let text = String::from_utf8_lossy(&printed);
         fs::write(&log, text.as_bytes())?;
-        say(format!("{name}: {found:?}, {} kB said", said.len() >> 10));
+        say(format!("{name}: {found:?}, {} kB said", printed.len() >> 10));
         if found == End::Kernel {
             ensure!(
                 text.contains("Loading Environment from FAT... OK"),

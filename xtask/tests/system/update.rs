@@ -115,8 +115,8 @@ impl Bench {
         let script = self.folder.at(&format!("{name}.debugfs"));
         fs::write(&script, commands.join("\n") + "\n")?;
         let device = format!("{image}?offset={}", root.offset);
-        let said = tool("debugfs").args(["-w", "-f", script.as_str(), &device]).read()?;
-        ensure!(!said.contains("not found"), "debugfs: {said}");
+        let printed = tool("debugfs").args(["-w", "-f", script.as_str(), &device]).read()?;
+        ensure!(!printed.contains("not found"), "debugfs: {printed}");
         let state = BootState { sequence: 2, active: Slot::A, trial: Some(Slot::B), tries: 1 };
         let sector = disk.states.first().context("the board keeps no boot state")?;
         let file = fs::OpenOptions::new().write(true).open(&image)?;
@@ -234,12 +234,12 @@ impl Robot {
 
     /// What the agent answers, and its exit code.
     fn slotd(&mut self, arguments: &str, time: Duration) -> Result<(i32, Value)> {
-        let (code, said) =
+        let (code, printed) =
             self.session.run(&format!("slotd --format json {arguments} 2>/dev/null"), time)?;
-        say(format!("{}: slotd {arguments}: {code} {said}", self.name));
+        say(format!("{}: slotd {arguments}: {code} {printed}", self.name));
         // The console breaks no lines, but the shell's prompt may stand before.
-        let json = said.find('{').and_then(|at| serde_json::from_str(&said[at..]).ok());
-        Ok((code, json.with_context(|| format!("slotd {arguments} said `{said}`"))?))
+        let json = printed.find('{').and_then(|at| serde_json::from_str(&printed[at..]).ok());
+        Ok((code, json.with_context(|| format!("slotd {arguments} printed `{printed}`"))?))
     }
 
     fn status(&mut self) -> Result<Value> {
@@ -266,9 +266,9 @@ impl Robot {
 
     /// Refuses a bundle on a disk with this code and exit code.
     fn refuses(&mut self, disk: &str, code: &str, expected: i32) -> Result<()> {
-        let (exit, said) = self.slotd(&format!("install - </dev/{disk}"), INSTALL)?;
-        ensure!(exit == expected, "expected exit code {expected}, found {exit}: {said}");
-        ensure!(said["refused"]["code"] == code, "expected `{code}`, found {said}");
+        let (exit, printed) = self.slotd(&format!("install - </dev/{disk}"), INSTALL)?;
+        ensure!(exit == expected, "expected exit code {expected}, found {exit}: {printed}");
+        ensure!(printed["refused"]["code"] == code, "expected `{code}`, found {printed}");
         Ok(())
     }
 
@@ -279,9 +279,9 @@ impl Robot {
         loop {
             self.session.send_line(&format!("slotd install {source}"))?;
             let words = ["slipway: starting slot ", "[busy]"];
-            let (said, _) =
+            let (printed, _) =
                 self.session.expect_any(&words, time).context("no restart into the trial")?;
-            if said == 0 {
+            if printed == 0 {
                 break;
             }
             // A commit ends with systemd taking over the watchdog, a little after the slot is committed.
@@ -416,8 +416,8 @@ fn pushed(folder: &Folder, update: &Built, robot: &mut Robot) -> Result<()> {
     let keys = "/data/identity/ssh/authorized_keys.d";
     let command =
         format!("mkdir -p {keys} && echo '{}' | tee {keys}/root >{keys}/{USER}", public.trim());
-    let (code, said) = robot.session.run(&command, COMMAND)?;
-    ensure!(code == 0, "the key is not taken: {said}");
+    let (code, printed) = robot.session.run(&command, COMMAND)?;
+    ensure!(code == 0, "the key is not taken: {printed}");
     let mut ssh_options: Vec<String> =
         ["StrictHostKeyChecking=no", "UserKnownHostsFile=/dev/null"].map(str::to_owned).to_vec();
     ssh_options.extend([format!("Port={}", robot.port), format!("IdentityFile={key}")]);
@@ -431,8 +431,8 @@ fn pushed(folder: &Folder, update: &Built, robot: &mut Robot) -> Result<()> {
     }
     ensure!(over_ssh("root", "id -un")?.trim() == "root", "root has no shell");
     for command in ["id -un", "slotd roll-back", "slotd status; id -un", "", "slotd keys /data/x"] {
-        let said = over_ssh(USER, command);
-        ensure!(said.is_err(), "{USER} may ask for `{command}`: {said:?}");
+        let printed = over_ssh(USER, command);
+        ensure!(printed.is_err(), "{USER} may ask for `{command}`: {printed:?}");
     }
     let request = PushRequest {
         hosts: vec![format!("{USER}@127.0.0.1")],
@@ -735,8 +735,8 @@ fn a_release_takes_releases_only() -> Result<()> {
     robot.refuses("vdc", "not-trusted", 3)?;
     robot.installs("- </dev/vdd", Slot::B, INSTALL)?;
     expect_running(&robot.settles()?, Slot::B, UPDATE)?;
-    let (code, said) = robot.slotd("keys /data/keyset.json", COMMAND)?;
-    ensure!(code == 0, "the key set is not taken: {said}");
+    let (code, printed) = robot.slotd("keys /data/keyset.json", COMMAND)?;
+    ensure!(code == 0, "the key set is not taken: {printed}");
     robot.refuses("vdd", "not-trusted", 3)?;
     robot.installs("- </dev/vdc", Slot::A, INSTALL)?;
     expect_running(&robot.settles()?, Slot::A, "0.1.2")
