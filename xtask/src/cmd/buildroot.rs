@@ -86,26 +86,36 @@ fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String
 
 /// Resolves the build of one board, or of the product's default board.
 fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
-    let config = config::load(&workspace_root()?, Some(product), board)?;
-    let mut plan = plan::resolve(&config, &facts::collect(&config.root)?)?;
+    let mut plan = resolve_releases(product, board)?;
     let cache = Cache::locate()?;
-    apply_overrides(&mut plan, &config.root, &cache.root, &target.tree.overrides)?;
-    let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
-        format!(
-            "the engine of {product} is not buildroot\n\
-         help: choose another product with --product"
-        )
-    })?;
-    let choice = TreeChoice {
-        own: target.tree.buildroot.clone(),
-        allow_changes: target.tree.allow_changes,
-        offline: target.offline,
-    };
-    let tree = tree::obtain_tree(&buildroot, &cache.root, &choice)?;
-    Ok(Case { plan, buildroot, tree, cache })
+    apply_overrides(&mut plan, &workspace_root()?, &cache.root, &target.tree.overrides)?;
+    Case::new(target, plan, cache)
+}
+
+/// The plan of one board, with the releases of all packages.
+fn resolve_releases(product: &str, board: Option<&str>) -> Result<Plan> {
+    let config = config::load(&workspace_root()?, Some(product), board)?;
+    plan::resolve(&config, &facts::collect(&config.root)?)
 }
 
 impl Case {
+    fn new(target: &BuildrootTargetArgs, plan: Plan, cache: Cache) -> Result<Self> {
+        let buildroot = plan.rootfs.buildroot.clone().with_context(|| {
+            format!(
+                "the engine of {} is not buildroot\n\
+             help: choose another product with --product",
+                plan.product.name
+            )
+        })?;
+        let choice = TreeChoice {
+            own: target.tree.buildroot.clone(),
+            allow_changes: target.tree.allow_changes,
+            offline: target.offline,
+        };
+        let tree = tree::obtain_tree(&buildroot, &cache.root, &choice)?;
+        Ok(Self { plan, buildroot, tree, cache })
+    }
+
     /// Directories of the build.
     fn setup(&self) -> Result<BuildrootSetup> {
         let root = workspace_root()?;
@@ -289,6 +299,7 @@ fn make(target: &BuildrootTargetArgs, arguments: &[String]) -> Result<()> {
     let (setup, site) = (case.setup()?, BuildrootSite::of_machine(target.offline)?);
     let _lock = setup.lock()?;
     case.configure(&setup, &site)?;
+    OutputState::mark_sources(&setup)?;
     setup.fetching(&site).args(arguments).run_on_terminal()
 }
 

@@ -17,7 +17,11 @@ const BUILTINS: &str = ". : [ alias bg break cd chdir command continue echo eval
     true type ulimit umask unalias unset wait";
 
 /// The builtins that only ash has.
-const BUILTINS_OF_ASH: [&str; 3] = ["help", "let", "source"];
+const BUILTINS_OF_ASH: &str = "help let source";
+
+/// The builtins that only bash has (bash(1), also as `sh`).
+const BUILTINS_OF_BASH: &str = "builtin caller compgen complete compopt declare dirs disown enable \
+    help history let logout mapfile popd pushd readarray shopt source suspend typeset";
 
 /// Applets of busybox that scripts use. The option of an applet is its name in capitals.
 const APPLETS: &str = "arping awk basename base64 bc blkdiscard blkid blockdev bunzip2 bzip2 cat \
@@ -82,17 +86,32 @@ pub(super) fn find_program<'a>(tree: &'a RootTree, program: &str) -> Option<&'a 
     found.map(|(_, entry)| entry)
 }
 
+/// Whether a path leads to a directory whose content is not in the image.
+pub(super) fn is_elsewhere(program: &str) -> bool {
+    let first = program.strip_prefix('/').and_then(|path| path.split('/').next());
+    first.is_some_and(|first| ELSEWHERE.contains(&first))
+}
+
+/// The file name of the system's shell.
+fn shell_name(tree: &RootTree) -> &str {
+    tree.resolve("bin/sh").map_or("", |(path, _)| file_name(path))
+}
+
+fn file_name(path: &str) -> &str {
+    path.rsplit('/').next().unwrap_or(path)
+}
+
 /// Whether busybox is the system's shell: then the engine is `buildroot`, and busybox has most of
 /// the commands.
 fn has_busybox(tree: &RootTree) -> bool {
-    tree.resolve("bin/sh").is_some_and(|(path, _)| path.ends_with("/busybox"))
+    shell_name(tree) == "busybox"
 }
 
 /// The message for a missing program, with the package or the option that provides it.
 pub(super) fn missing_program(tree: &RootTree, program: &str) -> String {
     const FRAGMENT: &str = "external/busybox/busybox.fragment";
     const SELECT: &str = "external/package/slipway-base/Config.in";
-    let name = program.rsplit('/').next().unwrap_or(program);
+    let name = file_name(program);
     let package = PACKAGES.iter().find(|(known, _)| *known == name).map(|(_, symbol)| symbol);
     let applet = APPLETS.split_whitespace().any(|known| known == name);
     let help = if !has_busybox(tree) {
@@ -108,26 +127,36 @@ pub(super) fn missing_program(tree: &RootTree, program: &str) -> String {
 }
 
 /// The missing commands of a script for `/bin/sh`: the number of each line, and a message. `first`
-/// is the number of the script's first line.
+/// is the number of the script's first line; it may do without the programs of `optional`.
 pub(super) fn find_missing_commands(
     tree: &RootTree,
     text: &str,
     first: usize,
+    optional: &[&str],
 ) -> Vec<(usize, String)> {
     let Some(script) = shell::read_script(text) else { return Vec::new() };
-    let ash = if has_busybox(tree) { BUILTINS_OF_ASH.as_slice() } else { &[] };
+    let own = match shell_name(tree) {
+        "busybox" => BUILTINS_OF_ASH,
+        "bash" => BUILTINS_OF_BASH,
+        _ => "",
+    };
     let is_builtin =
-        |name: &str| BUILTINS.split_whitespace().any(|b| b == name) || ash.contains(&name);
+        |name: &str| BUILTINS.split_whitespace().chain(own.split_whitespace()).any(|b| b == name);
+    // What is looked for by its path may be started by its name, and the other way round.
+    let is_optional = |name: &str| {
+        let looked_for = script.optional.iter().map(String::as_str).chain(optional.iter().copied());
+        looked_for.map(file_name).any(|found| found == file_name(name))
+    };
     let mut found: Vec<(usize, String)> = Vec::new();
     for command in &script.commands {
         let name = command.name.as_str();
         let known = match name.strip_prefix('/') {
-            Some(path) => ELSEWHERE.contains(&path.split('/').next().unwrap_or_default()),
+            Some(_) => is_elsewhere(name),
             // Relative to the current directory, which is not known.
             None if name.contains('/') || name.is_empty() => true,
             None => script.redefines_names || is_builtin(name),
         };
-        if known || script.optional.contains(name) || find_program(tree, name).is_some() {
+        if known || is_optional(name) || find_program(tree, name).is_some() {
             continue;
         }
         let message = missing_program(tree, name);

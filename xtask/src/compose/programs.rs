@@ -2,15 +2,32 @@
 //! service that cannot start, a console without a working login, a script that fails in the middle, or a health
 //! check that rolls back every update is only discovered on the robot.
 
+use std::collections::BTreeSet;
+
 use anyhow::{Result, bail};
 use contract::health_file::{self, CheckTarget, HealthFile};
 
-use super::commands::{find_missing_commands, find_program, is_shell_script, missing_program};
+use super::commands::{
+    find_missing_commands, find_program, is_elsewhere, is_shell_script, missing_program,
+};
 use crate::rootfs::tree::{EntryOrigin, RootEntryKind, RootTree};
 
-/// The directories of units, and of the files that override them.
+/// The directories of units, and of the files that override them, by priority (systemd.unit(5)).
 pub(super) const UNIT_DIRS: [&str; 3] =
-    ["etc/systemd/system/", "usr/lib/systemd/system/", "usr/local/lib/systemd/system/"];
+    ["etc/systemd/system/", "usr/local/lib/systemd/system/", "usr/lib/systemd/system/"];
+/// The endings of units' names: systemd ignores other files, such as `a.service.bak`.
+const UNIT_ENDINGS: [&str; 10] = [
+    ".service",
+    ".socket",
+    ".target",
+    ".timer",
+    ".mount",
+    ".automount",
+    ".swap",
+    ".path",
+    ".slice",
+    ".scope",
+];
 /// The keys of a service whose value starts with a program.
 const KEYS: [&str; 7] = [
     "ExecStart",
@@ -40,8 +57,7 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
             continue;
         };
         if UNIT_DIRS.iter().any(|dir| path.starts_with(dir)) {
-            let text = tree.read(path)?;
-            let settings = effective_settings(&String::from_utf8_lossy(&text));
+            let settings = effective_settings(tree, path)?;
             let of = |keys: &'static [&str]| {
                 settings.iter().filter(move |setting| keys.contains(&setting.key.as_str()))
             };
@@ -50,7 +66,7 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
                 let fault = find_fault(tree, value, &conditions);
                 missing.extend(fault.map(|fault| format!("{source}:{line}: {fault}")));
                 let inner = inline_script(value).unwrap_or_default();
-                for (line, fault) in find_missing_commands(tree, &inner, *line) {
+                for (line, fault) in find_missing_commands(tree, &inner, *line, &conditions) {
                     scripts.push(format!("{source}:{line}: {fault}"));
                 }
             }
@@ -61,7 +77,7 @@ pub fn check_programs(tree: &RootTree) -> Result<()> {
             let text = tree.read(path)?;
             let text = String::from_utf8_lossy(&text);
             if is_shell_script(&text) {
-                for (line, fault) in find_missing_commands(tree, &text, 1) {
+                for (line, fault) in find_missing_commands(tree, &text, 1, &[]) {
                     scripts.push(format!("{source}:{line}: {fault}"));
                 }
             }
@@ -123,24 +139,91 @@ pub(super) struct Setting {
     pub(super) value: String,
 }
 
-/// The effective settings of a unit: an empty value resets earlier ones.
-pub(super) fn effective_settings(text: &str) -> Vec<Setting> {
+/// What systemd applies of a unit or drop-in of this path (systemd.unit(5)): nothing of a file that
+/// it does not read or reads another one for, and no setting that the unit's drop-ins reset.
+///
+/// # Errors
+/// When a file of the tree cannot be read.
+pub(super) fn effective_settings(tree: &RootTree, path: &str) -> Result<Vec<Setting>> {
+    let (dir, name) = path.rsplit_once('/').unwrap_or_default();
+    let is_drop_in = dir.ends_with(".d");
+    let is_read = match is_drop_in {
+        true => name.ends_with(".conf"),
+        false => UNIT_ENDINGS.iter().any(|end| name.ends_with(end)),
+    };
+    if !is_read || is_replaced(tree, path) {
+        return Ok(Vec::new());
+    }
+    let mut settings = without_resets(read_settings(&String::from_utf8_lossy(&tree.read(path)?)));
+    if !is_drop_in {
+        let resets = find_resets(tree, name)?;
+        settings.retain(|setting| !resets.contains(&setting.key));
+    }
+    Ok(settings)
+}
+
+/// Whether a directory with priority has a file of the same name, or masks it.
+fn is_replaced(tree: &RootTree, path: &str) -> bool {
+    let Some(own) = UNIT_DIRS.iter().position(|dir| path.starts_with(dir)) else { return false };
+    let name = &path[UNIT_DIRS[own].len()..];
+    UNIT_DIRS[..own].iter().map(|dir| format!("{dir}{name}")).any(|other| {
+        // A link to this very file does not replace it.
+        tree.get(&other).is_some() && tree.resolve(&other).is_none_or(|(real, _)| real != path)
+    })
+}
+
+/// The keys that drop-ins of a unit reset.
+fn find_resets(tree: &RootTree, unit: &str) -> Result<BTreeSet<String>> {
+    let dirs: Vec<String> = UNIT_DIRS.iter().map(|dir| format!("{dir}{unit}.d/")).collect();
+    let mut found = BTreeSet::new();
+    for (path, entry) in tree.iter() {
+        let is_drop_in = path.ends_with(".conf") && dirs.iter().any(|dir| path.starts_with(dir));
+        if !is_drop_in || !matches!(entry.kind, RootEntryKind::File(_)) || is_replaced(tree, path) {
+            continue;
+        }
+        let settings = read_settings(&String::from_utf8_lossy(&tree.read(path)?));
+        found.extend(settings.into_iter().filter(|s| s.value.is_empty()).map(|s| s.key));
+    }
+    Ok(found)
+}
+
+/// The settings after resets: an empty value removes the earlier ones of its key, that of a
+/// condition all conditions.
+fn without_resets(settings: Vec<Setting>) -> Vec<Setting> {
+    let is_condition = |key: &str| key.starts_with("Condition");
+    let mut kept: Vec<Setting> = Vec::new();
+    for setting in settings {
+        if setting.value.is_empty() {
+            let all = is_condition(&setting.key);
+            kept.retain(|old| old.key != setting.key && !(all && is_condition(&old.key)));
+        } else {
+            kept.push(setting);
+        }
+    }
+    kept
+}
+
+/// All settings of a text, with those that reset others.
+fn read_settings(text: &str) -> Vec<Setting> {
+    let is_comment = |line: &str| line.starts_with(['#', ';']);
     let mut found = Vec::new();
     let mut lines = text.lines().enumerate();
     while let Some((number, line)) = lines.next() {
         let line = line.trim();
-        if line.starts_with(['#', ';']) {
+        if is_comment(line) {
             continue;
         }
         let Some((key, value)) = line.split_once('=') else { continue };
         let mut value = value.trim().to_owned();
         while value.ends_with('\\') {
+            // The backslash stands for a space, and comments may be between the lines.
             value.pop();
-            value.push_str(lines.next().map_or("", |(_, next)| next.trim()));
+            value.push(' ');
+            let next = lines.by_ref().map(|(_, next)| next.trim()).find(|next| !is_comment(next));
+            value.push_str(next.unwrap_or_default());
         }
-        if !value.is_empty() {
-            found.push(Setting { line: number + 1, key: key.trim().to_owned(), value });
-        }
+        let (key, value) = (key.trim().to_owned(), value.trim().to_owned());
+        found.push(Setting { line: number + 1, key, value });
     }
     found
 }
@@ -151,9 +234,14 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
     let may_fail = command[..command.len() - line.len()].contains('-');
     let mut words = line.split_whitespace();
-    let program = words.next()?.trim_matches(['"', '\'']);
+    let word = words.next()?;
+    let program = word.trim_matches(['"', '\'']);
+    // A path with a space.
+    if word.starts_with(['"', '\'']) && word.len() != program.len() + 2 {
+        return None;
+    }
     // Expanded by systemd on the robot.
-    if program.contains(['%', '$']) || conditions.contains(&program) {
+    if program.contains(['%', '$']) || conditions.contains(&program) || is_elsewhere(program) {
         return None;
     }
     if find_program(tree, program).is_none() {
@@ -172,9 +260,12 @@ fn find_fault(tree: &RootTree, command: &str, conditions: &[&str]) -> Option<Str
 }
 
 /// The script in `sh -c '…'`, in quotes of one kind and without escapes: systemd changes others
-/// before the shell reads them.
+/// before the shell reads them. None where it may fail: then it may be without its commands.
 fn inline_script(command: &str) -> Option<String> {
     let line = command.trim_start_matches(['-', '@', ':', '+', '!', '|']);
+    if command[..command.len() - line.len()].contains('-') {
+        return None;
+    }
     let (shell, rest) = line.split_once(char::is_whitespace)?;
     if !["/bin/sh", "/usr/bin/sh", "sh"].contains(&shell) {
         return None;
@@ -271,6 +362,8 @@ mod tests {
             "#!/bin/sh\n/data/x; /run/y; ./z; \"$PROGRAM\"",
             "#!/bin/sh\n. /usr/lib/functions\nfunction_of_it",
             "#!/bin/sh\ncommand -v timeout && timeout 1 x",
+            "#!/bin/sh\n[ -x /usr/sbin/gone ] || exit 0\ngone x",
+            "#!/bin/sh\ncommand -v gone && exec /usr/sbin/gone",
             "#!/bin/sh\ntimeout() { \"$@\"; }\ntimeout 1",
         ] {
             assert_eq!(findings(text), "", "{text}");
@@ -311,6 +404,8 @@ mod tests {
             "ExecStart=/bin/sh -c 'cat'\n",
             "ExecStart=/bin/sh -x 'gone'\n",
             "ExecStart=/bin/sh -c \"a\\x20b\"\n",
+            "ExecStop=-/bin/sh -c 'gone x'\n",
+            "ConditionPathExists=/usr/bin/gone\nExecStart=/bin/sh -c 'gone x'\n",
         ] {
             assert_eq!(findings(unit, &here), "", "{unit}");
         }
@@ -321,6 +416,57 @@ mod tests {
         let unit = "ExecStart=\nExecStart=-/usr/bin/gone\nExecStop=/usr/bin/%i\nExecReload=kill -HUP $MAINPID\n";
         assert_eq!(findings(unit, &["usr/bin/kill"]), "");
         assert!(findings(unit, &[]).contains("`kill` is missing"));
+    }
+
+    #[test]
+    fn only_what_systemd_applies_of_a_unit_is_a_finding() {
+        for unit in [
+            "ExecStart=/usr/bin/gone\nExecStart=\nExecStart=/usr/bin/here\n",
+            "ExecStart=/usr/bin/here\\\n  --long\n",
+            "ExecStart=/usr/bin/here a \\\n; c\n # c\n  b\n",
+            "ExecStart=/data/app/run\nExecStop=/run/x/y\n",
+            "ExecStart=\"/opt/my vendor/run\" x\n",
+            "ExecStart=\"/usr/bin/here\" x\n",
+        ] {
+            assert_eq!(findings(unit, &["usr/bin/here"]), "", "{unit}");
+        }
+        let unit =
+            "ConditionPathExists=/usr/bin/gone\nConditionPathExists=\nExecStart=/usr/bin/gone\n";
+        assert!(findings(unit, &[]).contains("`/usr/bin/gone` is missing"));
+        assert!(findings("ExecStart=\"/usr/bin/gone\" x\n", &[]).contains("is missing"));
+        // systemd reads neither of these.
+        for path in ["etc/systemd/system/a.service.bak", "etc/systemd/system/a.service.d/README"] {
+            assert_eq!(findings_of(path, "ExecStart=/usr/bin/gone\n", &[]), "", "{path}");
+        }
+    }
+
+    #[test]
+    fn a_unit_that_another_file_replaces_or_resets_is_no_finding() {
+        const GONE: &str = "[Service]\nExecStart=/usr/bin/gone\n";
+        let overlay = |text: &str| {
+            let kind = RootEntryKind::File(FileData::Bytes(text.as_bytes().to_vec()));
+            RootEntry::new(0o644, kind, EntryOrigin::Overlay("overlays/x/a".into()))
+        };
+        let link = |to: &str| {
+            let kind = RootEntryKind::Symlink(to.to_owned());
+            RootEntry::new(0o777, kind, EntryOrigin::Overlay("overlays/y/a".into()))
+        };
+        let reset = "[Service]\nExecStart=\nExecStart=/usr/bin/here\n";
+        for (path, entry, is_finding) in [
+            ("etc/systemd/system/a.service", overlay(reset), false),
+            ("etc/systemd/system/a.service", link("/dev/null"), false),
+            ("etc/systemd/system/a.service", link("/usr/lib/systemd/system/a.service"), true),
+            ("etc/systemd/system/a.service.d/10-x.conf", overlay(reset), false),
+            ("etc/systemd/system/a.service.d/10-x.off", overlay(reset), true),
+            ("etc/systemd/system/b.service.d/10-x.conf", overlay(reset), true),
+            ("etc/systemd/system/a.service.d/10-x.conf", overlay("[Unit]\nAfter=\n"), true),
+        ] {
+            let mut tree = RootTree::with_root(EntryOrigin::Base);
+            tree.file("usr/bin/here", 0o755, "").unwrap();
+            tree.insert("usr/lib/systemd/system/a.service", overlay(GONE)).unwrap();
+            tree.insert(path, entry).unwrap();
+            assert_eq!(check_programs(&tree).is_err(), is_finding, "{path}");
+        }
     }
 
     #[test]

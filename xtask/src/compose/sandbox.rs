@@ -49,8 +49,7 @@ pub fn check_sandboxes(tree: &RootTree) -> Result<()> {
         if !UNIT_DIRS.iter().any(|dir| path.starts_with(dir)) {
             continue;
         }
-        let text = tree.read(path)?;
-        for setting in effective_settings(&String::from_utf8_lossy(&text)) {
+        for setting in effective_settings(tree, path)? {
             let mut features = FEATURES.iter();
             let key = setting.key.as_str();
             let Some((feature, _, help)) = features.find(|(_, keys, _)| keys.contains(&key)) else {
@@ -58,7 +57,8 @@ pub fn check_sandboxes(tree: &RootTree) -> Result<()> {
             };
             // With `-` before the value, systemd.exec(5) allows that it cannot be applied.
             let off = ["0", "n", "no", "f", "false", "off"];
-            if setting.value.starts_with('-') || off.contains(&setting.value.as_str()) {
+            let is_off = off.iter().any(|word| setting.value.eq_ignore_ascii_case(word));
+            if setting.value.starts_with('-') || is_off {
                 continue;
             }
             if absent.is_none() {
@@ -113,7 +113,7 @@ mod tests {
 
     const UNIT: &str = "[Service]\nProtectSystem=strict\nLockPersonality=no\n\
         SystemCallFilter=@system-service\nSystemCallFilter=~@privileged\nRestrictRealtime=yes\n\
-        AppArmorProfile=-x\n";
+        AppArmorProfile=-x\nMemoryDenyWriteExecute=No\nSystemCallLog=@x\nSystemCallLog=\n";
 
     /// What is reported of this unit with a systemd that has this list in this file.
     fn findings(file: &str, features: &str) -> String {

@@ -54,6 +54,10 @@ const AFTER_COMMANDS: [&str; 3] = ["fi", "done", "}"];
 /// Words of other shells that begin a syntax of their own.
 const FOREIGN: [&str; 4] = ["function", "[[", "select", "coproc"];
 
+/// How deeply commands, substitutions and expansions may be nested; scripts that people write stay
+/// far below.
+const DEEPEST: usize = 64;
+
 /// A word of a script.
 struct Word {
     line: usize,
@@ -89,6 +93,7 @@ struct ShellReader {
     script: ShellScript,
     functions: BTreeSet<String>,
     documents: Vec<HereDocument>,
+    depth: usize,
 }
 
 impl ShellReader {
@@ -100,7 +105,19 @@ impl ShellReader {
             script: ShellScript::default(),
             functions: BTreeSet::new(),
             documents: Vec::new(),
+            depth: 0,
         }
+    }
+
+    /// Reads something that contains others of its kind.
+    fn descend<T>(&mut self, read: impl FnOnce(&mut Self) -> Option<T>) -> Option<T> {
+        if self.depth == DEEPEST {
+            return None;
+        }
+        self.depth += 1;
+        let found = read(self)?;
+        self.depth -= 1;
+        Some(found)
     }
 
     fn peek(&self) -> Option<char> {
@@ -147,6 +164,10 @@ impl ShellReader {
 
     /// Reads commands up to the end of the list. Returns whether `esac` has ended it.
     fn read_list(&mut self, end: ListEnd) -> Option<bool> {
+        self.descend(|reader| reader.read_commands(end))
+    }
+
+    fn read_commands(&mut self, end: ListEnd) -> Option<bool> {
         let mut words: Vec<Word> = Vec::new();
         // After `fi`, `done` and `}` only redirections may follow.
         let mut closed = false;
@@ -356,7 +377,8 @@ impl ShellReader {
         read: impl FnOnce(&mut ShellReader) -> Option<()>,
     ) -> Option<()> {
         let mut inner = ShellReader::new(text, line);
-        read(&mut inner)?;
+        inner.depth = self.depth;
+        inner.descend(read)?;
         self.script.commands.extend(inner.script.commands);
         self.script.optional.extend(inner.script.optional);
         self.script.redefines_names |= inner.script.redefines_names;
@@ -457,6 +479,10 @@ impl ShellReader {
 
     /// Reads an expansion, which begins with `$`. Returns `false` if this `$` is a literal character.
     fn read_expansion(&mut self, quoted: bool) -> Option<bool> {
+        self.descend(|reader| reader.read_variable(quoted))
+    }
+
+    fn read_variable(&mut self, quoted: bool) -> Option<bool> {
         self.next()?;
         match self.peek() {
             Some('(') if self.peek_at(1) == Some('(') => {
@@ -650,6 +676,16 @@ mod tests {
         for text in [". /x", "a; eval b", "PATH=/x a", "export PATH=/x", "x() { PATH=; }"] {
             assert!(read_script(text).expect("understood").redefines_names, "{text}");
         }
+    }
+
+    #[test]
+    fn what_is_nested_too_deeply_is_not_read() {
+        for (open, close) in [("$(a ", ")"), ("${a:-", "}"), ("\"$(a ", ")\"")] {
+            let nested = |depth: usize| format!("a {}{}", open.repeat(depth), close.repeat(depth));
+            assert!(read_script(&nested(10)).is_some(), "{open}");
+            assert_eq!(read_script(&nested(50_000)), None, "{open}");
+        }
+        assert_eq!(read_script(&"( a; ".repeat(50_000)), None);
     }
 
     #[test]

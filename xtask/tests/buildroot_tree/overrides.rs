@@ -10,12 +10,14 @@ use xtask::cmd::plan::describe_plan;
 use xtask::config::product::BuildKind;
 use xtask::exec::Tool;
 use xtask::plan::fragment::merge_fragments;
-use xtask::plan::{self, BuildrootPlan, CheckoutFacts, Plan};
+use xtask::plan::{self, BuildrootPlan, CheckoutFacts, OverridePlan, Plan};
 use xtask::rootfs::buildroot::engine::{self, BuildrootRequest};
 use xtask::rootfs::buildroot::info::BuildrootInfo;
 use xtask::rootfs::buildroot::make::{BuildrootSetup, BuildrootSite};
 use xtask::rootfs::buildroot::overrides::{self, LOCAL_FILE, SourceOverride, apply_overrides};
-use xtask::rootfs::buildroot::rebuild::{OutputState, RebuildAction, compare_states};
+use xtask::rootfs::buildroot::rebuild::{
+    OutputState, OverrideState, RebuildAction, compare_states,
+};
 use xtask::rootfs::buildroot::tree::BuildrootTree;
 
 use super::workspace::root;
@@ -375,6 +377,13 @@ fn source_directories_that_cannot_be_used_are_refused() {
     workspace.write("a b/x", "");
     let error = workspace.error(&format!("linux={}/a b", workspace.root));
     assert!(error.contains("it contains ' '"), "{error}");
+    // The results of builds are in the checkout and in the cache, also before the first build.
+    let above = workspace.root.parent().expect("a directory");
+    assert!(!workspace.cache.exists());
+    for dir in [workspace.root.as_str(), above.as_str()] {
+        let error = workspace.error(&format!("linux={dir}"));
+        assert!(error.contains("contains build output or is inside of it"), "{error}");
+    }
     let output = workspace.cache.join("buildroot/output/robot/build/linux-custom");
     fs::create_dir_all(&output).expect("a directory");
     for dir in [output.as_str(), workspace.cache.as_str()] {
@@ -386,6 +395,10 @@ fn source_directories_that_cannot_be_used_are_refused() {
     workspace.write(LOCAL_FILE, "[buildroot.overide]\nlinux = \"x\"\n");
     let error = format!("{:#}", workspace.apply(&[]).expect_err("a mistake"));
     assert!(error.contains(&format!("{LOCAL_FILE}:1")) && error.contains("`override`"), "{error}");
+
+    workspace.write(LOCAL_FILE, "[buildroot.override]\nlinux = \"\"\n");
+    let error = format!("{:#}", workspace.apply(&[]).expect_err("no directory"));
+    assert!(error.contains("no directory is named for linux\nhelp: "), "{error}");
 
     // An option counts more than the settings.
     workspace
@@ -431,4 +444,75 @@ fn a_local_mk_of_another_author_is_kept() {
     let text = fs::read_to_string(&path).expect("a file");
     let line = format!("ARM_TRUSTED_FIRMWARE_OVERRIDE_SRCDIR = {}/parts\n", workspace.root);
     assert!(text.contains(&line), "{text}");
+}
+
+#[test]
+fn what_make_built_from_a_source_directory_is_not_kept_by_a_release() {
+    let output = tempfile::tempdir().expect("a directory");
+    let (a, b) = (Workspace::new(), Workspace::new());
+    let sources = |workspace: &Workspace| {
+        workspace.apply(&[]).expect("applied").rootfs.buildroot.expect("a pin").overrides
+    };
+    let (release, a, b) = (Vec::new(), sources(&a), sources(&b));
+    let info = r#"{"host-patchelf": {"type": "host", "stamp_dir": "build/host-patchelf-custom"}}"#;
+    let info = BuildrootInfo::parse(info).expect("a list");
+    let tree = Utf8Path::new("/nonexistent");
+    let mut setup =
+        BuildrootSetup::new(&folder(&output), tree, &root(), "out").expect("directories");
+    fs::create_dir_all(&setup.output).expect("a directory");
+    let state_of = |sources: &[OverridePlan]| {
+        let state = |source: &OverridePlan| OverrideState {
+            directory: source.directory.clone(),
+            content: source.content.clone(),
+            can_continue: true,
+        };
+        let overrides = sources.iter().map(|s| (s.package.clone(), state(s))).collect();
+        OutputState { overrides, ..OutputState::default() }
+    };
+    // Without a record of a build there is nothing to mark.
+    setup.overrides.clone_from(&a);
+    OutputState::mark_sources(&setup).expect("marked");
+    assert_eq!(OutputState::load(&setup.output).expect("read"), None);
+    let clean = "host-patchelf-dirclean";
+    for (built, by_make, next, expected) in [
+        (&release, &release, &release, None),
+        (&release, &a, &release, Some(clean)),
+        (&release, &a, &a, Some("host-patchelf-reconfigure")),
+        (&release, &a, &b, Some(clean)),
+        (&a, &release, &release, Some(clean)),
+        (&a, &release, &a, Some("host-patchelf-reconfigure")),
+        (&a, &b, &a, Some(clean)),
+        (&a, &b, &b, Some(clean)),
+    ] {
+        state_of(built).save(&setup.output).expect("saved");
+        setup.overrides.clone_from(by_make);
+        OutputState::mark_sources(&setup).expect("marked");
+        let old = OutputState::load(&setup.output).expect("read").expect("a state");
+        let action = compare_states(&old, &state_of(next), &info);
+        match (expected, action) {
+            (None, action) => assert_eq!(action, RebuildAction::Nothing),
+            (Some(target), RebuildAction::Targets(targets)) => {
+                assert_eq!(targets.keys().collect::<Vec<_>>(), [target]);
+            }
+            (Some(target), action) => panic!("{target}: {action:?}"),
+        }
+    }
+}
+
+#[test]
+fn the_question_what_is_built_again_includes_source_directories() {
+    let test = "the_question_what_is_built_again_includes_source_directories";
+    let Some(_tree) = tree(test) else { return };
+    let workspace = Workspace::new();
+    // A name that Buildroot does not have is only refused where the directories are used.
+    let asked = format!("busybx={}", workspace.root.join("parts"));
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["buildroot", "why", "--product", "robot", "--board", "qemu-arm64"])
+        .args(["--override", &asked])
+        .current_dir(root())
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("did you mean busybox?"), "{said}");
 }

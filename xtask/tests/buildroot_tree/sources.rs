@@ -142,6 +142,16 @@ fn a_web_server_is_asked_for_each_file() {
     let error = ask(&[("broken", "x")], &format!("{mirror}/")).expect_err("a failure").to_string();
     assert!(error.contains("answers 500 for http://127.0.0.1:"), "{error}");
     assert!(error.contains("\nhelp: correct or unset SLIPWAY_BUILDROOT_MIRROR"), "{error}");
+    // A page for every question is no mirror; a login is in no message.
+    let page = serve(&[("/m/slipway-asks-for-a-file-that-does-not-exist", 200, 9)]);
+    let page = page.replace("http://", "http://me:secret@");
+    let error = ask(&[("g", "a+b.tar.gz")], &page).expect_err("a page").to_string();
+    assert!(error.contains("it answers every question alike"), "{error}");
+    let closed = format!("{:#}", ask(&[], "http://me:secret@127.0.0.1:1/m").expect_err("closed"));
+    assert!(closed.contains("asking the mirror for http://127.0.0.1:1/m"), "{closed}");
+    assert!(!error.contains("secret") && !closed.contains("secret"), "{error}{closed}");
+    let error = ask(&[], "file:///srv/nonexistent").expect_err("no directory").to_string();
+    assert!(error.contains("/srv/nonexistent is not a directory\nhelp: "), "{error}");
     // Only Buildroot's own programs can reach it: a warning, and no file is found.
     let found = ask(&[("g", "a+b.tar.gz")], "scp://host.invalid/srv");
     assert_eq!(found.expect("not asked"), [(None, None)]);
@@ -272,6 +282,18 @@ fn the_command_names_what_is_wrong_with_a_mirror() {
 }
 
 #[test]
+fn a_list_of_releases_takes_no_source_directory() {
+    let output = std::process::Command::new(env!("CARGO_BIN_EXE_xtask"))
+        .args(["buildroot", "sources", "--override", "linux=/src"])
+        .current_dir(super::workspace::root())
+        .output()
+        .expect("it runs");
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert_eq!(output.status.code(), Some(1), "{said}");
+    assert!(said.contains("has the releases of all packages\nhelp: remove --override"), "{said}");
+}
+
+#[test]
 fn each_defect_of_a_mirror_is_named() {
     let dir = tempfile::tempdir().expect("a directory");
     let mirror = folder(&dir);
@@ -362,7 +384,11 @@ fn an_archive_of_a_tag_is_made_from_a_clone() {
     let made = mirror::pack_git(&lacking, &clone, &to).expect("packed");
     assert_eq!(made, ["tool/tool-1.2.tar.gz"]);
     assert_eq!(hash_file(&to.join(&made[0])).expect("a file").1, sum[..64]);
-    assert_eq!(std::fs::read_dir(to.join("other")).expect("made").count(), 0);
+    assert!(!to.join("other").exists());
+    // A directory that cannot be written is not a wrong hash.
+    write(&to.join("file"), b"");
+    let error = mirror::pack_git(&[&tool], &clone, &to.join("file")).expect_err("a file");
+    assert!(format!("{error:#}").contains("creating "), "{error:#}");
     let error = mirror::pack_git(&lacking, &to, &to).expect_err("not a clone").to_string();
     assert!(error.contains("looking for a clone in"), "{error}");
 }
@@ -401,7 +427,10 @@ fn both_hashes_of_a_source_count_and_a_wrong_copy_leaves_nothing() {
     }
     write(&to.join("b/other"), b"other");
     let sum = hash_bytes(b"other");
-    write(&to.join(mirror::INDEX), format!("{sum}  b/other\n{sum}  b/gone\n").as_bytes());
+    write(&pool.join("y"), b"other");
+    let old = format!("{sum}  b/other\n{sum}  b/gone\n{sum}  ../pool/y\n{sum}  {pool}/y\n");
+    let junk = b"no hash  b/other\n\xff  b/other\n";
+    write(&to.join(mirror::INDEX), &[old.as_bytes(), junk].concat());
     let path = mirror::write_index(&[abc, only, wrong], &to).expect("an index");
     let index = std::fs::read_to_string(path).expect("an index");
     let expected = hash_bytes(b"abc");

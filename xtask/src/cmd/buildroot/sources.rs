@@ -1,13 +1,14 @@
 //! `buildroot sources`: every source file once; fills and checks mirrors.
 
 use std::collections::BTreeSet;
-use std::fs;
+use std::fs::{self, File, TryLockError};
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 
-use super::{Case, board_names, product_name, resolve_case};
+use super::{Case, board_names, product_name, resolve_releases};
+use crate::cache::Cache;
 use crate::cli::{BuildrootSourcesArgs, OutputFormat};
 use crate::parallel;
 use crate::progress::{ProgressStep, ProgressUnit, format_bytes, say};
@@ -33,6 +34,11 @@ struct BoardSources {
 /// A source without a hash; with `--mirror-to` a source that is not available; with `--check`
 /// a mirror that lacks a source, or has it damaged or misnamed.
 pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
+    ensure!(
+        options.target.tree.overrides.is_empty(),
+        "--override has no effect on the list of sources, which has the releases of all packages\n\
+         help: remove --override"
+    );
     if options.mirror_to.is_some() {
         tools::require_tools(&[ToolPurpose::Buildroot], true)?;
     }
@@ -40,7 +46,8 @@ pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
     let mut boards = Vec::new();
     let mut infos = Vec::new();
     for board in board_names(&options.target, &product)? {
-        let case = resolve_case(&options.target, &product, Some(&board))?;
+        let plan = resolve_releases(&product, Some(&board))?;
+        let case = Case::new(&options.target, plan, Cache::locate()?)?;
         // Without the mirror, so that the addresses are those of the sources' authors.
         let info = case.with_check_setup(|setup| {
             let info = BuildrootInfo::read(setup, &BuildrootSite::default())?;
@@ -63,6 +70,7 @@ pub(super) fn sources(options: &BuildrootSourcesArgs) -> Result<()> {
         take_from(&list, &options.from, &downloads)?;
     }
     for repository in &options.pack_git {
+        let _turn = lock_directory(&downloads)?;
         let lacking = mirror::list_lacking(&list, &downloads)?;
         for path in mirror::pack_git(&lacking, repository, &downloads)? {
             say("sources", format!("made {path} from {repository}"));
@@ -118,8 +126,24 @@ fn print_list(list: &[SourceFile], format: OutputFormat) -> Result<()> {
     Ok(())
 }
 
+/// Waits until no other run writes to a directory of sources: all runs use the same temporary names.
+fn lock_directory(dir: &Utf8Path) -> Result<File> {
+    fs::create_dir_all(dir).with_context(|| format!("creating {dir}"))?;
+    let lock = File::open(dir).with_context(|| format!("opening {dir}"))?;
+    match lock.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            say("sources", format!("waiting for another run that writes to {dir}"));
+            lock.lock().with_context(|| format!("locking {dir}"))?;
+        }
+        // File systems of other machines cannot lock a directory.
+        Err(TryLockError::Error(_)) | Ok(()) => {}
+    }
+    Ok(lock)
+}
+
 /// Finds missing sources in directories by their hash, and copies them to the directory of downloads.
 fn take_from(list: &[SourceFile], dirs: &[Utf8PathBuf], downloads: &Utf8Path) -> Result<()> {
+    let _turn = lock_directory(downloads)?;
     let lacking = mirror::list_lacking(list, downloads)?;
     let found = mirror::find_by_hash(&lacking, dirs, &BTreeSet::new())?;
     for source in &lacking {
@@ -152,6 +176,7 @@ fn fill_mirror(
 ) -> Result<()> {
     fs::create_dir_all(to).with_context(|| format!("creating {to}"))?;
     let to = to.canonicalize_utf8().with_context(|| format!("looking up {to}"))?;
+    let _turn = lock_directory(&to)?;
     let lacking: Vec<SourceFile> = mirror::list_lacking(list, &to)?.into_iter().cloned().collect();
     let downloads = boards.first().context("the product has no boards")?.case.setup()?.downloads;
     let mut failure = None;
@@ -252,4 +277,30 @@ fn check(list: &[SourceFile], dir: &Utf8Path, format: OutputFormat) -> Result<()
         findings.len(),
         list.len()
     );
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+    use std::time::Duration;
+
+    use super::*;
+
+    #[test]
+    fn one_run_at_a_time_writes_to_a_directory_of_sources() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let dir = Utf8PathBuf::try_from(dir.path().join("new")).expect("UTF-8");
+        let first = lock_directory(&dir).expect("locked");
+        let (sender, receiver) = mpsc::channel();
+        std::thread::scope(|scope| {
+            scope.spawn(|| {
+                let second = lock_directory(&dir).expect("locked");
+                sender.send(()).expect("sent");
+                drop(second);
+            });
+            receiver.recv_timeout(Duration::from_millis(200)).expect_err("two at once");
+            drop(first);
+            receiver.recv_timeout(Duration::from_secs(60)).expect("the second waits no longer");
+        });
+    }
 }

@@ -20,6 +20,7 @@ use super::rebuild::{OutputState, RebuildAction};
 use super::tree::BuildrootTree;
 use crate::artifact::none_if_missing;
 use crate::exec::Tool;
+use crate::fetch::url_without_login;
 use crate::plan::BuildrootPlan;
 use crate::progress::{ProgressStep, ProgressUnit, list_names, say, warn};
 
@@ -250,6 +251,7 @@ fn download_sources(request: &BuildrootRequest<'_>, info: &BuildrootInfo) -> Res
             .iter()
             .map(|(package, entry, download)| {
                 let from = download.uris.first().map_or("", |uri| plain_uri(uri));
+                let from = url_without_login(from);
                 format!("\n  {package}: {}/{} from {from}", entry.dl_dir, download.source)
             })
             .collect();

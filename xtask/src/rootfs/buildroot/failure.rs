@@ -3,6 +3,7 @@
 
 use super::info::{BuildrootInfo, InfoDownload};
 use super::make::MIRROR;
+use crate::fetch::url_without_login;
 
 /// How many of the failing package's lines are shown.
 const TAIL: usize = 20;
@@ -85,7 +86,7 @@ pub fn find_failure(log: &str, info: &BuildrootInfo) -> BuildrootFailure {
 }
 
 fn to_owned_lines(lines: &[&str]) -> Vec<String> {
-    lines.iter().map(|line| strip_colours(line)).collect()
+    lines.iter().map(|line| hide_logins(&strip_colours(line))).collect()
 }
 
 /// `make: *** [package/pkg-generic.mk:273: /o/build/zlib-1.3.1/.stamp_built] Error 2`: the
@@ -136,7 +137,8 @@ impl std::fmt::Display for BuildrootFailure {
                 for source in sources {
                     write!(f, "\n  {}, from", source.source)?;
                     for uri in &source.uris {
-                        write!(f, "\n    {}/{}", plain_uri(uri), source.source)?;
+                        let uri = url_without_login(plain_uri(uri));
+                        write!(f, "\n    {uri}/{}", source.source)?;
                     }
                 }
                 write!(f, "\nthe last lines:{}\n{}", list(lines), offline_help(folder))
@@ -167,6 +169,11 @@ pub fn plain_uri(uri: &str) -> &str {
         Some((method, rest)) if !method.contains("://") => rest,
         _ => uri,
     }
+}
+
+/// A line without the logins of the addresses in it: a mirror may have one.
+fn hide_logins(line: &str) -> String {
+    line.split(' ').map(url_without_login).collect::<Vec<_>>().join(" ")
 }
 
 /// The help when there is no network.

@@ -3,11 +3,12 @@
 
 use std::fs::File;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 
 use crate::artifact::hash_bytes;
 use crate::exec::Tool;
+use crate::fetch::url_without_login;
 use crate::plan::OverridePlan;
 use crate::progress::say;
 use crate::variable;
@@ -71,11 +72,31 @@ impl BuildrootSite {
     /// The settings of this machine's environment.
     ///
     /// # Errors
-    /// When a variable is not UTF-8.
+    /// When a variable is not UTF-8, or the mirror's address is none that make can use.
     pub fn of_machine(offline: bool) -> Result<Self> {
         let (mirror, remote_ccache) = (variable::find(MIRROR)?, variable::find(REMOTE_CCACHE)?);
+        mirror.as_deref().map_or(Ok(()), check_mirror_address)?;
         Ok(Self { mirror, offline, remote_ccache })
     }
+}
+
+/// Buildroot hands an address through make and a shell, which take some characters apart.
+fn check_mirror_address(address: &str) -> Result<()> {
+    let shown = url_without_login(address);
+    ensure!(
+        address.contains("://"),
+        "{MIRROR}={shown}: this is not an address\n\
+         help: a directory is written as file:///srv/mirror"
+    );
+    let splits =
+        |c: &char| c.is_whitespace() || c.is_control() || "$'\"`\\|&;<>(){}#*?!^".contains(*c);
+    if let Some(odd) = address.chars().find(splits) {
+        bail!(
+            "{MIRROR}={shown}: Buildroot cannot use an address that contains {odd:?}\n\
+             help: rename the directory, or use a link to it; in a password, write %XX"
+        );
+    }
+    Ok(())
 }
 
 impl BuildrootSetup {
@@ -176,12 +197,62 @@ impl BuildrootSetup {
         let nothing = || format!("file://{}/none", self.downloads);
         let mirror = site.mirror.clone().or_else(|| site.offline.then(nothing));
         if let Some(mirror) = mirror {
-            tool = tool.arg(format!("BR2_PRIMARY_SITE={mirror}"));
+            let setting = format!("BR2_PRIMARY_SITE={mirror}");
+            // Messages show the command, and logs of CI show messages.
+            tool = match url_without_login(&mirror) == mirror {
+                true => tool.arg(setting),
+                false => tool.args_unshown([setting]),
+            };
         }
         if site.offline {
             tool = tool.args(["BR2_PRIMARY_SITE_ONLY=y", "BR2_BACKUP_SITE="]);
         }
         // One attempt for each site; Buildroot's own default waits three times ten seconds.
         tool.arg("BR2_WGET=wget -nd -t 1 --connect-timeout=5 --dns-timeout=5 --read-timeout=30")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_mirror_s_address_is_one_that_make_can_use() {
+        for good in [
+            "https://a.example/m",
+            "http://u:p%24@[::1]:80/m",
+            "file:///srv/br+1~x",
+            "scp://u@h:/m",
+        ] {
+            check_mirror_address(good).expect(good);
+        }
+        for (bad, expected) in [
+            (
+                "/srv/mirror",
+                "/srv/mirror: this is not an address\nhelp: a directory is written as file://",
+            ),
+            ("file:///srv/my mirror", "contains ' '\nhelp: "),
+            (
+                "http://u:secret@h/$(x)",
+                "=http://h/$(x): Buildroot cannot use an address that contains '$'",
+            ),
+        ] {
+            let error = check_mirror_address(bad).expect_err(bad).to_string();
+            assert!(error.contains(expected) && !error.contains("secret"), "{error}");
+        }
+    }
+
+    #[test]
+    fn the_login_of_a_mirror_is_in_no_message() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let dir = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
+        let setup = BuildrootSetup::new(&dir, Utf8Path::new("/t"), Utf8Path::new("/w"), "o");
+        let shown = |mirror: &str| {
+            let site =
+                BuildrootSite { mirror: Some(mirror.to_owned()), ..BuildrootSite::default() };
+            setup.as_ref().expect("directories").fetching(&site).command_line()
+        };
+        assert!(shown("http://h/m").contains("BR2_PRIMARY_SITE=http://h/m"));
+        assert!(!shown("http://u:secret@h/m").contains("secret"));
     }
 }

@@ -10,7 +10,7 @@ use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use anyhow::{Context, Result, bail};
-use camino::{Utf8Path, Utf8PathBuf};
+use camino::{Utf8Component, Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 use sha2::{Digest, Sha512};
 
@@ -330,13 +330,18 @@ pub fn pack_git(
             .args(["-o", tar.as_str(), tag])
             .run()?;
         Tool::new("gzip").args(["-n", "-f"]).arg(&tar).run()?;
-        match copy_source(source, Path::new(&format!("{tar}.gz")), to) {
-            Ok(_) => made.push(source.path()),
-            Err(_) => warn(format!(
+        let packed = format!("{tar}.gz");
+        let mut file = File::open(&packed).with_context(|| format!("opening {packed}"))?;
+        let hashes = hash_source(&mut file, source.hashes.sha512.is_some(), |_| {})?;
+        if !is_match(&source.hashes, &hashes) {
+            warn(format!(
                 "{repository}: the archive of {tag} does not have the hash of {}",
                 source.path()
-            )),
+            ));
+            continue;
         }
+        copy_source(source, Path::new(&packed), to)?;
+        made.push(source.path());
     }
     Ok(made)
 }
@@ -351,17 +356,22 @@ fn github_tag(address: &str) -> Option<(&str, &str)> {
 }
 
 /// Writes the index of a mirror: a line for each of these sources that it has, and the lines of an
-/// earlier index for other files that still exist.
+/// earlier index for other files of the mirror that still exist.
 ///
 /// # Errors
 /// When the index cannot be read or written.
 pub fn write_index(sources: &[SourceFile], mirror: &Utf8Path) -> Result<Utf8PathBuf> {
     let path = mirror.join(INDEX);
-    let old =
-        none_if_missing(fs::read_to_string(&path)).with_context(|| format!("reading {path}"))?;
+    let old = none_if_missing(fs::read(&path)).with_context(|| format!("reading {path}"))?;
+    let old = old.unwrap_or_default();
+    let old = String::from_utf8_lossy(&old);
+    let is_sum = |sum: &str| sum.len() == 64 && sum.bytes().all(|b| b.is_ascii_hexdigit());
+    let is_inside = |file: &str| {
+        Utf8Path::new(file).components().all(|part| matches!(part, Utf8Component::Normal(_)))
+    };
     let mut lines: BTreeMap<String, String> = BTreeMap::new();
-    for (sum, file) in old.iter().flat_map(|text| text.lines()).filter_map(|l| l.split_once("  ")) {
-        if mirror.join(file).is_file() {
+    for (sum, file) in old.lines().filter_map(|line| line.split_once("  ")) {
+        if is_sum(sum) && is_inside(file) && mirror.join(file).is_file() {
             lines.insert(file.to_owned(), sum.to_owned());
         }
     }

@@ -19,7 +19,7 @@ use crate::config::reader::{ConfigSource, nearest_name};
 use crate::git;
 use crate::parallel;
 use crate::plan::{OverridePlan, Plan};
-use crate::progress::{ProgressStep, ProgressUnit, warn};
+use crate::progress::{ProgressStep, ProgressUnit, list_names, warn};
 
 /// The settings of this checkout only, which git ignores.
 pub const LOCAL_FILE: &str = "slipway.local.toml";
@@ -29,6 +29,9 @@ const HEADER: &str = "# Written by cargo xtask from --override and slipway.local
 
 /// The content of a directory: its files have records of their own.
 const DIRECTORY: &str = "directory";
+
+/// How the content of a link begins; its target follows.
+const LINK: &str = "link ";
 
 /// The kernel's headers, which the C library is built with.
 const HEADERS: &str = "linux-headers";
@@ -87,13 +90,18 @@ pub fn apply_overrides(
     };
     let mut chosen: BTreeMap<String, Utf8PathBuf> = BTreeMap::new();
     for (package, directory) in read_local(root)? {
+        ensure!(
+            !directory.is_empty(),
+            "{LOCAL_FILE}: no directory is named for {package}\n\
+             help: name one, or remove the line"
+        );
         chosen.insert(package, root.join(directory));
     }
     for SourceOverride { package, directory } in asked {
         chosen.insert(package.clone(), directory.clone());
     }
     for (package, directory) in chosen {
-        let taken = inspect_directory(&package, &directory, cache)?;
+        let taken = inspect_directory(&package, &directory, root, cache)?;
         warn(format!(
             "{package} is built from {}: this is a development build and cannot be released",
             taken.directory
@@ -126,6 +134,7 @@ fn read_local(root: &Utf8Path) -> Result<BTreeMap<String, String>> {
 fn inspect_directory(
     package: &str,
     directory: &Utf8Path,
+    root: &Utf8Path,
     cache: &Utf8Path,
 ) -> Result<OverridePlan> {
     let real = directory.canonicalize_utf8().with_context(|| {
@@ -147,16 +156,23 @@ fn inspect_directory(
         package.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b)),
         "invalid package name {package:?}"
     );
-    let buildroot = cache.join("buildroot");
-    if let Ok(own) = buildroot.canonicalize_utf8()
-        && (own.join("output").starts_with(&real) || real.starts_with(&own))
-    {
-        bail!(
+    // What a build writes is no source: it would change while it is built.
+    for (own, output) in [(cache.join("buildroot"), "output"), (root.join("dist"), "")] {
+        let own = canonical_path(&own);
+        ensure!(
+            !own.join(output).starts_with(&real) && !real.starts_with(&own),
             "the source directory of {package}, {real}, contains build output or is inside of it\n\
-             help: use a directory outside of {own}"
+             help: use a directory that neither contains {own} nor is inside of it"
         );
     }
     let tree = SourceTree::read(&real, cache)?;
+    let leaving = tree.links_out_of(&real);
+    if !leaving.is_empty() {
+        warn(format!(
+            "{package}: links lead out of {real}, and a change behind them is not noticed: {}",
+            list_names(&leaving)
+        ));
+    }
     let (commit, modified) = checkout_state(&real);
     Ok(OverridePlan {
         package: package.to_owned(),
@@ -166,6 +182,17 @@ fn inspect_directory(
         modified,
         content: tree.content(),
     })
+}
+
+/// The canonical form of a path whose last parts need not exist.
+fn canonical_path(path: &Utf8Path) -> Utf8PathBuf {
+    let mut all = path.ancestors();
+    let found = all.find_map(|above| {
+        let real = above.canonicalize_utf8().ok()?;
+        let rest = path.strip_prefix(above).ok()?;
+        Some(if rest.as_str().is_empty() { real } else { real.join(rest) })
+    });
+    found.unwrap_or_else(|| path.to_owned())
 }
 
 /// The commit of a git checkout, and whether files differ from it; only for names: what is built is
@@ -256,6 +283,14 @@ impl SourceTree {
         write_atomically(path, |out| Ok(out.write_all(&json)?))
     }
 
+    /// The links to something outside of the directory.
+    fn links_out_of(&self, dir: &Utf8Path) -> Vec<&str> {
+        let links = self.files.iter().filter(|(_, file)| file.content.starts_with(LINK));
+        let leaves =
+            |path: &str| dir.join(path).canonicalize_utf8().is_ok_and(|end| !end.starts_with(dir));
+        links.map(|(path, _)| path.as_str()).filter(|path| leaves(path)).collect()
+    }
+
     /// The hash of all names and contents.
     fn content(&self) -> String {
         let lines: String =
@@ -267,17 +302,26 @@ impl SourceTree {
 /// All files, links and directories below a directory, without what Buildroot does not copy.
 fn list_entries(dir: &Utf8Path, below: &str, found: &mut Vec<(String, Metadata)>) -> Result<()> {
     let here = dir.join(below);
-    for entry in here.read_dir_utf8().with_context(|| format!("listing {here}"))? {
+    for entry in fs::read_dir(&here).with_context(|| format!("listing {here}"))? {
         let entry = entry.with_context(|| format!("listing {here}"))?;
-        if NOT_COPIED.contains(&entry.file_name()) {
+        let name = entry.file_name();
+        let Some(name) = name.to_str() else {
+            bail!(
+                "the name of {} is not UTF-8\nhelp: rename or remove the file",
+                entry.path().display()
+            );
+        };
+        if NOT_COPIED.contains(&name) {
             continue;
         }
         let path = match below {
-            "" => entry.file_name().to_owned(),
-            below => format!("{below}/{}", entry.file_name()),
+            "" => name.to_owned(),
+            below => format!("{below}/{name}"),
         };
-        let about = entry.path().symlink_metadata();
-        let about = about.with_context(|| format!("reading {}", entry.path()))?;
+        // Editors make files for a moment.
+        let about = none_if_missing(entry.metadata());
+        let about = about.with_context(|| format!("reading {}", dir.join(&path)))?;
+        let Some(about) = about else { continue };
         let is_dir = about.is_dir();
         found.push((path.clone(), about));
         if is_dir {
@@ -302,7 +346,7 @@ fn stat_of(about: &Metadata) -> (u64, u64, i128, i128) {
 fn content_of(path: &Utf8Path, about: &Metadata) -> Result<String> {
     Ok(if about.is_symlink() {
         let target = path.read_link_utf8().with_context(|| format!("reading {path}"))?;
-        format!("link {target}")
+        format!("{LINK}{target}")
     } else if about.is_file() {
         // Buildroot copies no other bits (`--chmod=u=rwX,go=rX`).
         let kind = if about.mode() & 0o111 == 0 { "file" } else { "program" };
@@ -460,6 +504,16 @@ pub(super) fn save_records(setup: &BuildrootSetup) -> Result<()> {
     Ok(())
 }
 
+/// Removes a record: then the build directory itself is compared.
+///
+/// # Errors
+/// When it cannot be removed.
+pub(super) fn remove_record(setup: &BuildrootSetup, package: &str) -> Result<()> {
+    let path = record_path(setup, package);
+    none_if_missing(fs::remove_file(&path)).with_context(|| format!("removing {path}"))?;
+    Ok(())
+}
+
 fn record_path(setup: &BuildrootSetup, package: &str) -> Utf8PathBuf {
     setup.output.join(format!("slipway-override-{package}.json"))
 }
@@ -483,4 +537,47 @@ pub fn require_unchanged(setup: &BuildrootSetup) -> Result<()> {
         list.join(", ")
     );
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use std::ffi::OsStr;
+    use std::os::unix::ffi::OsStrExt;
+    use std::os::unix::fs::symlink;
+
+    use super::*;
+
+    fn folder(dir: &tempfile::TempDir) -> Utf8PathBuf {
+        let path = Utf8PathBuf::try_from(dir.path().to_owned()).expect("UTF-8");
+        path.canonicalize_utf8().expect("a directory")
+    }
+
+    #[test]
+    fn links_to_what_is_not_copied_are_found() {
+        let dir = tempfile::tempdir().expect("a directory");
+        let (src, cache) = (folder(&dir).join("src"), folder(&dir).join("cache"));
+        fs::create_dir_all(src.join("drivers")).expect("a directory");
+        fs::write(folder(&dir).join("mine.c"), "x").expect("written");
+        for (target, link) in [
+            ("../mine.c", "out"),
+            ("../../mine.c", "drivers/mine.c"),
+            ("drivers/../drivers", "inside"),
+            ("../none", "dangling"),
+            ("loop", "loop"),
+        ] {
+            symlink(target, src.join(link)).expect("a link");
+        }
+        let tree = SourceTree::read(&src, &cache).expect("read");
+        assert_eq!(tree.links_out_of(&src), ["drivers/mine.c", "out"]);
+        assert_eq!(canonical_path(&src.join("a/b")), src.join("a/b"));
+        assert_eq!(canonical_path(&src.join("inside/x")), src.join("drivers/x"));
+    }
+
+    #[test]
+    fn a_name_that_is_not_utf_8_is_named() {
+        let dir = tempfile::tempdir().expect("a directory");
+        fs::write(dir.path().join(OsStr::from_bytes(b"a\xff")), "").expect("written");
+        let error = list_entries(&folder(&dir), "", &mut Vec::new()).expect_err("a name");
+        assert!(error.to_string().contains("is not UTF-8\nhelp: rename"), "{error}");
+    }
 }

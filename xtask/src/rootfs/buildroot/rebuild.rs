@@ -192,6 +192,33 @@ impl OutputState {
         write_atomically(&output.join(STATE), |out| Ok(out.write_all(&json)?))
     }
 
+    /// Records that make is run with these source directories outside of a build: the next build
+    /// cannot know what that leaves in the output directory, so it builds their packages again.
+    /// Otherwise a build of the release could keep what was made from a source directory.
+    ///
+    /// # Errors
+    /// When the description cannot be read or written.
+    pub fn mark_sources(setup: &BuildrootSetup) -> Result<()> {
+        // Without a description, everything is built again.
+        let Some(mut state) = Self::load(&setup.output)? else { return Ok(()) };
+        for plan in &setup.overrides {
+            let source = state.overrides.entry(plan.package.clone()).or_insert_with(|| {
+                OverrideState { directory: plan.directory.clone(), ..OverrideState::default() }
+            });
+            if source.directory != plan.directory {
+                source.directory = Utf8PathBuf::new();
+            }
+        }
+        if state.overrides.is_empty() {
+            return Ok(());
+        }
+        for (package, source) in &mut state.overrides {
+            source.content.clear();
+            overrides::remove_record(setup, package)?;
+        }
+        state.save(&setup.output)
+    }
+
     /// A hash of the whole description.
     ///
     /// # Errors

@@ -5,7 +5,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::time::Duration;
 
-use anyhow::{Context, Result, bail};
+use anyhow::{Context, Result, bail, ensure};
 use camino::{Utf8Path, Utf8PathBuf};
 use serde::Serialize;
 use ureq::tls::TlsConfig;
@@ -13,6 +13,7 @@ use ureq::tls::TlsConfig;
 use super::failure::plain_uri;
 use super::info::{BuildrootInfo, FileHashes, InfoDownload, read_hashes};
 use super::make::MIRROR;
+use crate::fetch::url_without_login;
 use crate::parallel;
 use crate::progress::warn;
 use crate::tls::load_authorities;
@@ -21,6 +22,8 @@ use crate::tls::load_authorities;
 const CONNECTIONS: usize = 4;
 /// A mirror must answer within this time.
 const ANSWER: Duration = Duration::from_secs(20);
+/// A file that no mirror has.
+const NO_FILE: &str = "slipway-asks-for-a-file-that-does-not-exist";
 
 /// One source file.
 #[derive(Debug, Clone, Default, PartialEq, Eq, Serialize)]
@@ -178,9 +181,14 @@ impl Mirror {
     fn new(address: &str) -> Result<Option<Self>> {
         let address = address.trim_end_matches('/');
         if let Some(path) = address.strip_prefix("file://") {
+            ensure!(
+                Utf8Path::new(path).is_dir(),
+                "the mirror {path} is not a directory\nhelp: correct or unset {MIRROR}"
+            );
             return Ok(Some(Self::Directory(path.into())));
         }
         if !address.starts_with("http://") && !address.starts_with("https://") {
+            let address = url_without_login(address);
             warn(format!(
                 "{MIRROR}={address}: only http, https and file can be asked which files they have; \
                  what is only on this mirror is listed as missing"
@@ -193,7 +201,16 @@ impl Mirror {
             .timeout_global(Some(ANSWER))
             .tls_config(TlsConfig::builder().root_certs(load_authorities()?).build())
             .build();
-        Ok(Some(Self::Web { agent: config.into(), address: address.to_owned() }))
+        let agent: ureq::Agent = config.into();
+        let url = format!("{address}/{NO_FILE}");
+        if ask_length(&agent, &url)?.is_some() {
+            bail!(
+                "the mirror has {}, which does not exist: it answers every question alike, like a \
+                 login page\nhelp: correct or unset {MIRROR}",
+                url_without_login(&url)
+            );
+        }
+        Ok(Some(Self::Web { agent, address: address.to_owned() }))
     }
 
     /// Whether it has a file; with its length, if the mirror tells.
@@ -208,22 +225,27 @@ impl Mirror {
         // As Buildroot: in the package's directory, else in the mirror's own.
         for path in [source.path(), Utf8PathBuf::from(&source.file)] {
             let url = format!("{address}/{}", encode_path(path.as_str()));
-            let answer = agent.head(&url).call().with_context(|| {
-                format!("asking the mirror for {url}\nhelp: correct or unset {MIRROR}")
-            })?;
-            match answer.status().as_u16() {
-                200 => {
-                    let length = answer.headers().get("content-length");
-                    let length = length.and_then(|v| v.to_str().ok()?.parse().ok());
-                    return Ok(Some(length));
-                }
-                403 | 404 | 410 => {}
-                status => {
-                    bail!("the mirror answers {status} for {url}\nhelp: correct or unset {MIRROR}")
-                }
+            if let Some(length) = ask_length(agent, &url)? {
+                return Ok(Some(length));
             }
         }
         Ok(None)
+    }
+}
+
+/// Whether a web server has a file; with its length, if it tells.
+fn ask_length(agent: &ureq::Agent, url: &str) -> Result<Option<Option<u64>>> {
+    let shown = url_without_login(url);
+    let answer = agent.head(url).call().with_context(|| {
+        format!("asking the mirror for {shown}\nhelp: correct or unset {MIRROR}")
+    })?;
+    match answer.status().as_u16() {
+        200 => {
+            let length = answer.headers().get("content-length");
+            Ok(Some(length.and_then(|v| v.to_str().ok()?.parse().ok())))
+        }
+        403 | 404 | 410 => Ok(None),
+        status => bail!("the mirror answers {status} for {shown}\nhelp: correct or unset {MIRROR}"),
     }
 }
 
