@@ -167,7 +167,7 @@ fn is_replaced(tree: &RootTree, path: &str) -> bool {
     let Some(own) = UNIT_DIRS.iter().position(|dir| path.starts_with(dir)) else { return false };
     let name = &path[UNIT_DIRS[own].len()..];
     UNIT_DIRS[..own].iter().map(|dir| format!("{dir}{name}")).any(|other| {
-        // A link to this very file does not replace it.
+        // A link to this file does not replace it.
         tree.get(&other).is_some() && tree.resolve(&other).is_none_or(|(real, _)| real != path)
     })
 }

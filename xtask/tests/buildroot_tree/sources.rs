@@ -142,7 +142,7 @@ fn a_web_server_is_asked_for_each_file() {
     let error = ask(&[("broken", "x")], &format!("{mirror}/")).expect_err("a failure").to_string();
     assert!(error.contains("answers 500 for http://127.0.0.1:"), "{error}");
     assert!(error.contains("\nhelp: correct or unset SLIPWAY_BUILDROOT_MIRROR"), "{error}");
-    // A page for every question is no mirror; a login is in no message.
+    // A server with a page for every question is refused; messages hide a login.
     let page = serve(&[("/m/slipway-asks-for-a-file-that-does-not-exist", 200, 9)]);
     let page = page.replace("http://", "http://me:secret@");
     let error = ask(&[("g", "a+b.tar.gz")], &page).expect_err("a page").to_string();

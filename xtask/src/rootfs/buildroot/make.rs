@@ -72,7 +72,7 @@ impl BuildrootSite {
     /// The settings of this machine's environment.
     ///
     /// # Errors
-    /// When a variable is not UTF-8, or the mirror's address is none that make can use.
+    /// When a variable is not UTF-8, or make cannot use the mirror's address.
     pub fn of_machine(offline: bool) -> Result<Self> {
         let (mirror, remote_ccache) = (variable::find(MIRROR)?, variable::find(REMOTE_CCACHE)?);
         mirror.as_deref().map_or(Ok(()), check_mirror_address)?;

@@ -156,7 +156,7 @@ fn inspect_directory(
         package.bytes().all(|b| b.is_ascii_alphanumeric() || b"-_.+".contains(&b)),
         "invalid package name {package:?}"
     );
-    // What a build writes is no source: it would change while it is built.
+    // What a build writes would change while it is built.
     for (own, output) in [(cache.join("buildroot"), "output"), (root.join("dist"), "")] {
         let own = canonical_path(&own);
         ensure!(
