@@ -159,7 +159,8 @@ pub(super) fn find_missing_commands(
         if known || is_optional(name) || find_program(tree, name).is_some() {
             continue;
         }
-        let message = missing_program(tree, name);
+        let message = missing_program(tree, name)
+            + &format!(", or test for it with `command -v {name}` if the script works without it");
         // Each command is reported once, with its first line.
         if !found.iter().any(|(_, known)| *known == message) {
             found.push((first + command.line - 1, message));

@@ -353,7 +353,8 @@ mod tests {
             findings(script),
             "shell scripts use commands that this image does not contain:\n  - \
              overlays/x/script:7: `timeout` is missing\n\
-             help: add the package or the overlay file that contains it"
+             help: add the package or the overlay file that contains it, or test for it with \
+             `command -v timeout` if the script works without it"
         );
         // Not a script for /bin/sh, not in the image, not certain.
         for text in [
