@@ -42,7 +42,7 @@ pub struct ComponentBundle {
 pub fn build_component(options: &BuildOptions) -> Result<ComponentBundle> {
     let (config, _, mut plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
-    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
+    apply_overrides(&mut plan, &config.root, || Ok(cache.root.clone()), &options.overrides)?;
     say("plan", super::describe_plan(&plan));
     base::check_locks(&config)?;
     let signing = open_build_keys(&plan).context("choosing the signing key")?;

@@ -78,7 +78,7 @@ pub fn build_image(options: &BuildOptions) -> Result<Option<BuildSummary>> {
         false => resolve_plan(&options.selection)?,
     };
     let cache = Cache::locate()?;
-    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
+    apply_overrides(&mut plan, &config.root, || Ok(cache.root.clone()), &options.overrides)?;
     let dist = dist_dir(&config.root, &plan);
     let _turn = lock_dist_dir(&dist)?;
     BuildFailure::forget(&dist)?;
@@ -145,7 +145,7 @@ pub struct LocalBuild {
 pub fn build_for_local(options: &BuildOptions) -> Result<LocalBuild> {
     let (config, _, mut plan) = resolve_plan(&options.selection)?;
     let cache = Cache::locate()?;
-    apply_overrides(&mut plan, &config.root, &cache.root, &options.overrides)?;
+    apply_overrides(&mut plan, &config.root, || Ok(cache.root.clone()), &options.overrides)?;
     let dist = dist_dir(&config.root, &plan);
     say("plan", describe_plan(&plan));
     let mut rendered = render(&config.root, &plan)?;

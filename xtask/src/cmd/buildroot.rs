@@ -88,7 +88,12 @@ fn board_names(target: &BuildrootTargetArgs, product: &str) -> Result<Vec<String
 fn resolve_case(target: &BuildrootTargetArgs, product: &str, board: Option<&str>) -> Result<Case> {
     let mut plan = resolve_releases(product, board)?;
     let cache = Cache::locate()?;
-    apply_overrides(&mut plan, &workspace_root()?, &cache.root, &target.tree.overrides)?;
+    apply_overrides(
+        &mut plan,
+        &workspace_root()?,
+        || Ok(cache.root.clone()),
+        &target.tree.overrides,
+    )?;
     Case::new(target, plan, cache)
 }
 

@@ -32,7 +32,7 @@ pub fn plan(options: &PlanArgs) -> Result<()> {
         "--channel filters a list of builds: add --all or --changed-since"
     );
     let (config, _, mut plan) = resolve_plan(&options.target.selection())?;
-    apply_overrides(&mut plan, &config.root, &Cache::locate()?.root, &options.overrides)?;
+    apply_overrides(&mut plan, &config.root, || Ok(Cache::locate()?.root), &options.overrides)?;
     match options.format {
         OutputFormat::Json => outln!("{}", text::to_json(&plan)?),
         OutputFormat::Text => {
@@ -82,7 +82,7 @@ fn list_builds(options: &PlanArgs) -> Result<()> {
 /// A mistake in the configuration or in a template.
 pub fn render(options: &RenderArgs) -> Result<()> {
     let (config, _, mut plan) = resolve_plan(&options.target.selection())?;
-    apply_overrides(&mut plan, &config.root, &Cache::locate()?.root, &[])?;
+    apply_overrides(&mut plan, &config.root, || Ok(Cache::locate()?.root), &[])?;
     let rendered = render::render(&config.root, &plan)?;
     let dist = dist_dir(&config.root, &plan);
     let _turn = lock_dist_dir(&dist)?;

@@ -79,7 +79,7 @@ impl Workspace {
 
     fn apply(&self, asked: &[SourceOverride]) -> anyhow::Result<Plan> {
         let mut plan = robot(BuildKind::Release);
-        apply_overrides(&mut plan, &self.root, &self.cache, asked)?;
+        apply_overrides(&mut plan, &self.root, || Ok(self.cache.clone()), asked)?;
         Ok(plan)
     }
 

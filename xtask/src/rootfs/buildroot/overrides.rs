@@ -66,7 +66,8 @@ impl std::str::FromStr for SourceOverride {
 }
 
 /// Adds source directories to a plan: those in [`LOCAL_FILE`], and those of the option `--override`.
-/// A build with one is a development build, also of a release product.
+/// A build with one is a development build, also of a release product. `locate_cache` is only called for them: a plan
+/// without them needs no cache.
 ///
 /// # Errors
 /// An error in [`LOCAL_FILE`]; a directory that does not exist or that Buildroot cannot use; an
@@ -74,7 +75,7 @@ impl std::str::FromStr for SourceOverride {
 pub fn apply_overrides(
     plan: &mut Plan,
     root: &Utf8Path,
-    cache: &Utf8Path,
+    locate_cache: impl FnOnce() -> Result<Utf8PathBuf>,
     asked: &[SourceOverride],
 ) -> Result<()> {
     let Some(pinned) =
@@ -100,17 +101,19 @@ pub fn apply_overrides(
     for SourceOverride { package, directory } in asked {
         chosen.insert(package.clone(), directory.clone());
     }
+    if chosen.is_empty() {
+        return Ok(());
+    }
+    let cache = locate_cache()?;
     for (package, directory) in chosen {
-        let taken = inspect_directory(&package, &directory, root, cache)?;
+        let taken = inspect_directory(&package, &directory, root, &cache)?;
         warn(format!(
             "{package} is built from {}: this is a development build and cannot be released",
             taken.directory
         ));
         pinned.overrides.push(taken);
     }
-    if !pinned.overrides.is_empty() {
-        plan.product.kind = crate::config::product::BuildKind::Development;
-    }
+    plan.product.kind = crate::config::product::BuildKind::Development;
     Ok(())
 }
 
