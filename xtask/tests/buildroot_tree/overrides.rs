@@ -126,7 +126,13 @@ impl Build {
             Some(old) => compare_states(&old, &new, &info),
             None => RebuildAction::Nothing,
         };
+        let images = self.setup.output.join("images");
+        fs::create_dir_all(&images).expect("a directory");
+        fs::write(images.join("stale"), "").expect("written");
         engine::prepare_output(&request, &new, &info).expect("prepared");
+        // Nothing of before is in it, and it is there: a package that is finished installs into it.
+        let is_kept = action == RebuildAction::Nothing;
+        assert_eq!((images.is_dir(), images.join("stale").exists()), (true, is_kept));
         if named {
             self.setup.make().arg("host-patchelf").log(&log).run().expect("built");
         }

@@ -212,6 +212,9 @@ pub fn prepare_output(
                 if dir.exists() {
                     fs::remove_dir_all(&dir).with_context(|| format!("clearing {dir}"))?;
                 }
+                // Buildroot creates them when it configures a package; one that only installs its
+                // images again expects them (package/pkg-generic.mk, `.stamp_configured`).
+                fs::create_dir_all(&dir).with_context(|| format!("creating {dir}"))?;
             }
         }
     }
